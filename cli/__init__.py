@@ -1,0 +1,1 @@
+"""The `mha2mla` command: one small file a sub-command."""

@@ -1,0 +1,152 @@
+"""Reading and writing safetensors checkpoints tensor by tensor, so that memory does not grow with the model."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+RECORD_NAME = "conversion.json"  # what it takes to repeat the conversion; marks a folder as our output
+
+
+class CheckpointReader:
+    """
+    Tensors of a safetensors checkpoint by name, read when asked for.
+
+    Args:
+        folder (`Path`): Holds `model.safetensors`, or shards and `model.safetensors.index.json`.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        if (folder / INDEX_NAME).is_file():
+            self.files: dict[str, str] = json.loads((folder / INDEX_NAME).read_text())["weight_map"]
+            missing = sorted({file for file in self.files.values() if not (folder / file).is_file()})
+            if missing:
+                raise ValueError(f"{folder / INDEX_NAME} names {missing[0]}, which is not there. Download it again.")
+        elif (folder / WEIGHTS_NAME).is_file():
+            with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
+                self.files = dict.fromkeys(file.keys(), WEIGHTS_NAME)
+        elif any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
+            raise ValueError(
+                f"{folder} holds pickled weights only, which can run code when loaded. Save it as safetensors first: "
+                "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)."
+            )
+        else:
+            raise ValueError(f"No {WEIGHTS_NAME} or {INDEX_NAME} in {folder}.")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.files
+
+    def get(self, name: str) -> torch.Tensor:
+        """One tensor. Its file is mapped only as long as the tensor lives."""
+        if name not in self.files:
+            raise ValueError(f"{self.folder} has no tensor {name!r}; is the checkpoint complete?")
+        with safe_open(self.folder / self.files[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def with_prefix(self, prefix: str) -> dict[str, torch.Tensor]:
+        """All tensors whose names start with `prefix`, by the rest of their names."""
+        return {name[len(prefix) :]: self.get(name) for name in self.files if name.startswith(prefix)}
+
+
+class CheckpointWriter:
+    """
+    Writes shards of at most `max_shard_bytes` as tensors come in; holds one shard in memory.
+
+    Args:
+        folder (`Path`): Where the shards and their index go.
+        max_shard_bytes (`int`): A single larger tensor gets a shard of its own.
+    """
+
+    def __init__(self, folder: Path, max_shard_bytes: int):
+        self.folder = folder
+        self.max_shard_bytes = max_shard_bytes
+        self.pending: dict[str, torch.Tensor] = {}
+        self.pending_bytes = 0
+        self.shards: list[list[str]] = []
+        self.total_bytes = 0
+        self.total_parameters = 0
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        size = tensor.numel() * tensor.element_size()
+        if self.pending and self.pending_bytes + size > self.max_shard_bytes:
+            self._flush()
+        self.pending[name] = tensor
+        self.pending_bytes += size
+        self.total_bytes += size
+        if tensor.is_floating_point():
+            self.total_parameters += tensor.numel()
+
+    def _shard_name(self, index: int) -> str:
+        return f"model-part-{index:05d}.safetensors"
+
+    def _flush(self) -> None:
+        save_file(self.pending, self.folder / self._shard_name(len(self.shards)), metadata={"format": "pt"})
+        self.shards.append(list(self.pending))
+        self.pending = {}
+        self.pending_bytes = 0
+
+    def finish(self) -> None:
+        """Write what is left, give the shards their final names and write the index."""
+        self._flush()
+        count = len(self.shards)
+        if count == 1:
+            (self.folder / self._shard_name(0)).rename(self.folder / WEIGHTS_NAME)
+            return
+        weight_map = {}
+        for index, names in enumerate(self.shards):
+            final = f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+            (self.folder / self._shard_name(index)).rename(self.folder / final)
+            weight_map |= dict.fromkeys(names, final)
+        metadata = {"total_size": self.total_bytes, "total_parameters": self.total_parameters}
+        index_text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True)
+        (self.folder / INDEX_NAME).write_text(index_text + "\n")
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Refuse to touch what is already there, before any work is done."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not overwrite:
+        raise ValueError(f"{output} exists already. Choose another folder, or pass --overwrite to replace it.")
+    if not (output / RECORD_NAME).is_file():
+        raise ValueError(
+            f"{output} has no {RECORD_NAME}, so it is not an earlier output of the conversion, and --overwrite will "
+            "not delete it. Choose another folder, or remove it yourself."
+        )
+
+
+@contextmanager
+def atomic_folder(output: Path, overwrite: bool) -> Iterator[Path]:
+    """
+    A new folder beside `output` that takes its name only when the body has run to its end.
+
+    A run that fails removes it; a run that is killed leaves it under its temporary name (`.OUTPUT.partial-*`), never
+    half a model under the real one. With `overwrite`, the old folder stays in place until the new one is complete.
+    """
+    check_output(output, overwrite)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+    partial.chmod(0o755)  # mkdtemp's is for the owner alone
+    try:
+        yield partial
+        check_output(output, overwrite)
+        if output.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent))
+            os.replace(output, old / output.name)
+            os.replace(partial, output)
+            shutil.rmtree(old)
+        else:
+            os.replace(partial, output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

@@ -1,0 +1,73 @@
+"""The preset `paper`: partial RoPE per key/value head, then low rank (MHA2MLA, arXiv 2502.14837)."""
+
+import torch
+
+from .attention_weights import LatentAttention, SourceAttention
+from .low_rank import factorise
+
+
+def pair_dims(pairs: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Dims of rotary pairs, first halves before second halves: [.., p] -> [.., 2p]."""
+    return torch.cat((pairs, pairs + head_dim // 2), dim=-1)
+
+
+def complement(pairs: torch.Tensor, num_pairs: int) -> torch.Tensor:
+    """Ascending pairs that are not in `pairs`, row by row: [G, p] -> [G, num_pairs - p]."""
+    kept = torch.zeros(pairs.shape[0], num_pairs, dtype=torch.bool, device=pairs.device)
+    kept.scatter_(1, pairs, True)
+    return (~kept).nonzero()[:, 1].view(pairs.shape[0], -1)
+
+
+def convert_attention(
+    source: SourceAttention,
+    rope_pairs: torch.Tensor,
+    kv_lora_rank: int,
+    svd: str,
+    rope_attention_scaling: float = 1.0,
+) -> LatentAttention:
+    """
+    Convert one layer.
+
+    Args:
+        source (`SourceAttention`): H query heads, G key/value heads of d dims.
+        rope_pairs (`torch.Tensor`): Pairs that keep RoPE, ascending, [G, r/2].
+        kv_lora_rank (`int`): Latent size R over all heads.
+        svd (`str`): See [`factorise`].
+        rope_attention_scaling (`float`): The factor that yarn and longrope put on cosines and sines. Scores of
+            rotated dims carry its square; the un-rotated queries take it over.
+
+    Returns:
+        The layer with one rotary key and one un-rotated key per key/value head.
+    """
+    num_heads, head_dim, hidden_size = source.q.shape
+    num_kv_heads = source.k.shape[0]
+    rope = pair_dims(rope_pairs, head_dim)  # [G, r]
+    nope = pair_dims(complement(rope_pairs, head_dim // 2), head_dim)  # [G, d - r]
+    group = torch.arange(num_heads, device=source.q.device) // (num_heads // num_kv_heads)  # [H]
+
+    def pick(tensor: torch.Tensor, dims: torch.Tensor) -> torch.Tensor:
+        """Rows of [heads, d, hidden] (or entries of [heads, d]) by head: -> [heads, len, hidden]."""
+        index = dims if tensor.dim() == 2 else dims[:, :, None].expand(-1, -1, hidden_size)
+        return tensor.gather(1, index)
+
+    down, key_up, value_up = factorise(pick(source.k, nope).flatten(0, 1), source.v.flatten(0, 1), kv_lora_rank, svd)
+    scale = rope_attention_scaling**2
+    layer = LatentAttention(
+        q_nope=pick(source.q, nope[group]) * scale,
+        q_rope=pick(source.q, rope[group]),
+        latent=down,
+        k_rope=pick(source.k, rope),
+        k_up=key_up.view(num_kv_heads, nope.shape[1], -1),
+        v_up=value_up.view(num_kv_heads, head_dim, -1),
+        o=source.o,
+        rope_frequencies=rope_pairs,
+    )
+    if source.has_bias:
+        # A bias of un-rotated keys adds the same number to all scores of a query: the softmax does not feel it.
+        q_bias = source.q.new_zeros(num_heads, head_dim) if source.q_bias is None else source.q_bias
+        k_bias = source.k.new_zeros(num_kv_heads, head_dim) if source.k_bias is None else source.k_bias
+        layer.q_nope_bias = pick(q_bias, nope[group]) * scale
+        layer.q_rope_bias = pick(q_bias, rope[group])
+        layer.k_rope_bias = pick(k_bias, rope)
+        layer.o_bias = source.output_bias()
+    return layer

@@ -1,0 +1,132 @@
+"""Cache layers that hold latents and rotary keys, and nothing else.
+
+transformers builds `DynamicCache` and `StaticCache` from one layer object per entry of `config.layer_types`. The two
+classes below register themselves for the name "latent_attention", so that `generate()` picks them with no argument.
+
+A layer keeps ONE buffer `keys` of shape [batch, 1, tokens, R + n*r]: per token the latent (R numbers), then the
+rotary keys (n heads of r dims). `values` is always the view `keys[..., :R]`: absorbed attention is multi-query
+attention with the buffer as its keys and the latents as its values, without copying either.
+"""
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.utils import is_torchdynamo_compiling
+
+from .configuration_mla_llama import LATENT_LAYER_TYPE
+
+
+class LatentLayerMixin:
+    """What the dynamic and the static latent layer share: one buffer, `values` derived from it."""
+
+    keys: torch.Tensor | None
+    kv_lora_rank: int = 0
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """View of the latents, [batch, 1, tokens, R]."""
+        return None if self.keys is None else self.keys[..., : self.kv_lora_rank]
+
+    @values.setter
+    def values(self, _: torch.Tensor | None) -> None:
+        # The base classes move, crop and reorder `keys` and then `values`. Here the second follows from the first;
+        # storing it would make a copy of the latents.
+        pass
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this layer's buffer: batch * tokens * (R + n*r) * element size."""
+        return 0 if self.keys is None else self.keys.numel() * self.keys.element_size()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        if self.get_seq_length() > 0:
+            self.keys = self.keys.index_select(0, beam_idx.to(self.keys.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.get_seq_length() > 0:
+            self.keys = self.keys.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if self.get_seq_length() > 0:
+            self.keys = self.keys[indices, ...]
+
+
+class LatentDynamicLayer(LatentLayerMixin, DynamicLayer):
+    """Grows by the tokens it is given."""
+
+    _layer_type = LATENT_LAYER_TYPE
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.kv_lora_rank = value_states.shape[-1]
+        self.keys = key_states[:, :, :0]
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Append entries and return the whole history.
+
+        Args:
+            key_states (`torch.Tensor`): New entries, [batch, 1, new tokens, R + n*r].
+            value_states (`torch.Tensor`): The latents in them, [batch, 1, new tokens, R]; only their width is used.
+
+        Returns:
+            The buffer [batch, 1, tokens, R + n*r] and its view of the latents [batch, 1, tokens, R].
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = torch.cat([self.keys, key_states], dim=-2)
+        return self.keys, self.values
+
+    def reset(self) -> None:
+        self.keys = None
+        self.is_initialized = False
+
+
+class LatentStaticLayer(LatentLayerMixin, StaticLayer):
+    """Allocated once for `max_cache_len` tokens and written in place, for `torch.compile` and CUDA graphs."""
+
+    _layer_type = LATENT_LAYER_TYPE
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.batch_size, self.num_heads = key_states.shape[:2]
+        self.kv_lora_rank = value_states.shape[-1]
+        self.keys = key_states.new_zeros((self.batch_size, 1, self.max_cache_len, key_states.shape[-1]))
+        self.cumulative_length = self.cumulative_length.to(self.device)
+        if not is_torchdynamo_compiling():
+            # Without a static address, CUDA graphs copy the cache on every step.
+            torch._dynamo.mark_static_address(self.keys)
+            torch._dynamo.mark_static_address(self.cumulative_length)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write entries behind those already there; shapes as in [`LatentDynamicLayer.update`], but the history
+        returned has `max_cache_len` tokens, of which the mask hides those not yet written."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        num_new = key_states.shape[-2]
+        positions = torch.arange(num_new, device=self.device) + self.cumulative_length
+        self.cumulative_length.add_(num_new)  # in place: its address is part of the compiled graph
+        self.keys.index_copy_(2, positions, key_states)
+        return self.keys, self.values
+
+
+def cache_nbytes(cache: Cache) -> int:
+    """
+    Bytes that a cache's tensors occupy, for latent caches and for transformers' own dynamic and static ones alike.
+
+    For a latent cache this is exactly layers * tokens * batch * (R + n*r) * element size, `tokens` being
+    `max_cache_len` for a static one.
+    """
+    total = 0
+    for layer in cache.layers:
+        if isinstance(layer, LatentLayerMixin):
+            total += layer.nbytes
+        elif layer.keys is not None:
+            total += layer.keys.numel() * layer.keys.element_size()
+            total += layer.values.numel() * layer.values.element_size()
+    return total

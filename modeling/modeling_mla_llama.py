@@ -1,0 +1,273 @@
+"""Llama with Multi-head Latent Attention.
+
+- Everything but attention is Llama's own code; weights outside attention keep Llama's names.
+- Per layer: `q_proj` (x -> un-rotated and rotary queries), `kv_a_proj` (x -> latent and rotary keys, what is cached),
+  `kv_b_proj` (latent -> un-rotated keys and values), `o_proj`, and the integer buffer `rope_frequencies`.
+- No norm on the latent. An un-rotated key needs no bias (the softmax does not feel it) and a value bias is one of
+  `o_proj`, so `kv_b_proj` has none.
+- Training and prefill expand keys and values and go through transformers' attention interface; a decoding step works
+  on the cache as it lies (absorbed) where that costs fewer operations.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaDecoderLayer,
+    LlamaForCausalLM,
+    LlamaMLP,
+    LlamaModel,
+    LlamaPreTrainedModel,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    eager_attention_forward,
+)
+
+from .attention_mla_llama import (
+    MAX_ABSORBED_QUERY_TOKENS,
+    absorbed_attention,
+    absorbed_costs_less,
+    expand_keys_values,
+    rotate,
+    select_frequencies,
+)
+from .cache_mla_llama import LatentDynamicLayer, LatentStaticLayer, cache_nbytes
+from .configuration_mla_llama import MLALlamaConfig
+
+
+def default_rope_frequencies(config: MLALlamaConfig) -> torch.Tensor:
+    """Frequency index of each rotary pair before a conversion sets it, [n, r/2]: the highest ones, in turn."""
+    pairs = torch.arange(config.qk_rope_head_dim // 2) % (config.head_dim // 2)
+    return pairs.repeat(config.num_rope_key_heads, 1)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether calling the module is `x @ module.weight.T` and nothing else: no adapter, quantised or offloaded weight,
+    parametrisation or hook."""
+    return (
+        type(module) is nn.Linear
+        and "forward" not in module.__dict__
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+    )
+
+
+class MLALlamaAttention(nn.Module):
+    """Multi-head latent attention over a cache of latents and rotary keys."""
+
+    def __init__(self, config: MLALlamaConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_heads = config.num_attention_heads
+        # The attention interface repeats keys and values by this factor.
+        self.num_key_value_groups = config.num_attention_heads // config.num_nope_key_heads
+        self.scaling = config.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+
+        hidden, bias = config.hidden_size, config.attention_bias
+        up_dim = config.num_nope_key_heads * config.qk_nope_head_dim + config.num_key_value_heads * config.v_head_dim
+        self.q_proj = nn.Linear(hidden, self.num_heads * config.qk_head_dim, bias=bias)
+        self.kv_a_proj = nn.Linear(hidden, config.latent_cache_dim, bias=bias)
+        self.kv_b_proj = nn.Linear(config.kv_lora_rank, up_dim, bias=False)
+        self.o_proj = nn.Linear(self.num_heads * config.v_head_dim, hidden, bias=bias)
+        self.register_buffer("rope_frequencies", default_rope_frequencies(config))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            hidden_states (`torch.Tensor`): [B, T, hidden_size].
+            position_embeddings (`tuple`): cos and sin for all frequencies, each [B, T, head_dim].
+            attention_mask (*optional*): In the form of the attention implementation in use.
+            past_key_values (`Cache`, *optional*): Built from this model's config, so that its layers are latent ones.
+
+        Returns:
+            Output [B, T, hidden_size] and, where the implementation gives them, probabilities [B, H, T, S].
+        """
+        config = self.config
+        num_queries = hidden_states.shape[1]
+        cos, sin = select_frequencies(*position_embeddings, self.rope_frequencies)
+
+        query = self.q_proj(hidden_states).unflatten(-1, (-1, config.qk_head_dim)).transpose(1, 2)  # [B, H, T, nope+r]
+        q_nope, q_rope = query.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
+        q_rope = rotate(q_rope, cos, sin)
+
+        latent, k_rope = self.kv_a_proj(hidden_states).split(
+            [config.kv_lora_rank, config.num_rope_key_heads * config.qk_rope_head_dim], dim=-1
+        )
+        k_rope = rotate(
+            k_rope.unflatten(-1, (config.num_rope_key_heads, -1)).transpose(1, 2), cos, sin
+        )  # [B, n, T, r]
+
+        if past_key_values is not None:
+            entry = torch.cat((latent, k_rope.transpose(1, 2).flatten(2)), dim=-1).unsqueeze(1)  # [B, 1, T, W]
+            entries, _ = past_key_values.update(entry, entry[..., : config.kv_lora_rank], self.layer_idx)
+            if entries.shape[-1] != config.latent_cache_dim:
+                raise ValueError(
+                    f"The cache gave entries of width {entries.shape[-1]}, but this model caches "
+                    f"{config.latent_cache_dim} numbers a token. Build the cache from this model's config: "
+                    "DynamicCache(config=model.config)."
+                )
+            entries = entries.squeeze(1)  # [B, S, W]
+            if self._use_absorbed(num_queries, entries.shape[1], attention_mask):
+                output, weights = absorbed_attention(
+                    q_nope,
+                    q_rope,
+                    entries,
+                    self._kv_b_weight(entries.dtype),
+                    config.num_rope_key_heads,
+                    config.num_nope_key_heads,
+                    config.num_key_value_heads,
+                    self.scaling,
+                    attention_mask,
+                )
+                return self.o_proj(output.flatten(2)), weights
+            latent, k_rope = entries.split([config.kv_lora_rank, entries.shape[-1] - config.kv_lora_rank], dim=-1)
+            k_rope = k_rope.unflatten(-1, (config.num_rope_key_heads, -1)).transpose(1, 2)  # [B, n, S, r]
+
+        key, value = expand_keys_values(
+            self.kv_b_proj(latent), k_rope, config.num_nope_key_heads, config.qk_nope_head_dim, config.v_head_dim
+        )
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention_forward)
+        padding = config.qk_head_dim - config.v_head_dim
+        # Flash attention wants queries, keys and values of one width.
+        padded = "flash" in config._attn_implementation and padding > 0
+        output, weights = attend(
+            self,
+            torch.cat((q_nope, q_rope), dim=-1),
+            key,
+            nn.functional.pad(value, (0, padding)) if padded else value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )  # [B, T, H, v]
+        if padded:
+            output = output[..., : config.v_head_dim]
+        return self.o_proj(output.flatten(2)), weights
+
+    def _use_absorbed(self, num_queries: int, num_cached: int, attention_mask) -> bool:
+        """Absorbed attention serves steps behind a history. It cannot read flex attention's block masks, and sdpa's
+        missing mask for several queries means a prefill from an empty cache."""
+        if self.training or num_queries > MAX_ABSORBED_QUERY_TOKENS or num_queries == num_cached:
+            return False
+        if attention_mask is None and num_queries > 1 and "flash" not in self.config._attn_implementation:
+            return False
+        if attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
+            return False
+        config = self.config
+        return absorbed_costs_less(
+            num_queries,
+            num_cached,
+            config.num_attention_heads,
+            config.num_nope_key_heads,
+            config.num_key_value_heads,
+            config.kv_lora_rank,
+            config.latent_cache_dim,
+            config.qk_nope_head_dim,
+            config.qk_rope_head_dim,
+            config.v_head_dim,
+        )
+
+    def _kv_b_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """The up-projection as a matrix [N*nope + G*v, R]. Reading `.weight` of a wrapped layer would skip its LoRA
+        adapter without a word, so anything but a plain `nn.Linear` is asked what it does to the unit vectors."""
+        if is_plain_linear(self.kv_b_proj):
+            return self.kv_b_proj.weight
+        unit = torch.eye(self.config.kv_lora_rank, dtype=dtype, device=self.rope_frequencies.device)
+        return self.kv_b_proj(unit).T
+
+
+class MLALlamaDecoderLayer(LlamaDecoderLayer):
+    def __init__(self, config: MLALlamaConfig, layer_idx: int):
+        GradientCheckpointingLayer.__init__(self)  # LlamaDecoderLayer.__init__ would build Llama's attention
+        self.hidden_size = config.hidden_size
+        self.self_attn = MLALlamaAttention(config, layer_idx)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class MLALlamaPreTrainedModel(LlamaPreTrainedModel):
+    config: MLALlamaConfig
+    config_class = MLALlamaConfig
+    _no_split_modules = ["MLALlamaDecoderLayer"]
+    _can_record_outputs = {"hidden_states": MLALlamaDecoderLayer, "attentions": MLALlamaAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, MLALlamaAttention):
+            init.copy_(module.rope_frequencies, default_rope_frequencies(self.config))
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: MLALlamaConfig,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        position_ids: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        """`generate` asks for masks per layer type, of which it does not know ours: all layers share a causal one."""
+        return create_causal_mask(
+            config=config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+
+
+class MLALlamaModel(MLALlamaPreTrainedModel, LlamaModel):
+    """Llama's decoder with latent attention. `forward` is Llama's: it hands every layer the full rotary table, from
+    which the layer picks its own frequencies."""
+
+    def __init__(self, config: MLALlamaConfig):
+        LlamaPreTrainedModel.__init__(self, config)  # LlamaModel.__init__ would build Llama's layers
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList([MLALlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+
+class MLALlamaForCausalLM(MLALlamaPreTrainedModel, LlamaForCausalLM):
+    """Causal language model with latent attention; `forward` (logits_to_keep, num_items_in_batch, ...) is Llama's."""
+
+    def __init__(self, config: MLALlamaConfig):
+        LlamaPreTrainedModel.__init__(self, config)
+        self.model = MLALlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+MLALlamaModel.register_for_auto_class("AutoModel")
+MLALlamaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+__all__ = [
+    "LatentDynamicLayer",
+    "LatentStaticLayer",
+    "MLALlamaForCausalLM",
+    "MLALlamaModel",
+    "MLALlamaPreTrainedModel",
+    "cache_nbytes",
+]
