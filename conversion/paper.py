@@ -57,8 +57,8 @@ def convert_attention(
         q_rope=pick(source.q, rope[group]),
         latent=down,
         k_rope=pick(source.k, rope),
-        k_up=key_up.view(num_kv_heads, nope.shape[1], -1),
-        v_up=value_up.view(num_kv_heads, head_dim, -1),
+        k_up=key_up.view(num_kv_heads, nope.shape[1], kv_lora_rank),
+        v_up=value_up.view(num_kv_heads, head_dim, kv_lora_rank),
         o=source.o,
         rope_frequencies=rope_pairs,
     )

@@ -116,12 +116,6 @@ class MLALlamaAttention(nn.Module):
         if past_key_values is not None:
             entry = torch.cat((latent, k_rope.transpose(1, 2).flatten(2)), dim=-1).unsqueeze(1)  # [B, 1, T, W]
             entries, _ = past_key_values.update(entry, entry[..., : config.kv_lora_rank], self.layer_idx)
-            if entries.shape[-1] != config.latent_cache_dim:
-                raise ValueError(
-                    f"The cache gave entries of width {entries.shape[-1]}, but this model caches "
-                    f"{config.latent_cache_dim} numbers a token. Build the cache from this model's config: "
-                    "DynamicCache(config=model.config)."
-                )
             entries = entries.squeeze(1)  # [B, S, W]
             if self._use_absorbed(num_queries, entries.shape[1], attention_mask):
                 output, weights = absorbed_attention(

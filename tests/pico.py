@@ -1,0 +1,176 @@
+"""Pico source models, made on the spot, and their exact conversion into both layouts."""
+
+import torch
+from mha2mla.conversion.attention_weights import LatentAttention, SourceAttention
+from mha2mla.conversion.paper import convert_attention
+from mha2mla.conversion.source import head_dim, rope_attention_scaling
+from mha2mla.modeling import MLALlamaConfig, MLALlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
+
+VOCAB = 96
+BASE = dict(
+    vocab_size=VOCAB,
+    hidden_size=48,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=32,
+    initializer_range=0.2,  # large enough for attention to matter
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+
+SOURCES = {
+    "mha": LlamaConfig(**BASE, num_key_value_heads=4),
+    "gqa": LlamaConfig(**BASE, num_key_value_heads=2),
+    "mqa": LlamaConfig(**BASE, num_key_value_heads=1, tie_word_embeddings=True),
+    "head-dim": LlamaConfig(**BASE, num_key_value_heads=2, head_dim=16),
+    "llama-bias": LlamaConfig(**BASE, num_key_value_heads=2, attention_bias=True),
+    "mistral": MistralConfig(**BASE, num_key_value_heads=2, sliding_window=None),
+    "qwen2": Qwen2Config(**BASE, num_key_value_heads=2),
+}
+
+ROPES = {
+    "default": {"rope_type": "default", "rope_theta": 1000.0},
+    "linear": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.0},
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 1000.0, "factor": 2.0},
+    "yarn": {
+        "rope_type": "yarn",
+        "rope_theta": 1000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 8,
+    },
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 1000.0,
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8,
+    },
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 1000.0,
+        "short_factor": [1.0 + 0.1 * i for i in range(6)],
+        "long_factor": [1.5 + 0.3 * i for i in range(6)],
+        "original_max_position_embeddings": 16,
+        "factor": 2.0,
+    },
+}
+
+
+def make_source(kind: str = "gqa", rope: str = "default", seed: int = 0) -> torch.nn.Module:
+    """A random source model, biases and norms included."""
+    config = type(SOURCES[kind])(**{**SOURCES[kind].to_dict(), "rope_parameters": ROPES[rope]})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.3)
+            elif "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    return model
+
+
+def attention_of(model: torch.nn.Module, layer: int) -> SourceAttention:
+    state = model.model.layers[layer].self_attn.state_dict()
+    return SourceAttention.from_tensors(state, head_dim(model.config))
+
+
+def shared_layout(source: SourceAttention) -> LatentAttention:
+    """All pairs of all key heads in one rotary key; a query head is zero outside its group's slots. Exact."""
+    num_heads, dim, hidden = source.q.shape
+    groups = source.k.shape[0]
+    half = dim // 2
+    # [G, d] -> [2, G, d/2]: first halves of all heads, then second halves
+    keys = source.k.view(groups, 2, half, hidden).transpose(0, 1).reshape(1, -1, hidden)
+    slots = torch.eye(groups).repeat_interleave(num_heads // groups, dim=0)  # [H, G]
+    queries = torch.einsum("hsix,hg->hsgix", source.q.view(num_heads, 2, half, hidden), slots)
+    values = source.v.flatten(0, 1)
+    layer = LatentAttention(
+        q_nope=source.q.new_zeros(num_heads, 0, hidden),
+        q_rope=queries.reshape(num_heads, -1, hidden),
+        latent=values,
+        k_rope=keys,
+        k_up=source.q.new_zeros(num_heads, 0, values.shape[0]),
+        v_up=torch.eye(values.shape[0]).view(groups, dim, -1),
+        o=source.o,
+        rope_frequencies=torch.arange(half).repeat(groups)[None],
+    )
+    if source.has_bias:
+        q_bias = torch.einsum("hsi,hg->hsgi", source.q_bias.view(num_heads, 2, half), slots)
+        layer.q_nope_bias = source.q.new_zeros(num_heads, 0)
+        layer.q_rope_bias = q_bias.reshape(num_heads, -1)
+        layer.k_rope_bias = source.k_bias.view(groups, 2, half).transpose(0, 1).reshape(1, -1)
+        layer.o_bias = source.output_bias()
+    return layer
+
+
+def mla_config(config: PreTrainedConfig, **sizes) -> MLALlamaConfig:
+    names = (*BASE, "num_key_value_heads", "rope_parameters", "tie_word_embeddings", "rms_norm_eps")
+    return MLALlamaConfig(
+        **{name: getattr(config, name) for name in names},
+        head_dim=head_dim(config),
+        v_head_dim=head_dim(config),
+        **sizes,
+    )
+
+
+def assemble(source: torch.nn.Module, layers: list[LatentAttention]) -> MLALlamaForCausalLM:
+    """An MLA model with the source's weights and these attention layers."""
+    first = layers[0]
+    config = mla_config(
+        source.config,
+        kv_lora_rank=first.latent.shape[0],
+        qk_rope_head_dim=first.k_rope.shape[1],
+        qk_nope_head_dim=first.q_nope.shape[1],
+        num_rope_key_heads=first.k_rope.shape[0],
+        num_nope_key_heads=first.k_up.shape[0],
+        attention_bias=first.o_bias is not None,
+    )
+    state = {name: t for name, t in source.state_dict().items() if ".self_attn." not in name}
+    for index, layer in enumerate(layers):
+        for name, tensor in layer.state_dict(torch.float32).items():
+            state[f"model.layers.{index}.self_attn.{name}"] = tensor
+    model = MLALlamaForCausalLM(config).eval()
+    model.load_state_dict(state)
+    return model
+
+
+def exact_model(source: torch.nn.Module, layout: str) -> MLALlamaForCausalLM:
+    """Every pair rotated, the values' full rank kept: the source in MLA form."""
+    config = source.config
+    layers = []
+    for index in range(config.num_hidden_layers):
+        attention = attention_of(source, index)
+        if layout == "shared":
+            layers.append(shared_layout(attention))
+        else:
+            groups, dim, hidden = attention.k.shape
+            pairs = torch.arange(dim // 2).repeat(groups, 1)
+            layers.append(
+                convert_attention(attention, pairs, min(groups * dim, hidden), "joint", rope_attention_scaling(config))
+            )
+    return assemble(source, layers)
+
+
+def make_mla(layout: str = "per-head", seed: int = 0, **changes) -> MLALlamaForCausalLM:
+    """A random MLA model with un-rotated dims and non-default frequencies."""
+    sizes = dict(kv_lora_rank=10, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=12, head_dim=12)
+    heads = dict(num_rope_key_heads=2, num_nope_key_heads=2) if layout == "per-head" else dict(num_rope_key_heads=1)
+    config = MLALlamaConfig(**{**BASE, "num_key_value_heads": 2, **sizes, **heads, **changes})
+    torch.manual_seed(seed)
+    model = MLALlamaForCausalLM(config).eval()
+    for layer in model.model.layers:
+        frequencies = layer.self_attn.rope_frequencies
+        frequencies.copy_(torch.randint(0, 6, frequencies.shape))
+    return model
+
+
+LAYOUTS = ("per-head", "shared")
+
+
+def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, VOCAB, shape, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,117 @@
+"""Attention functions against brute force, and the absorbed path against the expanded one."""
+
+import pytest
+import torch
+from mha2mla.modeling import attention_mla_llama as attention_module
+from mha2mla.modeling.attention_mla_llama import (
+    absorbed_attention,
+    absorbed_costs_less,
+    add_mask,
+    expand_keys_values,
+    rotate,
+    select_frequencies,
+)
+from pico import LAYOUTS, make_mla, tokens
+
+
+def test_rotate_turns_each_pair_by_its_frequency():
+    torch.manual_seed(0)
+    head_dim, positions = 12, torch.arange(5.0)
+    inv_freq = 0.7 ** torch.arange(head_dim // 2)
+    angles = positions[:, None] * torch.cat((inv_freq, inv_freq))  # [T, head_dim]
+    frequencies = torch.tensor([[4, 0], [1, 1]])  # two rotary key heads, a frequency used twice
+    cos, sin = select_frequencies(angles.cos()[None], angles.sin()[None], frequencies)
+    x = torch.randn(1, 4, 5, 4)  # two heads a rotary key head
+    got = rotate(x, cos, sin)
+    for head in range(4):
+        for pair in range(2):
+            z = torch.complex(x[0, head, :, pair], x[0, head, :, pair + 2])
+            z = z * torch.exp(1j * positions * inv_freq[frequencies[head // 2, pair]])
+            torch.testing.assert_close(got[0, head, :, pair], z.real)
+            torch.testing.assert_close(got[0, head, :, pair + 2], z.imag)
+
+
+@pytest.mark.parametrize("num_queries", [1, 3])
+@pytest.mark.parametrize("n, nope_heads", [(1, 6), (1, 3), (3, 3), (3, 6)])
+@pytest.mark.parametrize("nope", [0, 5])
+def test_absorbed_equals_expanded(num_queries, n, nope_heads, nope):
+    """H=6, G=3: shared and per-head rotary keys, un-rotated keys per query head and per key/value head, or none."""
+    torch.manual_seed(0)
+    heads, groups, r, v, rank, cached = 6, 3, 4, 7, 11, 9
+    entries = torch.randn(2, cached, rank + n * r)
+    weight = torch.randn(nope_heads * nope + groups * v, rank)
+    q_nope, q_rope = torch.randn(2, heads, num_queries, nope), torch.randn(2, heads, num_queries, r)
+    got, weights = absorbed_attention(q_nope, q_rope, entries, weight, n, nope_heads, groups, 0.3, None)
+
+    k_rope = entries[..., rank:].unflatten(-1, (n, r)).transpose(1, 2)
+    keys, values = expand_keys_values(entries[..., :rank] @ weight.T, k_rope, nope_heads, nope, v)
+    keys = keys.repeat_interleave(heads // nope_heads, dim=1)
+    values = values.repeat_interleave(heads // nope_heads, dim=1)
+    scores = torch.cat((q_nope, q_rope), dim=-1) @ keys.transpose(2, 3) * 0.3
+    causal = torch.ones(num_queries, cached).tril(cached - num_queries).bool()
+    expected_weights = scores.masked_fill(~causal, float("-inf")).softmax(-1)
+    torch.testing.assert_close(weights, expected_weights)
+    torch.testing.assert_close(got, (expected_weights @ values).transpose(1, 2))
+
+
+def test_masks_of_all_implementations_mean_the_same():
+    scores = torch.zeros(2, 3, 2, 5)
+    padding = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
+    visible = torch.ones(2, 5).tril(3).bool() & padding[:, None, None].bool()  # [2, 1, 2, 5]
+    additive = torch.zeros(2, 1, 2, 5).masked_fill(~visible, torch.finfo(torch.float32).min)
+    expected = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+    for mask in (padding, visible, additive):
+        torch.testing.assert_close(add_mask(scores, mask).softmax(-1), expected)
+
+
+def test_cost_model_prefers_absorbed_for_decoding_only():
+    sizes = dict(
+        num_heads=32,
+        num_nope_key_heads=32,
+        num_key_value_heads=32,
+        kv_lora_rank=512,
+        latent_cache_dim=576,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+    )
+    assert absorbed_costs_less(1, 4096, **sizes)
+    assert absorbed_costs_less(8, 4096, **sizes)
+    assert not absorbed_costs_less(4096, 4096, **sizes)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("num_new", [1, 3])
+@pytest.mark.parametrize("padded", [False, True])
+def test_model_absorbed_equals_expanded(monkeypatch, layout, implementation, num_new, padded):
+    """The same step behind the same history, once through each path, and both like the run without a cache."""
+    model = make_mla(layout)
+    model.set_attn_implementation(implementation)
+    ids = tokens(2, 12)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, :4] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+
+    def step(absorbed: bool):
+        calls = []
+        original = attention_module.absorbed_attention
+        modeling = __import__("sys").modules[type(model).__module__]
+        monkeypatch.setattr(modeling, "absorbed_costs_less", lambda *a: absorbed)
+        monkeypatch.setattr(modeling, "absorbed_attention", lambda *a: calls.append(1) or original(*a))
+        with torch.no_grad():
+            cut = 12 - num_new
+            past = model(
+                ids[:, :cut], attention_mask=mask[:, :cut], position_ids=positions[:, :cut], use_cache=True
+            ).past_key_values
+            logits = model(
+                ids[:, cut:], attention_mask=mask, position_ids=positions[:, cut:], past_key_values=past
+            ).logits
+        assert len(calls) == (2 if absorbed else 0)
+        return logits
+
+    with torch.no_grad():
+        whole = model(ids, attention_mask=mask, position_ids=positions).logits[:, -num_new:]
+    torch.testing.assert_close(step(True), step(False), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(step(True), whole, rtol=1e-4, atol=1e-5)

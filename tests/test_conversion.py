@@ -1,0 +1,233 @@
+"""Conversion from folder to folder, through the command as users call it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from mha2mla.cli.main import main
+from mha2mla.conversion import ConversionConfig, convert, plan_cache
+from mha2mla.modeling import MLALlamaForCausalLM
+from pico import SOURCES, tokens
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+FULL = ["--qk-rope-head-dim", "12", "--rope-selection", "high"]  # all pairs of the pico models' heads
+
+
+def run(*arguments) -> int:
+    return main(["convert", *map(str, arguments)])
+
+
+def logits(folder, **kwargs):
+    model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+    with torch.no_grad():
+        return model(tokens(2, 20)).logits
+
+
+@pytest.mark.parametrize("kind", [k for k in SOURCES if k != "head-dim"])
+def test_full_rank_conversion_gives_the_sources_logits(kind, save_source, tmp_path):
+    source = save_source(kind)
+    rank = SOURCES[kind].num_key_value_heads * 12
+    assert run(source, tmp_path / "out", *FULL, "--kv-lora-rank", rank) == 0
+    expected = logits(source)
+    assert (logits(tmp_path / "out") - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_sharded_source_and_sharded_output(save_source, tmp_path):
+    source = save_source("gqa", max_shard_size="20KB")
+    assert len(list(source.glob("*.safetensors"))) > 2
+    assert run(source, tmp_path / "out", *FULL, "--kv-lora-rank", 24, "--max-shard-size", "20KB") == 0
+    shards = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
+    assert len(shards) > 2 and shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
+    assert (logits(tmp_path / "out") - logits(source)).abs().max() <= 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_output_keeps_the_sources_dtype_unless_told(dtype, save_source, tmp_path):
+    source = save_source("gqa", dtype=dtype)
+    run(source, tmp_path / "same", *FULL, "--kv-lora-rank", 24)
+    run(source, tmp_path / "fp32", *FULL, "--kv-lora-rank", 24, "--dtype", "float32")
+    for name, expected in (("same", dtype), ("fp32", torch.float32)):
+        with safe_open(tmp_path / name / "model.safetensors", framework="pt") as file:
+            found = {file.get_tensor(k).dtype for k in file.keys() if "rope_frequencies" not in k}
+        assert found == {expected}
+        assert AutoConfig.from_pretrained(tmp_path / name).dtype == expected
+
+
+def test_output_folder_is_complete(save_source, calibration_file, tmp_path):
+    source, out = save_source("llama-bias"), tmp_path / "out"
+    assert run(source, out, "--cache-ratio", 0.5, "--calibration-data", calibration_file, "--calibration-samples", 4,
+               "--calibration-length", 16, "--rope-selection", "2-norm") == 0  # fmt: skip
+    record = json.loads((out / "conversion.json").read_text())
+    assert record["options"]["cache_ratio"] == 0.5
+    # 2-norm chose for each layer and head, and the checkpoint uses that choice.
+    model = AutoModelForCausalLM.from_pretrained(out)
+    for layer, frequencies in zip(model.model.layers, record["rope_frequencies"], strict=True):
+        assert layer.self_attn.rope_frequencies.tolist() == frequencies
+    assert AutoTokenizer.from_pretrained(out)("w7 w8")["input_ids"] == [7, 8]
+    assert AutoTokenizer.from_pretrained(out).apply_chat_template([{"role": "user", "content": "w9"}], tokenize=False)
+    assert model.generation_config.eos_token_id == 2
+    card = (out / "README.md").read_text()
+    assert "trust_remote_code=True" in card and "recovery training" in card and "2-norm" in card
+    # Repeating it from its own record gives the same weights.
+    convert(record["source"], tmp_path / "again", ConversionConfig(**record["options"]))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").state_dict()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(again[name], tensor)
+
+
+@pytest.mark.parametrize("svd", ["joint", "split"])
+@pytest.mark.parametrize("rule", ["high", "low", "uniform"])
+def test_cache_ratio_is_met(svd, rule, save_source, tmp_path, caplog):
+    source = save_source("mha")
+    with caplog.at_level("INFO", logger="mha2mla"):
+        run(source, tmp_path / "out", "--cache-ratio", 0.3125, "--svd", svd, "--rope-selection", rule)
+    assert "96 -> 30 numbers per token and layer" in caplog.text  # 2 * 4 * 12 -> 0.3125 of it
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.latent_cache_dim == 30
+    assert model.generate(tokens(1, 4), max_new_tokens=3, min_new_tokens=3).shape == (1, 7)
+
+
+def test_ratio_follows_the_papers_table():
+    """d_h = 64, 3 key/value heads: 8 rotary dims and d_kv = 32, 16, 8 per head (paper, Table 1)."""
+    source = type(SOURCES["gqa"])(hidden_size=576, num_attention_heads=9, num_key_value_heads=3)
+    for ratio, d_kv in ((0.3125, 32), (0.1875, 16), (0.125, 8)):
+        plan = plan_cache(ConversionConfig(cache_ratio=ratio, rope_selection="high"), source)
+        assert (plan.kv_lora_rank, plan.qk_rope_head_dim) == (3 * d_kv, 8)
+        assert plan.ratio == ratio
+
+
+def test_no_svd_keeps_all_of_keys_and_values(save_source, tmp_path):
+    run(save_source("gqa"), tmp_path / "out", "--svd", "none", "--qk-rope-head-dim", 4, "--rope-selection", "uniform")
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    assert config.latent_cache_dim == 2 * 2 * 12
+
+
+def test_existing_output_is_not_touched_without_overwrite(save_source, tmp_path, capsys):
+    source, out = save_source(), tmp_path / "out"
+    options = (*FULL, "--kv-lora-rank", 24)
+    out.mkdir()
+    (out / "precious.txt").write_text("mine")
+    assert run(source, out, *options) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    # Not even with --overwrite, as no conversion made it.
+    assert run(source, out, *options, "--overwrite") == 2
+    assert "remove it yourself" in capsys.readouterr().err
+    assert (out / "precious.txt").read_text() == "mine"
+    other = tmp_path / "other"
+    assert run(source, other, *options) == 0
+    assert run(source, other, *options, "--overwrite") == 0
+    assert type(AutoModelForCausalLM.from_pretrained(other)) is MLALlamaForCausalLM
+    assert not list(tmp_path.glob(".other.*"))
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_run_that_dies_leaves_no_half_model(killed, save_source, tmp_path):
+    """Once by an error while weights are written, once by SIGKILL."""
+    source, out = save_source(), tmp_path / "out"
+    program = (
+        "import sys, time\n"
+        "from mha2mla.conversion import checkpoint\n"
+        "def stop(self):\n"
+        "    print('writing', flush=True)\n"
+        f"    {'time.sleep(60)' if killed else 'raise OSError(28, str())'}\n"
+        "checkpoint.CheckpointWriter.finish = stop\n"
+        "from mha2mla.cli.main import main\n"
+        f"sys.exit(main(['convert', {str(source)!r}, {str(out)!r}, *{[*FULL, '--kv-lora-rank', '24']!r}]))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while process.stdout.readline().strip() != b"writing":
+        assert process.poll() is None
+        time.sleep(0.01)
+    if killed:
+        os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() != 0
+    assert not out.exists()
+    assert run(source, out, *FULL, "--kv-lora-rank", 24) == 0
+
+
+BAD_OPTIONS = {
+    "or both --kv-lora-rank and --qk-rope-head-dim": (["--rope-selection", "high"], "gqa"),
+    "cache_ratio=1.5 must lie between": (["--cache-ratio", "1.5", "--rope-selection", "high"], "gqa"),
+    "not both": (["--cache-ratio", "0.5", "--kv-lora-rank", "8", "--rope-selection", "high"], "gqa"),
+    "Use a ratio above": (["--cache-ratio", "0.05", "--rope-selection", "high"], "gqa"),
+    "kv_lora_rank=400 must lie between 1 and 40": (
+        ["--kv-lora-rank", "400", "--qk-rope-head-dim", "4", "--rope-selection", "high"],
+        "gqa",
+    ),
+    "must be even and between 2 and the source's head_dim 12": (
+        ["--kv-lora-rank", "8", "--qk-rope-head-dim", "14", "--rope-selection", "high"],
+        "gqa",
+    ),
+    "give --calibration-data": (["--cache-ratio", "0.5"], "gqa"),
+    "does not exist": (["--cache-ratio", "0.5", "--calibration-data", "nowhere.jsonl"], "gqa"),
+}
+
+
+@pytest.mark.parametrize("message", BAD_OPTIONS)
+def test_bad_options_say_what_to_do(message, save_source, tmp_path, capsys):
+    options, kind = BAD_OPTIONS[message]
+    assert run(save_source(kind), tmp_path / "out", *options) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+BAD_SOURCES = {
+    "model_type": ({"model_type": "gpt2"}, "model_type='gpt2' is not supported"),
+    "qk-norm": ({"model_type": "qwen3"}, "qk-norm"),
+    "moe": ({"num_local_experts": 8}, "mixture-of-experts"),
+    "sliding": ({"model_type": "mistral", "sliding_window": 16}, "set sliding_window to null"),
+    "quantised": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "De-quantise"),
+    "converted": ({"model_type": "mla_llama"}, "converted already"),
+    "partial": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        "partial_rotary_factor=0.5",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SOURCES)
+def test_unsupported_sources_name_field_and_remedy(case, save_source, tmp_path, capsys):
+    change, message = BAD_SOURCES[case]
+    source = save_source()
+    config = json.loads((source / "config.json").read_text()) | change
+    (source / "config.json").write_text(json.dumps(config))
+    assert run(source, tmp_path / "out", "--cache-ratio", "0.5", "--rope-selection", "high") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_pickled_missing_and_incomplete_weights(save_source, tmp_path, capsys):
+    source = save_source()
+    weights = source / "model.safetensors"
+    options = (tmp_path / "out", *FULL, "--kv-lora-rank", 24)
+    weights.rename(source / "pytorch_model.bin")
+    assert run(source, *options) == 2
+    assert "safetensors first" in capsys.readouterr().err
+    (source / "pytorch_model.bin").unlink()
+    assert run(source, *options) == 2
+    assert "No model.safetensors" in capsys.readouterr().err
+    (source / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    assert run(source, *options) == 2
+    assert "model-00001-of-00002.safetensors, which is not there" in capsys.readouterr().err
+    assert run(tmp_path / "nowhere", *options) == 2
+    assert "No folder or .gguf file" in capsys.readouterr().err
+
+
+def test_calibration_errors(save_source, calibration_file, tmp_path, capsys):
+    source = save_source()
+    base = (source, tmp_path / "out", "--cache-ratio", "0.5", "--calibration-data", calibration_file)
+    assert run(*base, "--calibration-column", "body") == 2
+    assert "no column 'body'; it has text" in capsys.readouterr().err
+    assert run(*base, "--calibration-samples", "1000") == 2
+    assert "1000 are asked for" in capsys.readouterr().err
+
+
+def test_command_without_arguments_lists_sub_commands(capsys):
+    assert main([]) == 2
+    assert "convert" in capsys.readouterr().out
+    assert main(["--help"]) == 0
