@@ -7,8 +7,9 @@
 
 from argparse import RawDescriptionHelpFormatter
 
-from mha2mla.conversion import ConversionConfig, convert
 from transformers import HfArgumentParser
+
+from mha2mla.conversion import ConversionConfig, convert
 
 
 def main(argv: list[str]) -> None:

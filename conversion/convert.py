@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from accelerate.utils.modeling import convert_file_size_to_int
 from huggingface_hub.utils import tqdm
-from mha2mla.modeling import MLALlamaConfig, MLALlamaForCausalLM
 from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.llama.configuration_llama import LlamaConfig
+
+from mha2mla.modeling import MLALlamaConfig, MLALlamaForCausalLM
 
 from .attention_weights import SourceAttention
 from .calibration_data import load_calibration_blocks

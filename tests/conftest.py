@@ -5,11 +5,12 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 import pytest
 import torch
-from pico import VOCAB, make_source
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
+
+from pico import VOCAB, make_source
 
 torch.set_num_threads(1)  # pico models are faster so, and two test workers share two cores
 

@@ -1,11 +1,12 @@
 """Pico source models, made on the spot, and their exact conversion into both layouts."""
 
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
+
 from mha2mla.conversion.attention_weights import LatentAttention, SourceAttention
 from mha2mla.conversion.paper import convert_attention
 from mha2mla.conversion.source import head_dim, rope_attention_scaling
 from mha2mla.modeling import MLALlamaConfig, MLALlamaForCausalLM
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
 
 VOCAB = 96
 BASE = dict(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from mha2mla.modeling import attention_mla_llama as attention_module
 from mha2mla.modeling.attention_mla_llama import (
     absorbed_attention,

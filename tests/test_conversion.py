@@ -9,12 +9,13 @@ import time
 
 import pytest
 import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
 from mha2mla.cli.main import main
 from mha2mla.conversion import ConversionConfig, convert, plan_cache
 from mha2mla.modeling import MLALlamaForCausalLM
 from pico import SOURCES, tokens
-from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 FULL = ["--qk-rope-head-dim", "12", "--rope-selection", "high"]  # all pairs of the pico models' heads
 

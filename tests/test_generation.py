@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from transformers import DynamicCache, StaticCache
+
 from mha2mla.modeling import LatentDynamicLayer, LatentStaticLayer, cache_nbytes
 from pico import LAYOUTS, make_mla, tokens
-from transformers import DynamicCache, StaticCache
 
 NEW = 10
 

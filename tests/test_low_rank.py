@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from mha2mla.conversion.low_rank import balanced_svd, factorise, max_rank
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from mha2mla.conversion.rope_selection import (
     pair_norms,
     select_by_position,

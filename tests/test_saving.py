@@ -7,9 +7,10 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
 from mha2mla.modeling import MLALlamaConfig, MLALlamaForCausalLM, MLALlamaModel
 from pico import LAYOUTS, make_mla, tokens
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 CLEAN_LOAD = """
 import sys, json

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from datasets import Dataset
-from mha2mla.modeling import MLALlamaForCausalLM
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
-from pico import LAYOUTS, make_mla, tokens
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from mha2mla.modeling import MLALlamaForCausalLM
+from pico import LAYOUTS, make_mla, tokens
 
 PROJECTIONS = ["q_proj", "kv_a_proj", "kv_b_proj", "o_proj"]
 

