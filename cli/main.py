@@ -12,7 +12,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a sub-command; what the user can mend is told in one line, without a traceback."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] not in COMMANDS:
-        lines = [f"  {name:10} {module.__doc__.splitlines()[0]}" for name, module in COMMANDS.items()]
+        lines = [f"  {name:10} {(module.__doc__ or '').splitlines()[0]}" for name, module in COMMANDS.items()]
         print("usage: mha2mla COMMAND ...\n\n" + "\n".join(lines) + "\n\nmha2mla COMMAND --help tells the options.")
         return 0 if argv[:1] in (["-h"], ["--help"]) else 2
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

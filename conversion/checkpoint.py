@@ -102,7 +102,7 @@ class CheckpointWriter:
         if count == 1:
             (self.folder / self._shard_name(0)).rename(self.folder / WEIGHTS_NAME)
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for index, names in enumerate(self.shards):
             final = f"model-{index + 1:05d}-of-{count:05d}.safetensors"
             (self.folder / self._shard_name(index)).rename(self.folder / final)

@@ -1,10 +1,10 @@
 """Running the source model one layer at a time: memory holds one layer and the activations of the text."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from huggingface_hub.utils import tqdm
-from torch import nn
 from transformers import AutoModel, PreTrainedConfig
 
 from .checkpoint import CheckpointReader
@@ -12,7 +12,7 @@ from .checkpoint import CheckpointReader
 
 def run_layers(
     reader: CheckpointReader, config: PreTrainedConfig, blocks: torch.Tensor, device: str
-) -> Iterator[tuple[nn.Module, list[torch.Tensor]]]:
+) -> Iterator[tuple[Any, list[torch.Tensor]]]:
     """
     Carry calibration text through the source, layer by layer, in fp32.
 

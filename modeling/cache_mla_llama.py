@@ -18,13 +18,14 @@ from .configuration_mla_llama import LATENT_LAYER_TYPE
 class LatentLayerMixin:
     """What the dynamic and the static latent layer share: one buffer, `values` derived from it."""
 
-    keys: torch.Tensor | None
-    kv_lora_rank: int = 0
+    keys: torch.Tensor  # None before the first update, as in the base classes
+    is_initialized: bool
+    kv_lora_rank: int
 
     @property
-    def values(self) -> torch.Tensor | None:
+    def values(self) -> torch.Tensor:
         """View of the latents, [batch, 1, tokens, R]."""
-        return None if self.keys is None else self.keys[..., : self.kv_lora_rank]
+        return self.keys if self.keys is None else self.keys[..., : self.kv_lora_rank]
 
     @values.setter
     def values(self, _: torch.Tensor | None) -> None:
@@ -38,15 +39,15 @@ class LatentLayerMixin:
         return 0 if self.keys is None else self.keys.numel() * self.keys.element_size()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        if self.get_seq_length() > 0:
+        if self.is_initialized:
             self.keys = self.keys.index_select(0, beam_idx.to(self.keys.device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.get_seq_length() > 0:
+        if self.is_initialized:
             self.keys = self.keys.repeat_interleave(repeats, dim=0)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        if self.get_seq_length() > 0:
+        if self.is_initialized:
             self.keys = self.keys[indices, ...]
 
 
@@ -80,7 +81,7 @@ class LatentDynamicLayer(LatentLayerMixin, DynamicLayer):
         return self.keys, self.values
 
     def reset(self) -> None:
-        self.keys = None
+        self.keys = None  # type: ignore[assignment]  # dropped, not zeroed: the next update starts from nothing
         self.is_initialized = False
 
 
@@ -88,6 +89,7 @@ class LatentStaticLayer(LatentLayerMixin, StaticLayer):
     """Allocated once for `max_cache_len` tokens and written in place, for `torch.compile` and CUDA graphs."""
 
     _layer_type = LATENT_LAYER_TYPE
+    cumulative_length: torch.Tensor
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device

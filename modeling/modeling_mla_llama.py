@@ -61,19 +61,23 @@ def is_plain_linear(module: nn.Module) -> bool:
 class MLALlamaAttention(nn.Module):
     """Multi-head latent attention over a cache of latents and rotary keys."""
 
+    rope_frequencies: torch.Tensor
+
     def __init__(self, config: MLALlamaConfig, layer_idx: int):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
+        assert config.num_nope_key_heads is not None  # set by the config
         self.num_heads = config.num_attention_heads
+        self.num_nope_key_heads = config.num_nope_key_heads
         # The attention interface repeats keys and values by this factor.
-        self.num_key_value_groups = config.num_attention_heads // config.num_nope_key_heads
+        self.num_key_value_groups = config.num_attention_heads // self.num_nope_key_heads
         self.scaling = config.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
 
         hidden, bias = config.hidden_size, config.attention_bias
-        up_dim = config.num_nope_key_heads * config.qk_nope_head_dim + config.num_key_value_heads * config.v_head_dim
+        up_dim = self.num_nope_key_heads * config.qk_nope_head_dim + config.num_key_value_heads * config.v_head_dim
         self.q_proj = nn.Linear(hidden, self.num_heads * config.qk_head_dim, bias=bias)
         self.kv_a_proj = nn.Linear(hidden, config.latent_cache_dim, bias=bias)
         self.kv_b_proj = nn.Linear(config.kv_lora_rank, up_dim, bias=False)
@@ -124,7 +128,7 @@ class MLALlamaAttention(nn.Module):
                     entries,
                     self._kv_b_weight(entries.dtype),
                     config.num_rope_key_heads,
-                    config.num_nope_key_heads,
+                    self.num_nope_key_heads,
                     config.num_key_value_heads,
                     self.scaling,
                     attention_mask,
@@ -134,7 +138,7 @@ class MLALlamaAttention(nn.Module):
             k_rope = k_rope.unflatten(-1, (config.num_rope_key_heads, -1)).transpose(1, 2)  # [B, n, S, r]
 
         key, value = expand_keys_values(
-            self.kv_b_proj(latent), k_rope, config.num_nope_key_heads, config.qk_nope_head_dim, config.v_head_dim
+            self.kv_b_proj(latent), k_rope, self.num_nope_key_heads, config.qk_nope_head_dim, config.v_head_dim
         )
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention_forward)
         padding = config.qk_head_dim - config.v_head_dim
@@ -168,7 +172,7 @@ class MLALlamaAttention(nn.Module):
             num_queries,
             num_cached,
             config.num_attention_heads,
-            config.num_nope_key_heads,
+            self.num_nope_key_heads,
             config.num_key_value_heads,
             config.kv_lora_rank,
             config.latent_cache_dim,
