@@ -1,6 +1,6 @@
 """An attention layer before and after conversion, as plain tensors."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -44,6 +44,11 @@ class SourceAttention:
             v_bias=by_head("v_proj.bias"),
             o_bias=None if o_bias is None else o_bias.float(),
         )
+
+    def to(self, device: str) -> "SourceAttention":
+        """The same on another device."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return SourceAttention(**{name: t if t is None else t.to(device) for name, t in tensors.items()})
 
     @property
     def has_bias(self) -> bool:

@@ -53,9 +53,13 @@ class CheckpointReader:
         with safe_open(self.folder / self.files[name], framework="pt") as file:
             return file.get_tensor(name)
 
+    def names(self, prefix: str) -> list[str]:
+        """What follows `prefix` in the names that start with it."""
+        return [name[len(prefix) :] for name in self.files if name.startswith(prefix)]
+
     def with_prefix(self, prefix: str) -> dict[str, torch.Tensor]:
         """All tensors whose names start with `prefix`, by the rest of their names."""
-        return {name[len(prefix) :]: self.get(name) for name in self.files if name.startswith(prefix)}
+        return {name: self.get(prefix + name) for name in self.names(prefix)}
 
 
 class CheckpointWriter:

@@ -8,13 +8,16 @@ from transformers import PreTrainedConfig
 from . import low_rank, rope_selection
 from .source import head_dim
 
+ROPE_SHARES = (0.14, 0.2, 0.27, 0.34, 0.41)  # of a cache, for the rotary keys: tried by the preset `calibrated`
+
 
 @dataclass
 class ConversionConfig:
     """Options of a conversion. Sizes: give `cache_ratio`, or both `kv_lora_rank` and `qk_rope_head_dim`."""
 
-    preset: Literal["paper"] = field(
-        default="paper", metadata={"help": "How the MLA weights are made. paper: MHA2MLA, arXiv 2502.14837."}
+    preset: Literal["calibrated", "paper"] = field(
+        default="calibrated",
+        metadata={"help": "How the MLA weights are made. calibrated: ours; paper: MHA2MLA, arXiv 2502.14837."},
     )
     cache_ratio: float | None = field(
         default=None,
@@ -24,13 +27,31 @@ class ConversionConfig:
     qk_rope_head_dim: int | None = field(
         default=None, metadata={"help": "Dims that keep RoPE in one rotary key; even."}
     )
+    rope_layout: Literal["shared", "per-head"] = field(
+        default="shared",
+        metadata={"help": "calibrated: one rotary key for all heads, or one per key/value head (paper: always)."},
+    )
+    refine_steps: int = field(
+        default=64, metadata={"help": "calibrated: gradient steps on each layer against the original's; 0: none."}
+    )
+    refine_batch_size: int = field(default=2, metadata={"help": "calibrated: blocks of text a refinement step."})
+    refine_learning_rate: float = field(
+        default=0.006, metadata={"help": "calibrated: relative to the root mean square of each matrix."}
+    )
+    score_samples: int = field(
+        default=8, metadata={"help": "calibrated: blocks from which the cost of un-rotating is measured."}
+    )
+    calibration_state: str | None = field(
+        default=None,
+        metadata={"help": "calibrated: folder that keeps the statistics, to convert again at another size."},
+    )
     rope_selection: Literal["2-norm", "uniform", "high", "low"] = field(
-        default="2-norm", metadata={"help": "Which frequencies keep RoPE. 2-norm needs --calibration-data."}
+        default="2-norm", metadata={"help": "paper: which frequencies keep RoPE. 2-norm needs --calibration-data."}
     )
     svd: Literal["joint", "split", "none"] = field(
         default="joint",
         metadata={
-            "help": "Low rank of keys and values together, apart with half the rank each, or not at all "
+            "help": "paper: low rank of keys and values together, apart with half the rank each, or not at all "
             "(partial RoPE alone; the latent is then as large as keys and values)."
         },
     )
@@ -53,27 +74,41 @@ class ConversionConfig:
 
     def __post_init__(self):
         for name, allowed in (
-            ("preset", ("paper",)),
+            ("preset", ("calibrated", "paper")),
+            ("rope_layout", ("shared", "per-head")),
             ("rope_selection", rope_selection.RULES),
             ("svd", low_rank.METHODS),
             ("dtype", ("auto", "bfloat16", "float16", "float32")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}.")
-        if self.calibration_samples < 1 or self.calibration_length < 2:
-            raise ValueError(
-                f"calibration_samples ({self.calibration_samples}) must be at least 1 and calibration_length "
-                f"({self.calibration_length}) at least 2."
-            )
+        for name, least in (
+            ("calibration_samples", 1),
+            ("calibration_length", 2),
+            ("score_samples", 1),
+            ("refine_steps", 0),
+            ("refine_batch_size", 1),
+            ("refine_learning_rate", 0),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
         if self.needs_calibration and self.calibration_data is None:
+            remedy = "give --calibration-data (a data set's name or a text file)"
+            if self.preset == "calibrated":
+                raise ValueError(f"The preset 'calibrated' measures the model on text: {remedy}.")
             raise ValueError(
-                "rope_selection='2-norm' measures queries and keys on text: give --calibration-data (a data set's "
-                "name or a text file), or choose --rope-selection uniform, which needs none."
+                f"rope_selection='2-norm' measures queries and keys on text: {remedy}, or choose --rope-selection "
+                "uniform, which needs none."
             )
 
     @property
     def needs_calibration(self) -> bool:
-        return self.rope_selection == "2-norm"
+        return self.preset == "calibrated" or self.rope_selection == "2-norm"
+
+    @property
+    def shared_key(self) -> bool:
+        """Whether all query heads share one rotary key."""
+        return self.preset == "calibrated" and self.rope_layout == "shared"
 
 
 @dataclass(frozen=True)
@@ -96,9 +131,14 @@ class CachePlan:
     num_layers: int
 
     @property
+    def rope_width(self) -> int:
+        """Numbers per token and layer that rotary keys take, n*r."""
+        return self.num_rope_key_heads * self.qk_rope_head_dim
+
+    @property
     def width(self) -> int:
         """Numbers that the converted model caches per token and layer, R + n*r."""
-        return self.kv_lora_rank + self.num_rope_key_heads * self.qk_rope_head_dim
+        return self.kv_lora_rank + self.rope_width
 
     @property
     def ratio(self) -> float:
@@ -107,53 +147,76 @@ class CachePlan:
     def describe(self, element_size: int) -> str:
         """One line for a person: what a token costs before and after, in bytes of `element_size` each."""
         before, after = (w * self.num_layers * element_size for w in (self.source_width, self.width))
-        rope = f"{self.num_rope_key_heads} x {self.qk_rope_head_dim}"
         return (
-            f"Cache: {self.source_width} -> {self.width} numbers per token and layer (latent {self.kv_lora_rank} + "
-            f"rotary {rope}); {before:,} -> {after:,} bytes per token ({100 * (self.ratio - 1):+.2f} %)"
+            f"Cache: {self.source_width} -> {self.width} numbers per token and layer; {before:,} -> {after:,} bytes "
+            f"per token ({100 * (self.ratio - 1):+.2f} %)"
         )
 
 
-def plan_cache(options: ConversionConfig, source: PreTrainedConfig) -> CachePlan:
+def plan_caches(options: ConversionConfig, source: PreTrainedConfig) -> list[CachePlan]:
     """
-    Sizes from the options, checked against the source.
+    The cache's sizes from the options, checked against the source: one plan, or several of one width of which the
+    best is found by measurement (preset `calibrated` with `cache_ratio`).
 
-    From `cache_ratio` alone the paper's split follows (its Table 1): d/8 rotary dims per key/value head, the rest of
-    the budget for the latent.
+    The preset `paper` splits a budget as its Table 1: d/8 rotary dims per key/value head, the rest for the latent.
     """
     dim, groups = head_dim(source), source.num_key_value_heads
     source_width = 2 * groups * dim
+    rope_keys = 1 if options.shared_key else groups
+    most_rope = groups * dim if options.shared_key else dim
     rope, rank = options.qk_rope_head_dim, options.kv_lora_rank
-    if options.svd == "none":
+
+    def plan(rope: int, rank: int) -> CachePlan:
+        return CachePlan(rank, rope, rope_keys, source_width, source.num_hidden_layers)
+
+    if options.preset == "paper" and options.svd == "none":
         if rank is not None or options.cache_ratio is not None:
             raise ValueError("svd='none' does not compress: give --qk-rope-head-dim only; the latent follows from it.")
         rope = dim // 8 if rope is None else rope
-        rank = groups * (2 * dim - rope)
+        plans = [plan(rope, groups * (2 * dim - rope))]
     elif options.cache_ratio is not None:
         if rank is not None or rope is not None:
             raise ValueError("Give either cache_ratio, or kv_lora_rank and qk_rope_head_dim, not both.")
         if not 0 < options.cache_ratio < 1:
             raise ValueError(f"cache_ratio={options.cache_ratio} must lie between 0 and 1, e.g. 0.3125.")
-        rope = max(2, dim // 8 // 2 * 2)
-        rank = round(options.cache_ratio * source_width) - groups * rope
-        if options.svd == "split":
-            rank -= rank % 2
-        if rank < 1:
+        width = round(options.cache_ratio * source_width)
+        ropes = [max(2, dim // 16 * 2)]
+        if options.preset == "calibrated":
+            shares = {round(share * width / rope_keys / 2) * 2 for share in ROPE_SHARES}
+            ropes = sorted(rope for rope in shares if 2 <= rope <= most_rope) or [2]
+        ranks = [width - rope_keys * rope for rope in ropes]
+        if options.preset == "paper" and options.svd == "split":
+            ranks = [rank - rank % 2 for rank in ranks]
+        if min(ranks) < 1:
             raise ValueError(
-                f"cache_ratio={options.cache_ratio} gives {round(options.cache_ratio * source_width)} numbers per "
-                f"token and layer, which {groups} rotary keys of {rope} dims use up. Use a ratio above "
-                f"{groups * rope / source_width:.4f}, or set --kv-lora-rank and --qk-rope-head-dim yourself."
+                f"cache_ratio={options.cache_ratio} gives {width} numbers per token and layer, which {rope_keys} "
+                f"rotary keys of {min(ropes)} dims use up. Use a ratio above "
+                f"{rope_keys * min(ropes) / source_width:.4f}, or set --kv-lora-rank and --qk-rope-head-dim yourself."
             )
+        plans = [plan(rope, rank) for rope, rank in zip(ropes, ranks, strict=True)]
     elif rank is None or rope is None:
         raise ValueError("Give --cache-ratio (e.g. 0.3125), or both --kv-lora-rank and --qk-rope-head-dim.")
-    if rope % 2 != 0 or not 2 <= rope <= dim:
-        raise ValueError(f"qk_rope_head_dim={rope} must be even and between 2 and the source's head_dim {dim}.")
-    if options.svd == "split" and rank % 2 != 0:
+    else:
+        plans = [plan(rope, rank)]
+    for candidate in plans:
+        check_plan(candidate, options, source, most_rope)
+    return plans
+
+
+def check_plan(plan: CachePlan, options: ConversionConfig, source: PreTrainedConfig, most_rope: int) -> None:
+    """Raise a `ValueError` if the source's matrices cannot fill the plan."""
+    dim, groups = head_dim(source), source.num_key_value_heads
+    rope, rank = plan.qk_rope_head_dim, plan.kv_lora_rank
+    if rope % 2 != 0 or not 2 <= rope <= most_rope:
+        where = "key/value heads x head_dim" if options.shared_key else "head_dim"
+        raise ValueError(f"qk_rope_head_dim={rope} must be even and between 2 and the source's {where}, {most_rope}.")
+    method = options.svd if options.preset == "paper" else "joint"
+    if method == "split" and rank % 2 != 0:
         raise ValueError(f"kv_lora_rank={rank} must be even for svd='split': half goes to keys, half to values.")
-    most = low_rank.max_rank(groups * (dim - rope), groups * dim, source.hidden_size, options.svd)
+    key_rows = groups * dim - plan.rope_width
+    most = low_rank.max_rank(key_rows, groups * dim, source.hidden_size, method)
     if not 1 <= rank <= most:
         raise ValueError(
             f"kv_lora_rank={rank} must lie between 1 and {most}, the rank of the matrices it factorises. "
             "Lower --kv-lora-rank or --cache-ratio."
         )
-    return CachePlan(rank, rope, groups, source_width, source.num_hidden_layers)

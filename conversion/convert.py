@@ -3,28 +3,29 @@
 import json
 import logging
 import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from accelerate.utils.modeling import convert_file_size_to_int
-from huggingface_hub.utils import tqdm
 from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.llama.configuration_llama import LlamaConfig
 
 from mha2mla.modeling import MLALlamaConfig, MLALlamaForCausalLM
 
-from .attention_weights import SourceAttention
 from .calibration_data import load_calibration_blocks
+from .calibration_state import CalibrationState, fingerprint
 from .checkpoint import RECORD_NAME, CheckpointReader, CheckpointWriter, atomic_folder, check_output
-from .config import CachePlan, ConversionConfig, plan_cache
-from .layerwise import run_layers
+from .config import CachePlan, ConversionConfig, plan_caches
 from .model_card import write_model_card
-from .paper import convert_attention
-from .rope_selection import pair_norms, select_by_position, select_by_score, two_norm_scores
-from .source import check_tensors, copy_companions, head_dim, load_config, local_checkpoint, rope_attention_scaling
+from .pipeline import ConvertedLayer, calibrated_layers, collect_state, paper_layers, search_split
+from .source import check_tensors, copy_companions, head_dim, load_config, local_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -59,20 +60,26 @@ def convert(
     Raises:
         ValueError: If the source cannot be converted or the options do not fit it; nothing is written then.
     """
+    start = time.perf_counter()
     output = Path(output)
     check_output(output, options.overwrite)
     with local_checkpoint(source, revision, gguf_file) as folder:
         config = load_config(folder)
         reader = CheckpointReader(folder)
         check_tensors(reader)
-        plan = plan_cache(options, config)
+        plans = plan_caches(options, config)
         dtype = output_dtype(options, reader)
-        logger.info(plan.describe(dtype.itemsize))
-
-        rope_pairs = choose_rope_pairs(folder, reader, config, options, plan)
-        mla_config = make_config(config, plan, reader, dtype)
-        with atomic_folder(output, options.overwrite) as partial:
-            write_weights(partial, reader, config, mla_config, options, plan, rope_pairs, dtype)
+        logger.info(plans[0].describe(dtype.itemsize))
+        blocks = load_text(folder, options)
+        with (
+            atomic_folder(output, options.overwrite) as partial,
+            converted_layers(reader, config, options, plans, blocks) as (plan, layers),
+        ):
+            logger.info(
+                "Rotary keys %d x %d, latent %d", plan.num_rope_key_heads, plan.qk_rope_head_dim, plan.kv_lora_rank
+            )
+            mla_config = make_config(config, options, plan, reader, dtype)
+            records = write_weights(partial, reader, config, mla_config, options, layers)
             write_companions(partial, folder, mla_config)
             versions = {name: version(name) for name in PACKAGES}
             record = {
@@ -82,9 +89,12 @@ def convert(
                 "options": asdict(options),
                 "kv_lora_rank": plan.kv_lora_rank,
                 "qk_rope_head_dim": plan.qk_rope_head_dim,
-                "cache_ratio": plan.ratio,
-                "rope_frequencies": [pairs.tolist() for pairs in rope_pairs],
+                "num_rope_key_heads": plan.num_rope_key_heads,
+                "cache_width": plan.width,
+                "source_cache_width": plan.source_width,
+                "seconds": round(time.perf_counter() - start, 1),
                 "versions": versions | {"python": platform.python_version()},
+                "layers": records,
             }
             (partial / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n")
             is_repo = not Path(source).exists()
@@ -100,7 +110,11 @@ def output_dtype(options: ConversionConfig, reader: CheckpointReader) -> torch.d
 
 
 def make_config(
-    config: PreTrainedConfig, plan: CachePlan, reader: CheckpointReader, dtype: torch.dtype
+    config: PreTrainedConfig,
+    options: ConversionConfig,
+    plan: CachePlan,
+    reader: CheckpointReader,
+    dtype: torch.dtype,
 ) -> MLALlamaConfig:
     """The converted model's config: the source's Llama fields, and the sizes of the plan."""
     inherited = {field.name for field in fields(LlamaConfig)} - set(NOT_INHERITED)
@@ -114,23 +128,20 @@ def make_config(
         attention_bias=any(f"{prefix}{name}_proj.bias" in reader for name in "qkvo"),
         kv_lora_rank=plan.kv_lora_rank,
         qk_rope_head_dim=plan.qk_rope_head_dim,
-        qk_nope_head_dim=head_dim(config) - plan.qk_rope_head_dim,
+        # `calibrated` keeps all dims in un-rotated queries: a pair may be rotated in one component and not in others.
+        qk_nope_head_dim=head_dim(config) - (plan.qk_rope_head_dim if options.preset == "paper" else 0),
         v_head_dim=head_dim(config),
         num_rope_key_heads=plan.num_rope_key_heads,
-        num_nope_key_heads=config.num_key_value_heads,
+        num_nope_key_heads=config.num_key_value_heads if options.preset == "paper" else config.num_attention_heads,
     )
 
 
-def choose_rope_pairs(
-    folder: Path, reader: CheckpointReader, config: PreTrainedConfig, options: ConversionConfig, plan: CachePlan
-) -> list[torch.Tensor]:
-    """Pairs that keep RoPE in each layer, a list of [G, r/2]."""
-    num_kept, num_pairs = plan.qk_rope_head_dim // 2, head_dim(config) // 2
+def load_text(folder: Path, options: ConversionConfig) -> torch.Tensor | None:
+    """Calibration blocks [samples, length], if the options ask for text at all."""
     if not options.needs_calibration:
-        pairs = select_by_position(options.rope_selection, num_kept, num_pairs)
-        return [pairs.repeat(config.num_key_value_heads, 1)] * config.num_hidden_layers
+        return None
     assert options.calibration_data is not None
-    blocks = load_calibration_blocks(
+    return load_calibration_blocks(
         folder,
         options.calibration_data,
         options.calibration_samples,
@@ -140,18 +151,27 @@ def choose_rope_pairs(
         options.calibration_split,
         options.seed,
     )
-    chosen = []
-    for layer, states in run_layers(reader, config, blocks, options.device):
-        query_norms = torch.zeros((), device=options.device)
-        key_norms = torch.zeros((), device=options.device)
-        for state in states:
-            x = layer.input_layernorm(state.to(options.device))[0]  # [tokens, hidden]
-            queries = layer.self_attn.q_proj(x).unflatten(-1, (-1, 2 * num_pairs))  # [tokens, H, d]
-            keys = layer.self_attn.k_proj(x).unflatten(-1, (-1, 2 * num_pairs))
-            query_norms = query_norms + pair_norms(queries).mean(0)
-            key_norms = key_norms + pair_norms(keys).mean(0)
-        chosen.append(select_by_score(two_norm_scores(query_norms, key_norms), num_kept).cpu())
-    return chosen
+
+
+@contextmanager
+def converted_layers(
+    reader: CheckpointReader,
+    config: PreTrainedConfig,
+    options: ConversionConfig,
+    plans: list[CachePlan],
+    blocks: torch.Tensor | None,
+) -> Iterator[tuple[CachePlan, Iterator[ConvertedLayer]]]:
+    """The plan that was chosen, and the converted layers one by one."""
+    if options.preset == "paper":
+        yield plans[0], paper_layers(reader, config, options, plans[0], blocks)
+        return
+    assert blocks is not None
+    identity = fingerprint(config, blocks, options.score_samples, options.shared_key)
+    with TemporaryDirectory(prefix="mha2mla-calibration-") as temporary:
+        state = CalibrationState(Path(options.calibration_state or temporary), identity)
+        collect_state(reader, config, options, blocks, state)
+        plan = search_split(reader, config, options, blocks, state, plans)
+        yield plan, calibrated_layers(reader, config, options, plan, blocks, state)
 
 
 def write_weights(
@@ -160,36 +180,28 @@ def write_weights(
     config: PreTrainedConfig,
     mla_config: MLALlamaConfig,
     options: ConversionConfig,
-    plan: CachePlan,
-    rope_pairs: list[torch.Tensor],
-    dtype: torch.dtype,
-) -> None:
-    """Convert and write layer by layer; whatever is not attention is passed on."""
+    layers: Iterator[ConvertedLayer],
+) -> list[dict]:
+    """Write layer by layer; whatever is not attention is passed on. Returns what the record says of each layer."""
     writer = CheckpointWriter(output, convert_file_size_to_int(options.max_shard_size))
-    scaling = rope_attention_scaling(config)
+    dtype = mla_config.dtype
     writer.add("model.embed_tokens.weight", reader.get("model.embed_tokens.weight").to(dtype))
-    for index in tqdm(range(config.num_hidden_layers), desc="Converting", unit="layer"):
+    records = []
+    for index, converted in enumerate(layers):
         prefix = f"model.layers.{index}."
-        attention: dict[str, torch.Tensor] = {}
-        for name, tensor in reader.with_prefix(prefix).items():
-            if name.startswith("self_attn."):
-                attention[name.removeprefix("self_attn.")] = tensor.to(options.device)
-            else:
-                writer.add(prefix + name, tensor.to(dtype))
-        converted = convert_attention(
-            SourceAttention.from_tensors(attention, head_dim(config)),
-            rope_pairs[index].to(options.device),
-            plan.kv_lora_rank,
-            options.svd,
-            scaling,
-        )
-        for name, tensor in converted.state_dict(dtype).items():
+        for name in reader.names(prefix):
+            if not name.startswith("self_attn."):
+                writer.add(prefix + name, reader.get(prefix + name).to(dtype))
+        for name, tensor in converted.attention.state_dict(dtype).items():
             writer.add(f"{prefix}self_attn.{name}", tensor)
+        frequencies = converted.attention.rope_frequencies.tolist()
+        records.append({"rope_frequencies": frequencies, **converted.metrics})
     writer.add("model.norm.weight", reader.get("model.norm.weight").to(dtype))
     if not config.tie_word_embeddings:
         writer.add("lm_head.weight", reader.get("lm_head.weight").to(dtype))
     writer.finish()
     check_complete(writer, mla_config)
+    return records
 
 
 def check_complete(writer: CheckpointWriter, mla_config: MLALlamaConfig) -> None:

@@ -58,6 +58,42 @@ def factorise(
     raise ValueError(f"Unknown SVD method {method!r}; choose one of {', '.join(METHODS)}.")
 
 
+def symmetric_roots(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Square root and inverse square root of a positive definite matrix, both symmetric."""
+    values, vectors = torch.linalg.eigh(matrix)
+    root = values.clamp_min(1e-12 * values[-1]).sqrt()
+    return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
+
+
+def joint_low_rank(
+    key_rows: torch.Tensor, value_rows: torch.Tensor, covariance: torch.Tensor, rank: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The latent that keeps most of un-rotated keys and values in the metric of the data.
+
+    With inputs of covariance C, the best subspace is that of the largest eigenvectors of
+    C^1/2 (K^T K / tr + V^T V / tr) C^1/2: keys and values, which live on different scales, are given equal energy.
+    `basis` spans it in white coordinates, so that the least-squares decoder of any linear map W is W C^1/2 basis.
+
+    Args:
+        key_rows (`torch.Tensor`): Un-rotated keys, each row on the scale of what it does to scores, [k, D].
+        value_rows (`torch.Tensor`): Values, [v, D].
+        covariance (`torch.Tensor`): C, positive definite, [D, D].
+        rank (`int`): R.
+
+    Returns:
+        down [R, D], a latent with E[c c^T] = I, and decoder [D, R]: W ~ (W decoder) down.
+    """
+    half, inverse_half = symmetric_roots(covariance)
+    gram = torch.zeros_like(half)
+    for rows in (key_rows @ half, value_rows @ half):
+        energy = rows.square().sum()
+        if energy > 0:  # no key energy is left once every pair is rotated
+            gram += rows.T @ rows / energy
+    basis = torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(-1)  # [D, R], falling energy
+    return basis.T @ inverse_half, half @ basis
+
+
 def max_rank(key_rows: int, value_rows: int, hidden_size: int, method: str) -> int:
     """The largest latent that the matrices can fill. For `none` it is also the smallest."""
     if method == "none":

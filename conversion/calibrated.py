@@ -1,0 +1,227 @@
+"""The preset `calibrated`: MLA weights in closed form from statistics of calibration text.
+
+Four ideas, none of which costs anything at inference: a shared rotary key by complex PCA (`shared_key.py`), RoPE kept
+where its loss would change the attention most, the mean rotation absorbed where it goes (`pair_scores.py`), and one
+low rank for un-rotated keys and values in the metric of the data (`low_rank.py`).
+
+Shape letters: H query heads, G key/value heads, d head size, F = d/2 frequencies, A components, D hidden size,
+n rotary keys, r rotary dims of each, R latent size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from .attention_weights import LatentAttention, SourceAttention
+from .low_rank import joint_low_rank
+from .pair_scores import (
+    PairMoments,
+    attention_probabilities,
+    mean_rotation,
+    pair_moments,
+    score_energy,
+    select_per_head,
+    select_shared,
+)
+from .rope_selection import pair_norms
+from .shared_key import (
+    components,
+    head_factors,
+    per_head_basis,
+    shared_key_basis,
+    to_complex,
+    to_real,
+)
+
+RECEIVED_FLOOR = 0.1  # added to the mean-one weight of a token, so that one nobody attends to still counts
+SHRINKAGE = 1e-3  # of the covariance towards a multiple of the identity: directions that the text hardly shows
+
+
+@dataclass
+class LayerStatistics:
+    """
+    What calibration text says about one layer; the same for every size of cache.
+
+    Attributes:
+        latent_covariance (`torch.Tensor`): Second moment of the attention input, E[w x x^T], each token weighted with
+            the attention that it receives; shrunk; [D, D].
+        query_power (`torch.Tensor`): E|q_{h,i}|^2 of each pair, [H, F].
+        mix, unmix (`torch.Tensor`): Basis of the rotary keys, complex [F, G, A] and [F, A, G].
+        moments (`PairMoments`): Of every head and pair, each [H, F, A].
+    """
+
+    latent_covariance: torch.Tensor
+    query_power: torch.Tensor
+    mix: torch.Tensor
+    unmix: torch.Tensor
+    moments: PairMoments
+
+
+def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [..., T, D] through a projection by head [heads, d, D] with bias [heads, d]: [..., heads, T, d]."""
+    out = torch.nn.functional.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
+    return out.unflatten(-1, weight.shape[:2]).transpose(-2, -3)
+
+
+def collect_statistics(
+    source: SourceAttention,
+    inputs: list[torch.Tensor],
+    num_score_blocks: int,
+    frequencies: torch.Tensor,
+    shared_key: bool,
+    rope_attention_scaling: float = 1.0,
+) -> LayerStatistics:
+    """
+    Statistics of one layer over blocks of text.
+
+    Args:
+        source (`SourceAttention`): The layer's weights.
+        inputs (`list[torch.Tensor]`): Attention inputs, [T, D] each.
+        num_score_blocks (`int`): How many of them to take the T x T score statistics from.
+        frequencies (`torch.Tensor`): Radians per position, [F].
+        shared_key (`bool`): One rotary key for all heads, or one per key/value head.
+        rope_attention_scaling (`float`): yarn's and longrope's factor on cosines and sines.
+    """
+    head_dim, hidden = source.q.shape[1:]
+    scaling = head_dim**-0.5 * rope_attention_scaling**2
+
+    def attention_of(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries before rotation [H, T, d] and attention probabilities [H, T, T]."""
+        q, k = project(x, source.q, source.q_bias), project(x, source.k, source.k_bias)
+        angle = torch.arange(x.shape[0], device=x.device)[:, None] * frequencies
+        cos, sin = angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
+        return q, attention_probabilities(turn(q, cos, sin), turn(k, cos, sin), scaling)
+
+    # Sums over many tokens lose their small eigenvalues in fp32, so they are kept in fp64.
+    covariance = torch.zeros(hidden, hidden, dtype=torch.float64, device=source.q.device)
+    latent_covariance = torch.zeros_like(covariance)
+    query_power = torch.zeros(source.q.shape[0], head_dim // 2, dtype=torch.float64, device=source.q.device)
+    for x in inputs:
+        q, probabilities = attention_of(x)
+        received = probabilities.sum((0, 1))  # [T]
+        weight = received / received.mean() + RECEIVED_FLOOR
+        covariance += (x.T @ x).double() / (x.shape[0] * len(inputs))
+        latent_covariance += (x.T @ (weight[:, None] * x)).double() / (weight.sum() * len(inputs))
+        query_power += pair_norms(q).square().mean(1) / len(inputs)
+    covariance, latent_covariance = shrink(covariance, SHRINKAGE), shrink(latent_covariance, SHRINKAGE)
+
+    k64 = source.k.double()
+    mix, unmix = shared_key_basis(k64, query_power, covariance) if shared_key else per_head_basis(k64)
+    component_rows = components(source.k, unmix.to(torch.complex64)).flatten(0, 1)  # [A * F, D]
+    component_bias = None
+    if source.k_bias is not None:
+        component_bias = components(source.k_bias[..., None], unmix.to(torch.complex64)).flatten()
+    totals: PairMoments | None = None
+    for x in inputs[:num_score_blocks]:
+        q, probabilities = attention_of(x)
+        keys = x.to(component_rows.dtype) @ component_rows.T
+        if component_bias is not None:
+            keys = keys + component_bias
+        block = pair_moments(
+            to_complex(q.transpose(1, 2)).transpose(1, 2),
+            keys.unflatten(-1, (-1, head_dim // 2)).transpose(0, 1),
+            probabilities * (1 - probabilities),
+            frequencies,
+        ).double()  # only sums over a block are fp32
+        totals = block if totals is None else totals + block
+    assert totals is not None
+    return LayerStatistics(latent_covariance, query_power, mix, unmix, totals)
+
+
+def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """RoPE on x [heads, T, d] with cos, sin [T, d]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def shrink(covariance: torch.Tensor, amount: float) -> torch.Tensor:
+    """(1 - amount) C + amount * mean(diag C) * I."""
+    unit = torch.eye(covariance.shape[0], dtype=covariance.dtype, device=covariance.device)
+    return (1 - amount) * covariance + amount * covariance.diagonal().mean() * unit
+
+
+def convert_attention(
+    source: SourceAttention,
+    statistics: LayerStatistics,
+    qk_rope_head_dim: int,
+    kv_lora_rank: int,
+    shared_key: bool,
+    rope_attention_scaling: float = 1.0,
+) -> tuple[LatentAttention, dict[str, float]]:
+    """
+    The layer as MLA, in closed form.
+
+    The un-rotated query stays the original one; what is done to keys (change of basis, mean rotation, the pairs that
+    went into the rotary key) lies in the per-head up-projection.
+
+    Args:
+        source (`SourceAttention`): The layer's weights.
+        statistics (`LayerStatistics`): Collected with the same `shared_key`.
+        qk_rope_head_dim (`int`): r, dims of one rotary key; even.
+        kv_lora_rank (`int`): R.
+
+    Returns:
+        The layer, and what it cost by stage: `unrotation_error`, the weighted squared score error of taking RoPE from
+        pairs, over the scores' energy; `key_energy_kept` and `value_energy_kept`, the shares that the latent holds.
+    """
+    num_heads, head_dim, _ = source.q.shape
+    mix, unmix, kind = statistics.mix, statistics.unmix, statistics.latent_covariance.dtype
+    factors = head_factors(mix, num_heads)  # [H, F, A]
+    rotation, cost = mean_rotation(statistics.moments, factors)
+    select = select_shared if shared_key else select_per_head
+    frequency, component = select(cost.sum(0), qk_rope_head_dim // 2)  # [n, r/2] both
+
+    rows = components(source.k.to(kind), unmix)  # [A, F, D]
+    queries = to_complex(source.q.to(kind))  # [H, F, D]
+    key_of_head = torch.arange(num_heads, device=frequency.device) // (num_heads // frequency.shape[0])
+    of_head, head = frequency[key_of_head], torch.arange(num_heads, device=frequency.device)[:, None]  # [H, r/2]
+    into_query = factors.conj()[head, of_head, component[key_of_head]][..., None]  # [H, r/2, 1]
+
+    kept = torch.zeros(cost.shape[1:], dtype=torch.bool, device=cost.device)  # [F, A]
+    kept[frequency, component] = True
+    coefficients = (rotation.conj() * factors).masked_fill(kept, 0)  # [H, F, A]
+    key_rows = to_real(torch.einsum("hfa,afx->hfx", coefficients, rows))  # [H, d, D]
+    # A component matters as much as the queries that read it: the rms of what multiplies it, over heads.
+    reach = (statistics.query_power[..., None] * coefficients.abs().square()).sum(0).sqrt()  # [F, A]
+    scaled = reach.T[..., None] * rows  # [A, F, D]
+    values = source.v.to(kind)
+    down, decoder = joint_low_rank(
+        to_real(scaled).flatten(0, 1), values.flatten(0, 1), statistics.latent_covariance, kv_lora_rank
+    )
+    key_up, value_up = key_rows @ decoder, values @ decoder
+    scale = rope_attention_scaling**2
+    layer = LatentAttention(
+        q_nope=source.q * scale,
+        q_rope=to_real(into_query * queries[head, of_head]).to(source.q.dtype),
+        latent=down.to(source.q.dtype),
+        k_rope=to_real(rows[component, frequency]).to(source.q.dtype),
+        k_up=key_up.to(source.q.dtype),
+        v_up=value_up.to(source.q.dtype),
+        o=source.o,
+        rope_frequencies=frequency,
+    )
+    if source.has_bias:
+        # The constant part of un-rotated keys shifts all scores of a query alike and is dropped; that of values goes
+        # into the output's bias.
+        q_bias = source.q.new_zeros(num_heads, head_dim) if source.q_bias is None else source.q_bias
+        k_bias = source.k.new_zeros(source.k.shape[:2]) if source.k_bias is None else source.k_bias
+        q_pairs = to_complex(q_bias.to(kind)[..., None])  # [H, F, 1]
+        k_pairs = components(k_bias.to(kind)[..., None], unmix)  # [A, F, 1]
+        layer.q_nope_bias = q_bias * scale
+        layer.q_rope_bias = to_real(into_query * q_pairs[head, of_head])[..., 0].to(source.q.dtype)
+        layer.k_rope_bias = to_real(k_pairs[component, frequency])[..., 0].to(source.q.dtype)
+        layer.o_bias = source.output_bias()
+
+    metrics = {
+        "unrotation_error": (cost.masked_fill(kept, 0).sum() / score_energy(statistics.moments, factors).sum()).item(),
+        "key_energy_kept": energy_kept(key_rows, key_up, statistics.latent_covariance),
+        "value_energy_kept": energy_kept(values, value_up, statistics.latent_covariance),
+    }
+    return layer, metrics
+
+
+def energy_kept(rows: torch.Tensor, up: torch.Tensor, covariance: torch.Tensor) -> float:
+    """Share of tr(W C W^T) of maps W [heads, d, D] that remains as `up` [heads, d, R] of a white latent; 1 for maps
+    that are zero."""
+    total = ((rows @ covariance) * rows).sum()
+    return (up.square().sum() / total).item() if total > 0 else 1.0

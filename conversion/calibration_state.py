@@ -1,0 +1,79 @@
+"""Statistics of calibration text on disk: one file a layer, so that memory does not grow with the model, and one pass
+over the text serves several sizes of cache."""
+
+import hashlib
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedConfig
+
+from .calibrated import LayerStatistics
+from .pair_scores import PairMoments
+
+FINGERPRINT_NAME = "calibration.json"
+
+
+def fingerprint(config: PreTrainedConfig, blocks: torch.Tensor, num_score_blocks: int, shared_key: bool) -> dict:
+    """What statistics depend on, besides the weights."""
+    described = {key: value for key, value in config.to_dict().items() if key != "transformers_version"}
+    return {
+        "config": hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest(),
+        "text": hashlib.sha256(blocks.numpy().tobytes()).hexdigest(),
+        "num_score_blocks": num_score_blocks,
+        "shared_key": shared_key,
+    }
+
+
+class CalibrationState:
+    """
+    A folder of layer statistics.
+
+    Args:
+        folder (`Path`): Made if missing.
+        identity (`dict`): From [`fingerprint`]; a folder made with another one is refused.
+    """
+
+    def __init__(self, folder: Path, identity: dict):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        mark = folder / FINGERPRINT_NAME
+        if mark.is_file():
+            differing = [key for key, value in json.loads(mark.read_text()).items() if identity.get(key) != value]
+            if differing:
+                raise ValueError(
+                    f"The calibration state in {folder} was made with another {' and '.join(differing)}. Give the "
+                    "options it was made with, or another folder."
+                )
+        elif any(folder.iterdir()):
+            raise ValueError(f"{folder} is not a calibration state (no {FINGERPRINT_NAME}). Give another folder.")
+        else:
+            mark.write_text(json.dumps(identity, indent=2) + "\n")
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"layer-{index:05d}.safetensors"
+
+    def __contains__(self, index: int) -> bool:
+        return self._path(index).is_file()
+
+    def save(self, index: int, statistics: LayerStatistics) -> None:
+        tensors = {"latent_covariance": statistics.latent_covariance, "query_power": statistics.query_power}
+        tensors |= {"mix": statistics.mix, "unmix": statistics.unmix}
+        tensors |= {f"moments.{f.name}": getattr(statistics.moments, f.name) for f in fields(PairMoments)}
+        # safetensors has no complex128: a pair of reals at the end.
+        stored = {n: torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for n, t in tensors.items()}
+        partial = self._path(index).with_suffix(".partial")
+        save_file({name: tensor.cpu().contiguous() for name, tensor in stored.items()}, partial)
+        partial.rename(self._path(index))  # a killed run leaves no half file under the real name
+
+    def load(self, index: int, device: str) -> LayerStatistics:
+        # Cloned: a tensor mapped from the file lies at any address, and complex arithmetic crashes on unaligned ones.
+        tensors = {name: tensor.clone() for name, tensor in load_file(self._path(index), device=device).items()}
+        real = ("latent_covariance", "query_power", "moments.s0")
+        restored = {n: t if n in real else torch.view_as_complex(t) for n, t in tensors.items()}
+        moments = PairMoments(*(restored[f"moments.{f.name}"] for f in fields(PairMoments)))
+        return LayerStatistics(
+            restored["latent_covariance"], restored["query_power"], restored["mix"], restored["unmix"], moments
+        )

@@ -1,0 +1,148 @@
+"""Layer-local refinement: a few gradient steps on one converted layer against its original, with no labels.
+
+The closed form of `calibrated.py` looks at keys and values one by one; what counts is the attention output they make
+together, behind layers that are converted already. So each layer in turn is given the residual stream of the
+*converted* prefix, and its attention weights are moved so that the stream behind the layer comes back to the original
+model's. Nothing is differentiated but this one layer.
+"""
+
+import math
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import nn
+
+from mha2mla.modeling.attention_mla_llama import expand_keys_values, rotate, select_frequencies
+
+from .attention_weights import LatentAttention
+from .layerwise import LayerVisit
+
+ERROR_SCALE = 0.3  # relative squared error beyond which a token's weight falls
+
+
+@dataclass(frozen=True)
+class RefineSettings:
+    """
+    Attributes:
+        steps (`int`): Adam steps per layer; 0 leaves the closed form as it is.
+        batch_size (`int`): Blocks of text a step.
+        learning_rate (`float`): Relative to the root mean square of each weight matrix.
+        warmup (`float`): Share of the steps with rising rate; a cosine to zero follows.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup: float = 0.1
+
+
+def trainable_tensors(layer: LatentAttention) -> dict[str, torch.Tensor]:
+    """The layer's weights and biases by name; not its frequencies."""
+    tensors = {f.name: getattr(layer, f.name) for f in fields(layer) if f.name != "rope_frequencies"}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None and tensor.numel() > 0}
+
+
+def attend(
+    layer: LatentAttention, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
+    """
+    The converted layer's causal attention, expanded.
+
+    Args:
+        x (`torch.Tensor`): Attention inputs, [B, T, D].
+        position_embeddings: The source's cos and sin, [1, T, d] each.
+
+    Returns:
+        The attention output [B, T, D].
+    """
+
+    def project(weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        out = nn.functional.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
+        return out.unflatten(-1, weight.shape[:2]).transpose(1, 2)  # [B, heads, T, dims]
+
+    num_heads, head_dim = layer.q_rope.shape[0], layer.v_up.shape[1]
+    cos, sin = select_frequencies(*position_embeddings, layer.rope_frequencies)
+    q_rope = rotate(project(layer.q_rope, layer.q_rope_bias), cos, sin)
+    k_rope = rotate(project(layer.k_rope, layer.k_rope_bias), cos, sin)
+    up = torch.cat((layer.k_up.flatten(0, 1), layer.v_up.flatten(0, 1)))
+    keys, values = expand_keys_values(
+        nn.functional.linear(nn.functional.linear(x, layer.latent), up),
+        k_rope,
+        layer.k_up.shape[0],
+        layer.k_up.shape[1],
+        head_dim,
+    )
+    repeats = num_heads // keys.shape[1]
+    output = nn.functional.scaled_dot_product_attention(
+        torch.cat((project(layer.q_nope, layer.q_nope_bias), q_rope), dim=-1),
+        keys.repeat_interleave(repeats, dim=1),
+        values.repeat_interleave(repeats, dim=1),
+        is_causal=True,
+        scale=head_dim**-0.5,
+    )
+    return nn.functional.linear(output.transpose(1, 2).flatten(2), layer.o, layer.o_bias)
+
+
+def rate_factor(step: int, settings: RefineSettings) -> float:
+    """Linear warm-up, then a cosine to zero."""
+    warmup = max(1, round(settings.warmup * settings.steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, settings.steps - warmup)))
+
+
+def robust_error(output: torch.Tensor, wanted: torch.Tensor, scale: float = ERROR_SCALE) -> torch.Tensor:
+    """
+    Mean over tokens of s log(1 + e / s), e being |output - wanted|^2 / |wanted|^2: relative, as the norm that reads
+    the stream next sees it, and with the weight of tokens that are lost anyway bounded.
+
+    Args:
+        output, wanted (`torch.Tensor`): [B, T, D].
+        scale (`float`): s.
+    """
+    error = (output - wanted).square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-12)
+    return (scale * torch.log1p(error / scale)).mean()
+
+
+@torch.enable_grad()
+def refine_layer(
+    layer: LatentAttention, visit: LayerVisit, stream: list[torch.Tensor], settings: RefineSettings, seed: int
+) -> LatentAttention:
+    """
+    Move a converted layer's weights so that the residual stream behind the layer is the original's.
+
+    Args:
+        layer (`LatentAttention`): The closed form.
+        visit (`LayerVisit`): The layer of the source: its norms and MLP, which stay as they are, and its outputs.
+        stream (`list[torch.Tensor]`): Residual stream of the converted prefix, one [1, T, D] a block.
+        seed (`int`): Of the order of blocks.
+
+    Returns:
+        A new layer.
+    """
+    device = layer.o.device
+    weights = {name: t.detach().clone().requires_grad_() for name, t in trainable_tensors(layer).items()}
+    # A rate relative to each tensor's rms; biases, which may be zero, move on the scale of the weights.
+    scales = {name: w.detach().square().mean().sqrt().item() for name, w in weights.items()}
+    floor = sorted(scales.values())[len(scales) // 2]
+    groups = [
+        {"params": [w], "scale": max(scales[n], floor) if "bias" in n else scales[n]} for n, w in weights.items()
+    ]
+    optimizer = torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-12)
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    for step in range(settings.steps):
+        while len(order) < settings.batch_size:
+            order += torch.randperm(len(stream), generator=generator).tolist()
+        chosen, order = order[: settings.batch_size], order[settings.batch_size :]
+        before = torch.cat([stream[i] for i in chosen]).to(device)
+        wanted = torch.cat([visit.outputs[i] for i in chosen]).to(device)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * group["scale"] * rate_factor(step, settings)
+        optimizer.zero_grad()
+        with torch.no_grad():
+            x = visit.attention_input(before)
+        attention = attend(replace(layer, **weights), x, visit.position_embeddings)
+        robust_error(visit.after_mlp(before + attention), wanted).backward()
+        optimizer.step()
+    return replace(layer, **{name: w.detach() for name, w in weights.items()})
