@@ -3,9 +3,9 @@
 import logging
 import sys
 
-from . import convert
+from . import convert, report
 
-COMMANDS = {"convert": convert}
+COMMANDS = {"convert": convert, "report": report}
 
 
 def main(argv: list[str] | None = None) -> int:

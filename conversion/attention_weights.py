@@ -115,4 +115,4 @@ class LatentAttention:
                 "o_proj.bias": self.o_bias,
             }
         tensors = {name: tensor.to(device="cpu", dtype=dtype).contiguous() for name, tensor in tensors.items()}
-        return tensors | {"rope_frequencies": self.rope_frequencies.cpu().clone()}
+        return tensors | {"rope_frequencies": self.rope_frequencies.cpu().contiguous().clone()}

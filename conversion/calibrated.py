@@ -8,20 +8,24 @@ Shape letters: H query heads, G key/value heads, d head size, F = d/2 frequencie
 n rotary keys, r rotary dims of each, R latent size.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from .attention_weights import LatentAttention, SourceAttention
-from .low_rank import joint_low_rank
+from .low_rank import joint_low_rank, symmetric_roots
 from .pair_scores import (
     PairMoments,
     attention_probabilities,
     mean_rotation,
     pair_moments,
+    received_attention,
     score_energy,
     select_per_head,
     select_shared,
+    softmax_weight,
 )
 from .rope_selection import pair_norms
 from .shared_key import (
@@ -33,7 +37,6 @@ from .shared_key import (
     to_real,
 )
 
-RECEIVED_FLOOR = 0.1  # added to the mean-one weight of a token, so that one nobody attends to still counts
 SHRINKAGE = 1e-3  # of the covariance towards a multiple of the identity: directions that the text hardly shows
 
 
@@ -56,6 +59,11 @@ class LayerStatistics:
     unmix: torch.Tensor
     moments: PairMoments
 
+    @cached_property
+    def latent_roots(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """C^1/2 and C^-1/2 of `latent_covariance`."""
+        return symmetric_roots(self.latent_covariance)
+
 
 def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x [..., T, D] through a projection by head [heads, d, D] with bias [heads, d]: [..., heads, T, d]."""
@@ -65,7 +73,8 @@ def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
 
 def collect_statistics(
     source: SourceAttention,
-    inputs: list[torch.Tensor],
+    attention_input: Callable[[int], torch.Tensor],
+    num_blocks: int,
     num_score_blocks: int,
     frequencies: torch.Tensor,
     shared_key: bool,
@@ -76,8 +85,10 @@ def collect_statistics(
 
     Args:
         source (`SourceAttention`): The layer's weights.
-        inputs (`list[torch.Tensor]`): Attention inputs, [T, D] each.
-        num_score_blocks (`int`): How many of them to take the T x T score statistics from.
+        attention_input (`Callable`): Block i's input of attention, [T, D]; called twice, so that one block is on the
+            device at a time.
+        num_blocks (`int`): Blocks of text.
+        num_score_blocks (`int`): How many of them to take the pairs' statistics from.
         frequencies (`torch.Tensor`): Radians per position, [F].
         shared_key (`bool`): One rotary key for all heads, or one per key/value head.
         rope_attention_scaling (`float`): yarn's and longrope's factor on cosines and sines.
@@ -96,13 +107,13 @@ def collect_statistics(
     covariance = torch.zeros(hidden, hidden, dtype=torch.float64, device=source.q.device)
     latent_covariance = torch.zeros_like(covariance)
     query_power = torch.zeros(source.q.shape[0], head_dim // 2, dtype=torch.float64, device=source.q.device)
-    for x in inputs:
+    for i in range(num_blocks):
+        x = attention_input(i)
         q, probabilities = attention_of(x)
-        received = probabilities.sum((0, 1))  # [T]
-        weight = received / received.mean() + RECEIVED_FLOOR
-        covariance += (x.T @ x).double() / (x.shape[0] * len(inputs))
-        latent_covariance += (x.T @ (weight[:, None] * x)).double() / (weight.sum() * len(inputs))
-        query_power += pair_norms(q).square().mean(1) / len(inputs)
+        weight = received_attention(probabilities)
+        covariance += (x.T @ x).double() / (x.shape[0] * num_blocks)
+        latent_covariance += (x.T @ (weight[:, None] * x)).double() / (weight.sum() * num_blocks)
+        query_power += pair_norms(q).square().mean(1) / num_blocks
     covariance, latent_covariance = shrink(covariance, SHRINKAGE), shrink(latent_covariance, SHRINKAGE)
 
     k64 = source.k.double()
@@ -112,7 +123,8 @@ def collect_statistics(
     if source.k_bias is not None:
         component_bias = components(source.k_bias[..., None], unmix.to(torch.complex64)).flatten()
     totals: PairMoments | None = None
-    for x in inputs[:num_score_blocks]:
+    for i in range(min(num_blocks, num_score_blocks)):
+        x = attention_input(i)
         q, probabilities = attention_of(x)
         keys = x.to(component_rows.dtype) @ component_rows.T
         if component_bias is not None:
@@ -120,7 +132,7 @@ def collect_statistics(
         block = pair_moments(
             to_complex(q.transpose(1, 2)).transpose(1, 2),
             keys.unflatten(-1, (-1, head_dim // 2)).transpose(0, 1),
-            probabilities * (1 - probabilities),
+            softmax_weight(probabilities),
             frequencies,
         ).double()  # only sums over a block are fp32
         totals = block if totals is None else totals + block
@@ -186,7 +198,7 @@ def convert_attention(
     scaled = reach.T[..., None] * rows  # [A, F, D]
     values = source.v.to(kind)
     down, decoder = joint_low_rank(
-        to_real(scaled).flatten(0, 1), values.flatten(0, 1), statistics.latent_covariance, kv_lora_rank
+        to_real(scaled).flatten(0, 1), values.flatten(0, 1), statistics.latent_roots, kv_lora_rank
     )
     key_up, value_up = key_rows @ decoder, values @ decoder
     scale = rope_attention_scaling**2

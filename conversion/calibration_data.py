@@ -1,6 +1,7 @@
 """Calibration text as blocks of tokens."""
 
 from collections.abc import Iterable, Iterator
+from glob import glob
 from pathlib import Path
 
 import torch
@@ -10,47 +11,65 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 # Builder of the `datasets` library for each kind of local file.
 FILE_BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 SHUFFLE_BUFFER = 10_000
+CHARACTERS_PER_TOKEN = 4  # roughly, in English
 
 
 def iterate_texts(
-    data: str, column: str = "text", subset: str | None = None, split: str = "train", seed: int = 0
+    data: str,
+    column: str = "text",
+    subset: str | None = None,
+    split: str = "train",
+    seed: int | None = 0,
+    piece_length: int = 1024,
 ) -> Iterator[str]:
     """
-    Documents of a data set or a local file, streamed, in an order drawn from `seed`.
+    Pieces of the documents of a data set or of local files, streamed, in an order drawn from `seed`, or, with None,
+    in the order they lie in.
+
+    Documents are cut into pieces before they are shuffled, so that a block of text comes from anywhere in a document
+    and a long document counts by its length.
 
     Args:
         data (`str`): A name on the Hub, or a .txt (paragraphs are the documents), .jsonl, .json or .parquet file,
-            compressed or not.
+            compressed or not; patterns such as `train-*.jsonl.gz` name several.
         column (`str`): The column of the text; .txt files have "text".
+        piece_length (`int`): Tokens of a piece, roughly.
 
     Raises:
         ValueError: If the file or the column is not there.
     """
-    path = Path(data)
-    suffixes = [s for s in path.suffixes if s in FILE_BUILDERS]
-    if path.is_file():
+    suffixes = [s for s in Path(data).suffixes if s in FILE_BUILDERS]
+    files = sorted(file for file in glob(data) if Path(file).is_file())
+    if files:
         if not suffixes:
             raise ValueError(f"{data}: calibration files must end in {', '.join(FILE_BUILDERS)} (or with .gz behind).")
         builder = FILE_BUILDERS[suffixes[-1]]
         options = {"sample_by": "paragraph"} if builder == "text" else {}
-        dataset = load_dataset(builder, data_files=data, split="train", streaming=True, **options)
+        dataset = load_dataset(builder, data_files=files, split="train", streaming=True, **options)
     elif suffixes:
         raise ValueError(f"Calibration file {data} does not exist.")
     else:
         dataset = load_dataset(data, subset, split=split, streaming=True)
-    for row in dataset.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER):
-        if column not in row:
-            raise ValueError(f"{data} has no column {column!r}; it has {', '.join(row)}. Set --calibration-column.")
-        yield row[column]
+    size = CHARACTERS_PER_TOKEN * piece_length
+
+    def cut(batch: dict[str, list]) -> dict[str, list[str]]:
+        if column not in batch:
+            raise ValueError(f"{data} has no column {column!r}; it has {', '.join(batch)}. Set --calibration-column.")
+        return {"piece": [text[i : i + size] for text in batch[column] for i in range(0, len(text), size)]}
+
+    columns = list(next(iter(dataset)))
+    pieces = dataset.map(cut, batched=True, remove_columns=columns)
+    if seed is not None:
+        pieces = pieces.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+    for row in pieces:
+        yield row["piece"]
 
 
 def pack_blocks(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, num_blocks: int, length: int
 ) -> torch.Tensor:
     """
-    Tokenise documents one after another, each behind an end-of-sequence token, and cut the stream into blocks.
-
-    A document gives at most one block's worth of tokens, so that few long documents do not crowd out the others.
+    Tokenise texts one after another, each with an end-of-sequence token behind it, and cut the stream into blocks.
 
     Returns:
         Token ids, [num_blocks, length].
@@ -62,9 +81,7 @@ def pack_blocks(
     stream: list[int] = []
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for text in texts:
-        # A long document is cut before it is tokenised; a token has a character at least, and rarely more than 16.
-        tokens = tokenizer(text[: 16 * length], add_special_tokens=False)["input_ids"]
-        stream += tokens[: length - len(separator)] + separator
+        stream += tokenizer(text, add_special_tokens=False)["input_ids"] + separator
         if len(stream) >= needed:
             return torch.tensor(stream[:needed]).view(num_blocks, length)
     raise ValueError(
@@ -73,7 +90,7 @@ def pack_blocks(
     )
 
 
-def load_calibration_blocks(
+def load_blocks(
     tokenizer_folder: Path,
     data: str,
     num_blocks: int,
@@ -81,8 +98,8 @@ def load_calibration_blocks(
     column: str = "text",
     subset: str | None = None,
     split: str = "train",
-    seed: int = 0,
+    seed: int | None = 0,
 ) -> torch.Tensor:
     """Token blocks [num_blocks, length] from [`iterate_texts`], with the tokenizer of the checkpoint."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    return pack_blocks(iterate_texts(data, column, subset, split, seed), tokenizer, num_blocks, length)
+    return pack_blocks(iterate_texts(data, column, subset, split, seed, length), tokenizer, num_blocks, length)

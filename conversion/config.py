@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 from . import low_rank, rope_selection
 from .source import head_dim
 
-ROPE_SHARES = (0.14, 0.2, 0.27, 0.34, 0.41)  # of a cache, for the rotary keys: tried by the preset `calibrated`
+ROPE_SHARES = (0.2, 0.27, 0.34, 0.41)  # of a cache, for the rotary keys: tried by the preset `calibrated`
 
 
 @dataclass
@@ -32,11 +32,11 @@ class ConversionConfig:
         metadata={"help": "calibrated: one rotary key for all heads, or one per key/value head (paper: always)."},
     )
     refine_steps: int = field(
-        default=64, metadata={"help": "calibrated: gradient steps on each layer against the original's; 0: none."}
+        default=144, metadata={"help": "calibrated: gradient steps on each layer against the original's; 0: none."}
     )
     refine_batch_size: int = field(default=2, metadata={"help": "calibrated: blocks of text a refinement step."})
     refine_learning_rate: float = field(
-        default=0.006, metadata={"help": "calibrated: relative to the root mean square of each matrix."}
+        default=0.012, metadata={"help": "calibrated: relative to the root mean square of each matrix."}
     )
     score_samples: int = field(
         default=8, metadata={"help": "calibrated: blocks from which the cost of un-rotating is measured."}
@@ -62,8 +62,8 @@ class ConversionConfig:
     calibration_subset: str | None = field(default=None, metadata={"help": "Configuration of the data set, if any."})
     calibration_split: str = field(default="train", metadata={"help": "Split of a data set from the Hub."})
     calibration_column: str = field(default="text", metadata={"help": "Column that holds the text."})
-    calibration_samples: int = field(default=128, metadata={"help": "Blocks of calibration text."})
-    calibration_length: int = field(default=1024, metadata={"help": "Tokens of a block."})
+    calibration_samples: int = field(default=64, metadata={"help": "Blocks of calibration text."})
+    calibration_length: int = field(default=512, metadata={"help": "Tokens of a block."})
     seed: int = field(default=0, metadata={"help": "Seed of the choice of calibration text."})
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = field(
         default="auto", metadata={"help": "Type of the weights written; auto: the source's."}

@@ -19,7 +19,7 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 
 from mha2mla.modeling import MLALlamaConfig, MLALlamaForCausalLM
 
-from .calibration_data import load_calibration_blocks
+from .calibration_data import load_blocks
 from .calibration_state import CalibrationState, fingerprint
 from .checkpoint import RECORD_NAME, CheckpointReader, CheckpointWriter, atomic_folder, check_output
 from .config import CachePlan, ConversionConfig, plan_caches
@@ -141,7 +141,7 @@ def load_text(folder: Path, options: ConversionConfig) -> torch.Tensor | None:
     if not options.needs_calibration:
         return None
     assert options.calibration_data is not None
-    return load_calibration_blocks(
+    return load_blocks(
         folder,
         options.calibration_data,
         options.calibration_samples,

@@ -78,7 +78,8 @@ def run_layers(
     for index, layer in enumerate(tqdm(decoder.layers, desc=title, unit="layer")):
         tensors = reader.with_prefix(f"model.layers.{index}.")
         layer.load_state_dict({name: t.to(device, torch.float32) for name, t in tensors.items()}, assign=True)
-        layer.eval()
+        # Without this, whatever is computed with the layer keeps its graph, and refinement differentiates the MLP.
+        layer.eval().requires_grad_(False)
         visit = LayerVisit(layer, states, position_embeddings, rotary.inv_freq)
         yield visit
         states = visit.outputs

@@ -66,7 +66,7 @@ def symmetric_roots(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def joint_low_rank(
-    key_rows: torch.Tensor, value_rows: torch.Tensor, covariance: torch.Tensor, rank: int
+    key_rows: torch.Tensor, value_rows: torch.Tensor, roots: tuple[torch.Tensor, torch.Tensor], rank: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The latent that keeps most of un-rotated keys and values in the metric of the data.
@@ -78,13 +78,13 @@ def joint_low_rank(
     Args:
         key_rows (`torch.Tensor`): Un-rotated keys, each row on the scale of what it does to scores, [k, D].
         value_rows (`torch.Tensor`): Values, [v, D].
-        covariance (`torch.Tensor`): C, positive definite, [D, D].
+        roots: C^1/2 and C^-1/2 from [`symmetric_roots`], [D, D] both.
         rank (`int`): R.
 
     Returns:
         down [R, D], a latent with E[c c^T] = I, and decoder [D, R]: W ~ (W decoder) down.
     """
-    half, inverse_half = symmetric_roots(covariance)
+    half, inverse_half = roots
     gram = torch.zeros_like(half)
     for rows in (key_rows @ half, value_rows @ half):
         energy = rows.square().sum()

@@ -14,7 +14,7 @@ TEMPLATE = """---
 [mha2mla]: its cache holds **{width} numbers per token and layer instead of {source_width}
 ({percent:+.2f} %)**.
 
-{warning}
+{note}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -38,10 +38,12 @@ It needs transformers >= 5.17 and nothing else; `generate` picks the latent cach
 [mha2mla]: https://arxiv.org/abs/2502.14837
 """
 
-PAPER_WARNING = (
-    "**The paper's conversion needs recovery training**: as converted, before any training, the model's text is not "
-    "good."
-)
+NOTES = {
+    "paper": "**The paper's conversion needs recovery training**: as converted, before any training, the model's text "
+    "is not good.",
+    "calibrated": "Converted on calibration text alone, without training; recovery fine-tuning brings the model "
+    "nearer to its source.",
+}
 
 
 def write_model_card(
@@ -51,16 +53,17 @@ def write_model_card(
     rows = {
         "Source": source,
         "Preset": options.preset,
-        "RoPE selection": options.rope_selection,
-        "SVD": options.svd,
         "kv_lora_rank": plan.kv_lora_rank,
         "Rotary keys x dims": f"{plan.num_rope_key_heads} x {plan.qk_rope_head_dim}",
-        "Calibration": f"{options.calibration_samples} x {options.calibration_length} tokens of "
-        f"{options.calibration_data}, seed {options.seed}"
-        if options.needs_calibration
-        else "none needed",
-        "Made with": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
+    if options.preset == "paper":
+        rows |= {"RoPE selection": options.rope_selection, "SVD": options.svd}
+    else:
+        rows["Refinement"] = f"{options.refine_steps} steps a layer x {options.refine_batch_size} blocks"
+    if options.needs_calibration:
+        size = f"{options.calibration_samples} x {options.calibration_length} tokens"
+        rows["Calibration"] = f"{size} of {options.calibration_data}, seed {options.seed}"
+    rows["Made with"] = ", ".join(f"{name} {version}" for name, version in versions.items())
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -74,7 +77,7 @@ def write_model_card(
         width=plan.width,
         source_width=plan.source_width,
         percent=100 * (plan.ratio - 1),
-        warning=PAPER_WARNING,
+        note=NOTES[options.preset],
         repo=repo,
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
     )

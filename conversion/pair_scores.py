@@ -14,6 +14,8 @@ from dataclasses import dataclass, fields
 
 import torch
 
+RECEIVED_FLOOR = 0.1
+
 
 @dataclass
 class PairMoments:
@@ -45,6 +47,26 @@ def attention_probabilities(queries: torch.Tensor, keys: torch.Tensor, scaling: 
     scores = queries @ keys.transpose(-1, -2) * scaling
     future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
     return scores.masked_fill_(future, float("-inf")).softmax(-1)
+
+
+def softmax_weight(probabilities: torch.Tensor) -> torch.Tensor:
+    """How much the softmax feels a change of each score, p (1 - p)."""
+    return probabilities * (1 - probabilities)
+
+
+def received_attention(probabilities: torch.Tensor) -> torch.Tensor:
+    """
+    Weight of each token as a key and value: the attention it receives over heads and queries, mean one, and a floor
+    so that a token nobody attends to still counts. Attention sinks are one token in a thousand and read by all.
+
+    Args:
+        probabilities (`torch.Tensor`): [H, T, T] (query, key).
+
+    Returns:
+        [T].
+    """
+    received = probabilities.sum((0, 1))
+    return received / received.mean() + RECEIVED_FLOOR
 
 
 def pair_moments(
@@ -105,14 +127,6 @@ def mean_rotation(
 def score_energy(moments: PairMoments, factors: torch.Tensor) -> torch.Tensor:
     """Weighted square of each pair's own score, sum of w Re(z e^{-j theta D})^2: [H, F, A]."""
     return (moments.s0 * factors.abs().square() + (moments.t2 * factors.square()).real) / 2
-
-
-def plain_cost(moments: PairMoments, factors: torch.Tensor) -> torch.Tensor:
-    """The cost with c = 1, RoPE simply dropped: [H, F, A]."""
-    magnitude, square = factors.abs().square(), factors.square()
-    s0, s1 = moments.s0 * magnitude, moments.s1 * magnitude
-    t0, t1, t2 = moments.t0 * square, moments.t1 * square, moments.t2 * square
-    return (s0 + t2.real) / 2 - (t1.real + s1.real) + (s0 + t0.real) / 2
 
 
 def select_shared(cost: torch.Tensor, num_kept: int) -> tuple[torch.Tensor, torch.Tensor]:

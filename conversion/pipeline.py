@@ -65,6 +65,7 @@ def paper_layers(
         yield ConvertedLayer(paper.convert_attention(source, pairs, plan.kv_lora_rank, options.svd, scaling))
 
 
+@torch.no_grad()
 def collect_state(
     reader: CheckpointReader,
     config: PreTrainedConfig,
@@ -82,7 +83,8 @@ def collect_state(
             continue
         statistics = calibrated.collect_statistics(
             source_attention(visit, config),
-            [visit.attention_input(s)[0] for s in visit.states],
+            lambda i, visit=visit: visit.attention_input(visit.states[i])[0],
+            len(blocks),
             options.score_samples,
             visit.frequencies,
             options.shared_key,

@@ -36,6 +36,14 @@ class RefineSettings:
     warmup: float = 0.1
 
 
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware; a gradient step needs no more precision than that."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # No public question for this yet; three times as fast as fp32 where the answer is yes.
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
 def trainable_tensors(layer: LatentAttention) -> dict[str, torch.Tensor]:
     """The layer's weights and biases by name; not its frequencies."""
     tensors = {f.name: getattr(layer, f.name) for f in fields(layer) if f.name != "rope_frequencies"}
@@ -73,13 +81,15 @@ def attend(
         head_dim,
     )
     repeats = num_heads // keys.shape[1]
+    # Fused attention wants one width; padded, it runs twice as fast on a CPU as unfused.
+    values = nn.functional.pad(values, (0, keys.shape[-1] - head_dim))
     output = nn.functional.scaled_dot_product_attention(
         torch.cat((project(layer.q_nope, layer.q_nope_bias), q_rope), dim=-1),
         keys.repeat_interleave(repeats, dim=1),
         values.repeat_interleave(repeats, dim=1),
         is_causal=True,
         scale=head_dim**-0.5,
-    )
+    )[..., :head_dim]
     return nn.functional.linear(output.transpose(1, 2).flatten(2), layer.o, layer.o_bias)
 
 
@@ -140,9 +150,10 @@ def refine_layer(
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * group["scale"] * rate_factor(step, settings)
         optimizer.zero_grad()
-        with torch.no_grad():
-            x = visit.attention_input(before)
-        attention = attend(replace(layer, **weights), x, visit.position_embeddings)
-        robust_error(visit.after_mlp(before + attention), wanted).backward()
+        x = visit.attention_input(before)
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bf16(device)):
+            attention = attend(replace(layer, **weights), x, visit.position_embeddings)
+            output = visit.after_mlp(before + attention)
+        robust_error(output, wanted).backward()
         optimizer.step()
     return replace(layer, **{name: w.detach() for name, w in weights.items()})

@@ -20,8 +20,8 @@ from pico import SOURCES, tokens
 FULL = ["--qk-rope-head-dim", "12", "--rope-selection", "high"]  # all pairs of the pico models' heads
 
 
-def run(*arguments) -> int:
-    return main(["convert", *map(str, arguments)])
+def run(*arguments, preset="paper") -> int:
+    return main(["convert", *map(str, arguments), "--preset", preset])
 
 
 def logits(folder, **kwargs):
@@ -68,8 +68,8 @@ def test_output_folder_is_complete(save_source, calibration_file, tmp_path):
     assert record["options"]["cache_ratio"] == 0.5
     # 2-norm chose for each layer and head, and the checkpoint uses that choice.
     model = AutoModelForCausalLM.from_pretrained(out)
-    for layer, frequencies in zip(model.model.layers, record["rope_frequencies"], strict=True):
-        assert layer.self_attn.rope_frequencies.tolist() == frequencies
+    for layer, measured in zip(model.model.layers, record["layers"], strict=True):
+        assert layer.self_attn.rope_frequencies.tolist() == measured["rope_frequencies"]
     assert AutoTokenizer.from_pretrained(out)("w7 w8")["input_ids"] == [7, 8]
     assert AutoTokenizer.from_pretrained(out).apply_chat_template([{"role": "user", "content": "w9"}], tokenize=False)
     assert model.generation_config.eos_token_id == 2
@@ -98,7 +98,7 @@ def test_ratio_follows_the_papers_table():
     """d_h = 64, 3 key/value heads: 8 rotary dims and d_kv = 32, 16, 8 per head (paper, Table 1)."""
     source = type(SOURCES["gqa"])(hidden_size=576, num_attention_heads=9, num_key_value_heads=3)
     for ratio, d_kv in ((0.3125, 32), (0.1875, 16), (0.125, 8)):
-        plan = plan_caches(ConversionConfig(cache_ratio=ratio, rope_selection="high"), source)
+        plan = plan_caches(ConversionConfig(preset="paper", cache_ratio=ratio, rope_selection="high"), source)[0]
         assert (plan.kv_lora_rank, plan.qk_rope_head_dim) == (3 * d_kv, 8)
         assert plan.ratio == ratio
 
@@ -131,6 +131,7 @@ def test_existing_output_is_not_touched_without_overwrite(save_source, tmp_path,
 def test_a_run_that_dies_leaves_no_half_model(killed, save_source, tmp_path):
     """Once by an error while weights are written, once by SIGKILL."""
     source, out = save_source(), tmp_path / "out"
+    arguments = ["convert", str(source), str(out), *FULL, "--kv-lora-rank", "24", "--preset", "paper"]
     program = (
         "import sys, time\n"
         "from mha2mla.conversion import checkpoint\n"
@@ -139,7 +140,7 @@ def test_a_run_that_dies_leaves_no_half_model(killed, save_source, tmp_path):
         f"    {'time.sleep(60)' if killed else 'raise OSError(28, str())'}\n"
         "checkpoint.CheckpointWriter.finish = stop\n"
         "from mha2mla.cli.main import main\n"
-        f"sys.exit(main(['convert', {str(source)!r}, {str(out)!r}, *{[*FULL, '--kv-lora-rank', '24']!r}]))\n"
+        f"sys.exit(main({arguments!r}))\n"
     )
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while process.stdout.readline().strip() != b"writing":
@@ -161,7 +162,7 @@ BAD_OPTIONS = {
         ["--kv-lora-rank", "400", "--qk-rope-head-dim", "4", "--rope-selection", "high"],
         "gqa",
     ),
-    "must be even and between 2 and the source's head_dim 12": (
+    "must be even and between 2 and the source's head_dim, 12": (
         ["--kv-lora-rank", "8", "--qk-rope-head-dim", "14", "--rope-selection", "high"],
         "gqa",
     ),
@@ -232,3 +233,81 @@ def test_command_without_arguments_lists_sub_commands(capsys):
     assert main([]) == 2
     assert "convert" in capsys.readouterr().out
     assert main(["--help"]) == 0
+
+
+CALIBRATED = ("--calibration-samples", 6, "--calibration-length", 16, "--score-samples", 3, "--refine-steps", 3)
+
+
+@pytest.mark.parametrize("kind", ["gqa", "mha", "mqa", "llama-bias", "mistral"])
+def test_calibrated_is_the_default_and_splits_the_budget_itself(kind, save_source, calibration_file, tmp_path, caplog):
+    source, out = save_source(kind), tmp_path / "out"
+    with caplog.at_level("INFO", logger="mha2mla"):
+        arguments = [source, out, "--cache-ratio", 0.5, "--calibration-data", calibration_file, *CALIBRATED]
+        assert main(["convert", *map(str, arguments)]) == 0
+    record = json.loads((out / "conversion.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(out)
+    config = model.config
+    assert config.num_rope_key_heads == 1
+    assert config.latent_cache_dim == record["cache_width"] == config.num_key_value_heads * 12
+    # Every candidate's loss was measured, and the lowest was taken.
+    losses = {int(r.args[0]): r.args[2] for r in caplog.records if "loss" in r.msg}
+    if losses:
+        assert losses[config.qk_rope_head_dim] == min(losses.values())
+    for layer in record["layers"]:
+        assert 0 <= layer["unrotation_error"] and 0 < layer["key_energy_kept"] <= 1.0001
+        assert layer["output_error"] > 0
+    assert model.generate(tokens(1, 4), max_new_tokens=3, min_new_tokens=3).shape == (1, 7)
+    assert "needs recovery training" not in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("layout, heads", [("shared", 1), ("per-head", 2)])
+def test_explicit_sizes_overrule_the_search(layout, heads, save_source, calibration_file, tmp_path, caplog):
+    source, out = save_source("gqa"), tmp_path / "out"
+    sizes = ("--qk-rope-head-dim", 6, "--kv-lora-rank", 12, "--rope-layout", layout)
+    with caplog.at_level("INFO", logger="mha2mla"):
+        run(source, out, *sizes, "--calibration-data", calibration_file, *CALIBRATED, preset="calibrated")
+    assert "loss" not in caplog.text
+    config = AutoConfig.from_pretrained(out)
+    assert (config.qk_rope_head_dim, config.kv_lora_rank, config.num_rope_key_heads) == (6, 12, heads)
+
+
+def test_exact_sizes_lose_nothing_through_the_whole_pipeline(save_source, calibration_file, tmp_path):
+    source, out = save_source("gqa"), tmp_path / "out"
+    sizes = ("--qk-rope-head-dim", 24, "--kv-lora-rank", 24, "--calibration-data", calibration_file)
+    run(source, out, *sizes, *CALIBRATED, "--refine-steps", 0, preset="calibrated")
+    expected = logits(source)
+    assert (logits(out) - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_calibration_state_serves_several_ratios_and_refuses_other_text(
+    save_source, calibration_file, tmp_path, monkeypatch, capsys
+):
+    from mha2mla.conversion import calibrated
+
+    source, state = save_source("gqa"), tmp_path / "state"
+    base = ("--calibration-data", calibration_file, "--calibration-state", state, *CALIBRATED)
+    run(source, tmp_path / "fresh", "--cache-ratio", 0.3, *base, preset="calibrated")
+    assert sorted(p.name for p in state.iterdir()) == [
+        "calibration.json",
+        "layer-00000.safetensors",
+        "layer-00001.safetensors",
+    ]
+
+    def fail(*args):
+        raise AssertionError("the statistics were collected again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(calibrated, "collect_statistics", fail)
+        run(source, tmp_path / "other", "--cache-ratio", 0.5, *base, preset="calibrated")
+        run(source, tmp_path / "same", "--cache-ratio", 0.3, *base, preset="calibrated")
+    torch.testing.assert_close(logits(tmp_path / "same"), logits(tmp_path / "fresh"))
+    assert run(source, tmp_path / "x", "--cache-ratio", 0.5, *base, "--seed", 7, preset="calibrated") == 2
+    assert "made with another text" in capsys.readouterr().err
+    (state / "calibration.json").unlink()
+    assert run(source, tmp_path / "x", "--cache-ratio", 0.5, *base, preset="calibrated") == 2
+    assert "not a calibration state" in capsys.readouterr().err
+
+
+def test_calibrated_needs_text(save_source, tmp_path, capsys):
+    assert run(save_source(), tmp_path / "out", "--cache-ratio", 0.5, preset="calibrated") == 2
+    assert "give --calibration-data" in capsys.readouterr().err
