@@ -142,8 +142,8 @@ class MLALlamaAttention(nn.Module):
         )
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention_forward)
         padding = config.qk_head_dim - config.v_head_dim
-        # Flash attention wants queries, keys and values of one width.
-        padded = "flash" in config._attn_implementation and padding > 0
+        # Flash attention wants queries, keys and values of one width, and so do sdpa's fused kernels.
+        padded = padding > 0 and config._attn_implementation not in ("eager", "flex_attention")
         output, weights = attend(
             self,
             torch.cat((q_nope, q_rope), dim=-1),

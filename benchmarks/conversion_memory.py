@@ -1,0 +1,79 @@
+"""Peak memory of a conversion for checkpoints of few and of many layers: it must not grow with the layers.
+
+    python benchmarks/conversion_memory.py --layers 2 6                # Llama-2-70B's layers; needs 24 GB of disk
+    python benchmarks/conversion_memory.py --layers 2 6 --scale 4      # a quarter of its width
+
+Makes a random checkpoint, converts it in a process of its own (preset calibrated), and prints that process's peak
+resident memory and the seconds a layer took. Weights are random, so only memory and time mean anything.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
+
+from mha2mla.conversion.checkpoint import CheckpointWriter
+
+
+def make_checkpoint(folder: Path, num_layers: int, scale: int, tokenizer: str) -> None:
+    """A random bf16 checkpoint with Llama-2-70B's layer dimensions over `scale`, written tensor by tensor."""
+    config = LlamaConfig(
+        vocab_size=len(AutoTokenizer.from_pretrained(tokenizer)),
+        hidden_size=8192 // scale,
+        intermediate_size=28672 // scale,
+        num_hidden_layers=num_layers,
+        num_attention_heads=64 // scale,
+        num_key_value_heads=max(1, 8 // scale),
+        head_dim=128,
+    )
+    with torch.device("meta"):
+        state = LlamaForCausalLM(config).state_dict()
+    folder.mkdir()
+    writer = CheckpointWriter(folder, 2 * 1024**3)
+    for name, tensor in state.items():
+        weight = torch.empty(tensor.shape, dtype=torch.bfloat16)
+        writer.add(name, weight.fill_(1.0) if "norm" in name else weight.normal_(std=0.02))
+    writer.finish()
+    config.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+
+
+def convert_and_report(source: Path, output: Path, args: argparse.Namespace) -> None:
+    """Convert in a process of its own, and print its peak memory."""
+    command = [sys.executable, "-m", "mha2mla.cli.main", "convert", str(source), str(output)]
+    command += ["--cache-ratio", "0.3125", "--calibration-data", args.data, "--device", args.device]
+    command += ["--calibration-samples", "8", "--score-samples", "2", "--refine-steps", str(args.refine_steps)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status != 0:
+        raise SystemExit(f"The conversion failed: {' '.join(command)}")
+    record = json.loads((output / "conversion.json").read_text())
+    layers, gigabytes = len(record["layers"]), usage.ru_maxrss / 1024**2
+    print(f"{layers} layers: peak resident memory {gigabytes:.2f} GiB, {record['seconds'] / layers:.1f} s a layer")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, nargs="+", default=[2, 6])
+    parser.add_argument("--scale", type=int, default=1, help="Divides the width of the layers.")
+    parser.add_argument("--tokenizer", required=True, help="Any tokenizer folder.")
+    parser.add_argument("--data", required=True, help="Calibration text.")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--refine-steps", type=int, default=2)
+    args = parser.parse_args()
+    for num_layers in args.layers:
+        with tempfile.TemporaryDirectory() as folder:
+            source, output = Path(folder) / "source", Path(folder) / "output"
+            make_checkpoint(source, num_layers, args.scale, args.tokenizer)
+            convert_and_report(source, output, args)
+
+
+if __name__ == "__main__":
+    main()
