@@ -1,6 +1,6 @@
 """An attention layer before and after conversion, as plain tensors."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -47,8 +47,8 @@ class SourceAttention:
 
     def to(self, device: str) -> "SourceAttention":
         """The same on another device."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return SourceAttention(**{name: t if t is None else t.to(device) for name, t in tensors.items()})
+        tensors = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors if tensor is not None})
 
     @property
     def has_bias(self) -> bool:

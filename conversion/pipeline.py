@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from transformers import PreTrainedConfig
@@ -65,6 +66,11 @@ def paper_layers(
         yield ConvertedLayer(paper.convert_attention(source, pairs, plan.kv_lora_rank, options.svd, scaling))
 
 
+def block_input(visit: LayerVisit, index: int) -> torch.Tensor:
+    """What attention reads of a block of text, [T, hidden]."""
+    return visit.attention_input(visit.states[index])[0]
+
+
 @torch.no_grad()
 def collect_state(
     reader: CheckpointReader,
@@ -83,7 +89,7 @@ def collect_state(
             continue
         statistics = calibrated.collect_statistics(
             source_attention(visit, config),
-            lambda i, visit=visit: visit.attention_input(visit.states[i])[0],
+            partial(block_input, visit),
             len(blocks),
             options.score_samples,
             visit.frequencies,
