@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 
 from .attention_weights import LatentAttention, SourceAttention
-from .low_rank import joint_low_rank, symmetric_roots
+from .low_rank import joint_low_rank
 from .pair_scores import (
     PairMoments,
     attention_probabilities,
@@ -60,9 +60,9 @@ class LayerStatistics:
     moments: PairMoments
 
     @cached_property
-    def latent_roots(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """C^1/2 and C^-1/2 of `latent_covariance`."""
-        return symmetric_roots(self.latent_covariance)
+    def latent_root(self) -> torch.Tensor:
+        """Lower Cholesky factor of `latent_covariance`."""
+        return torch.linalg.cholesky(self.latent_covariance)
 
 
 def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -195,10 +195,11 @@ def convert_attention(
     key_rows = to_real(torch.einsum("hfa,afx->hfx", coefficients, rows))  # [H, d, D]
     # A component matters as much as the queries that read it: the rms of what multiplies it, over heads.
     reach = (statistics.query_power[..., None] * coefficients.abs().square()).sum(0).sqrt()  # [F, A]
-    scaled = reach.T[..., None] * rows  # [A, F, D]
     values = source.v.to(kind)
+    white_rows = to_complex(to_real(rows) @ statistics.latent_root)  # [A, F, D], as maps of white inputs
+    white_values = values.flatten(0, 1) @ statistics.latent_root
     down, decoder = joint_low_rank(
-        to_real(scaled).flatten(0, 1), values.flatten(0, 1), statistics.latent_roots, kv_lora_rank
+        to_real(reach.T[..., None] * white_rows).flatten(0, 1), white_values, statistics.latent_root, kv_lora_rank
     )
     key_up, value_up = key_rows @ decoder, values @ decoder
     scale = rope_attention_scaling**2
@@ -226,14 +227,19 @@ def convert_attention(
 
     metrics = {
         "unrotation_error": (cost.masked_fill(kept, 0).sum() / score_energy(statistics.moments, factors).sum()).item(),
-        "key_energy_kept": energy_kept(key_rows, key_up, statistics.latent_covariance),
-        "value_energy_kept": energy_kept(values, value_up, statistics.latent_covariance),
+        "key_energy_kept": share(key_up.square().sum(), mixed_energy(coefficients, white_rows)),
+        "value_energy_kept": share(value_up.square().sum(), white_values.square().sum()),
     }
     return layer, metrics
 
 
-def energy_kept(rows: torch.Tensor, up: torch.Tensor, covariance: torch.Tensor) -> float:
-    """Share of tr(W C W^T) of maps W [heads, d, D] that remains as `up` [heads, d, R] of a white latent; 1 for maps
-    that are zero."""
-    total = ((rows @ covariance) * rows).sum()
-    return (up.square().sum() / total).item() if total > 0 else 1.0
+def mixed_energy(coefficients: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Sum over heads and pairs of |sum_a coefficients[h, f, a] rows[a, f]|^2: [H, F, A] and [A, F, D] to a number,
+    without the [H, F, D] between."""
+    moments = torch.einsum("afx,bfx->fab", rows, rows.conj())
+    return torch.einsum("hfa,fab,hfb->", coefficients, moments, coefficients.conj()).real
+
+
+def share(part: torch.Tensor, whole: torch.Tensor) -> float:
+    """part / whole; 1 where there is nothing to share."""
+    return (part / whole).item() if whole > 0 else 1.0

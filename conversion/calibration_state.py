@@ -59,7 +59,8 @@ class CalibrationState:
         return self._path(index).is_file()
 
     def save(self, index: int, statistics: LayerStatistics) -> None:
-        tensors = {"latent_covariance": statistics.latent_covariance, "query_power": statistics.query_power}
+        # The largest tensor by far; summed in fp64, but fp32 is finer than its shrinkage.
+        tensors = {"latent_covariance": statistics.latent_covariance.float(), "query_power": statistics.query_power}
         tensors |= {"mix": statistics.mix, "unmix": statistics.unmix}
         tensors |= {f"moments.{f.name}": getattr(statistics.moments, f.name) for f in fields(PairMoments)}
         # safetensors has no complex128: a pair of reals at the end.
@@ -75,5 +76,9 @@ class CalibrationState:
         restored = {n: t if n in real else torch.view_as_complex(t) for n, t in tensors.items()}
         moments = PairMoments(*(restored[f"moments.{f.name}"] for f in fields(PairMoments)))
         return LayerStatistics(
-            restored["latent_covariance"], restored["query_power"], restored["mix"], restored["unmix"], moments
+            restored["latent_covariance"].double(),
+            restored["query_power"],
+            restored["mix"],
+            restored["unmix"],
+            moments,
         )

@@ -9,13 +9,13 @@ attention with the buffer as its keys and the latents as its values, without cop
 """
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 from transformers.utils import is_torchdynamo_compiling
 
 from .configuration_mla_llama import LATENT_LAYER_TYPE
 
 
-class LatentLayerMixin:
+class LatentLayerMixin(CacheLayerMixin):
     """What the dynamic and the static latent layer share: one buffer, `values` derived from it."""
 
     keys: torch.Tensor  # None before the first update, as in the base classes
@@ -37,6 +37,13 @@ class LatentLayerMixin:
     def nbytes(self) -> int:
         """Bytes of this layer's buffer: batch * tokens * (R + n*r) * element size."""
         return 0 if self.keys is None else self.keys.numel() * self.keys.element_size()
+
+    def prefetch(self) -> None:
+        if self.is_initialized and self.keys.device != self.device:
+            # transformers 5.17 calls this on a side stream that does not wait for the main one, where the copy to the
+            # CPU may still be under way and the memory handed out here still be read (mended there by 5.23).
+            torch.cuda.current_stream(self.device).wait_stream(torch.cuda.default_stream(self.device))
+        super().prefetch()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         if self.is_initialized:

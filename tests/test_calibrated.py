@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mha2mla.conversion import calibrated
-from mha2mla.conversion.low_rank import joint_low_rank, symmetric_roots
+from mha2mla.conversion.low_rank import joint_low_rank
 from mha2mla.conversion.pair_scores import (
     mean_rotation,
     pair_moments,
@@ -122,12 +122,13 @@ def test_shared_key_basis_is_exact_and_its_energy_falls(random):
     assert head_factors(mix, H).shape == (H, F, G)
 
 
-def test_joint_low_rank_is_the_best_in_the_datas_metric(random):
-    keys = torch.randn(5, D, dtype=torch.float64, generator=random)
+@pytest.mark.parametrize("num_key_rows", [5, 9])  # with the 4 value rows: fewer than the 10 dims, and more
+def test_joint_low_rank_is_the_best_in_the_datas_metric(num_key_rows, random):
+    keys = torch.randn(num_key_rows, D, dtype=torch.float64, generator=random)
     values = 10 * torch.randn(4, D, dtype=torch.float64, generator=random)
     x = torch.randn(1000, D, dtype=torch.float64, generator=random) * torch.linspace(0.1, 3, D, dtype=torch.float64)
-    covariance = x.T @ x / len(x)
-    down, decoder = joint_low_rank(keys, values, symmetric_roots(covariance), rank=3)
+    root = torch.linalg.cholesky(x.T @ x / len(x))
+    down, decoder = joint_low_rank(keys @ root, values @ root, root, rank=3)
     latent = x @ down.T
     torch.testing.assert_close(latent.T @ latent / len(x), torch.eye(3, dtype=torch.float64), atol=1e-6, rtol=0)
     # Relative errors of keys and values over the text, as the truncated SVD of both, scaled to equal energy, has them.
@@ -135,6 +136,13 @@ def test_joint_low_rank_is_the_best_in_the_datas_metric(random):
     singular = torch.linalg.svdvals(torch.cat(outputs, dim=1))
     errors = [(x @ w.T - latent @ (w @ decoder).T).square().sum() / (x @ w.T).square().sum() for w in (keys, values)]
     torch.testing.assert_close(sum(errors), singular[3:].square().sum())
+
+
+def test_mixed_energy(random):
+    coefficients = complex_randn(H, F, G, generator=random)
+    rows = complex_randn(G, F, D, generator=random)
+    expected = torch.einsum("hfa,afx->hfx", coefficients, rows).abs().square().sum()
+    torch.testing.assert_close(calibrated.mixed_energy(coefficients, rows), expected)
 
 
 def statistics_of(source, layer, ids, shared):
