@@ -3,9 +3,9 @@
 import logging
 import sys
 
-from . import convert, report
+from . import convert, eval, report
 
-COMMANDS = {"convert": convert, "report": report}
+COMMANDS = {"convert": convert, "report": report, "eval": eval}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from mha2mla.conversion.calibration_data import load_blocks
 from mha2mla.evaluation import measure_perplexity
-from mha2mla.evaluation.report import Measured, read_record, write_report
+from mha2mla.evaluation.pictures import ORIGINAL, Measured
+from mha2mla.evaluation.report import read_record, write_report
 
 
 def main(argv: list[str]) -> None:
@@ -38,14 +39,14 @@ def main(argv: list[str]) -> None:
     measured = []
     source = Path(first["source"])
     if source.is_dir():
-        measured.append(measure("original", "original", first["source_cache_width"], source, blocks, args.device))
+        measured.append(measure(ORIGINAL, ORIGINAL, first["source_cache_width"], source, blocks, args.device))
     for folder, record in records.items():
         name, preset = folder.name, record["options"]["preset"]
         measured.append(measure(name, preset, record["cache_width"], folder, blocks, args.device))
     name = Path(args.data).name
     page = write_report(args.folder, first, measured, name)
     for m in measured:
-        print(f"{m.name}: {m.cache_width} numbers per token and layer, perplexity {m.perplexity:.2f} ± {m.stderr:.2f}")
+        print(f"{m.name}: {m.cache:g} numbers per token and layer, perplexity {m.value:.2f} ± {m.stderr:.2f}")
     print(f"Wrote {page}")
 
 

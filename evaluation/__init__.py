@@ -1,5 +1,22 @@
 """What conversion cost and what it bought."""
 
-from .perplexity import Perplexity, measure_perplexity
+from .agreement import Agreement, measure_agreement
+from .items import read_items
+from .long_context import PositionRange, Retrieval, measure_position_perplexity, measure_retrieval
+from .multiple_choice import MultipleChoice, measure_multiple_choice
+from .perplexity import Perplexity, measure_perplexity, measure_text_perplexity
 
-__all__ = ["Perplexity", "measure_perplexity"]
+__all__ = [
+    "Agreement",
+    "MultipleChoice",
+    "Perplexity",
+    "PositionRange",
+    "Retrieval",
+    "measure_agreement",
+    "measure_multiple_choice",
+    "measure_perplexity",
+    "measure_position_perplexity",
+    "measure_retrieval",
+    "measure_text_perplexity",
+    "read_items",
+]

@@ -1,12 +1,18 @@
-"""Perplexity over blocks of tokens."""
+"""Perplexity, of blocks of tokens and of whole texts; every token of a text is predicted exactly once."""
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from huggingface_hub.utils import tqdm
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from .scoring import inference, prefix_token, score_targets
+
+# Tokens that go through a model at a time where only the losses are kept: its logits are the largest tensor there is.
+CHUNK = 512
 
 
 @dataclass(frozen=True)
@@ -16,11 +22,24 @@ class Perplexity:
         loss (`float`): Mean cross-entropy per predicted token, in nats.
         loss_stderr (`float`): Standard error of the loss over blocks (tokens of a block are not independent).
         num_tokens (`int`): Predicted tokens.
+        num_bytes (`int`, *optional*): Length of the text in bytes (UTF-8), where it is known.
     """
 
     loss: float
     loss_stderr: float
     num_tokens: int
+    num_bytes: int | None = None
+
+    @classmethod
+    def from_sums(cls, sums: Sequence[float], counts: Sequence[int], num_bytes: int | None = None) -> "Perplexity":
+        """From the summed loss and the number of predicted tokens of each block; blocks may differ in size."""
+        total, blocks = sum(counts), len(sums)
+        loss = sum(sums) / total
+        stderr = math.nan
+        if blocks > 1:
+            squares = sum((value - loss * count) ** 2 for value, count in zip(sums, counts, strict=True))
+            stderr = math.sqrt(squares * blocks / (blocks - 1)) / total
+        return cls(loss, stderr, total, num_bytes)
 
     @property
     def perplexity(self) -> float:
@@ -30,6 +49,11 @@ class Perplexity:
     def stderr(self) -> float:
         """Standard error of the perplexity, to first order."""
         return self.perplexity * self.loss_stderr
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Comparable between tokenizers, as the perplexity is not; NaN where the text's length is not known."""
+        return self.loss * self.num_tokens / (math.log(2) * self.num_bytes) if self.num_bytes else math.nan
 
     def __str__(self) -> str:
         return f"{self.perplexity:.2f} ± {self.stderr:.2f}"
@@ -47,7 +71,90 @@ def measure_perplexity(model: PreTrainedModel, blocks: torch.Tensor) -> Perplexi
     losses = []
     for block in tqdm(blocks.to(model.device), desc="Perplexity", unit="block"):
         logits = model(block[None], use_cache=False).logits[0, :-1].float()
-        losses.append(nn.functional.cross_entropy(logits, block[1:]))
-    per_block = torch.stack(losses).double()
-    stderr = per_block.std().item() / math.sqrt(len(per_block)) if len(per_block) > 1 else math.nan
-    return Perplexity(per_block.mean().item(), stderr, blocks[:, 1:].numel())
+        losses.append(nn.functional.cross_entropy(logits, block[1:]).double().item())
+    count = blocks.shape[1] - 1
+    return Perplexity.from_sums([loss * count for loss in losses], [count] * len(losses))
+
+
+def text_windows(num_tokens: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """
+    Windows over a text of which tokens 1 to num_tokens - 1 are to be predicted (token 0 is the prefix).
+
+    A window (begin, end, first) puts tokens begin to end - 1 into the model and predicts tokens first to end; it never
+    has more than `length` tokens in the model. The first window predicts `length` tokens, each further one `stride`
+    (or what is left), with as much context before them as fits.
+    """
+    first, end = 1, min(length, num_tokens - 1)
+    while first < num_tokens:
+        yield max(0, end - length), end, first
+        first, end = end + 1, min(end + stride, num_tokens - 1)
+
+
+def measure_text_perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    length: int,
+    stride: int | None = None,
+) -> Perplexity:
+    """
+    Perplexity of whole texts, each on its own behind the tokenizer's bos (or eos) token. Every token of every text is
+    predicted exactly once, so that bits per byte are exact. Standard errors are over windows.
+
+    Args:
+        length (`int`): Tokens in the model at a time.
+        stride (`int`, *optional*): Tokens predicted by each window behind the first: a small stride gives every token
+            a long context and costs more. Defaults to `length`: blocks, as in lm-evaluation-harness.
+
+    Raises:
+        ValueError: If length or stride are out of range, or there is no text.
+    """
+    limit = model.config.max_position_embeddings
+    stride = length if stride is None else stride
+    if not 1 <= length <= limit:
+        raise ValueError(f"The window must have 1 to {limit} tokens (the model's context), got {length}.")
+    if not 1 <= stride <= length:
+        raise ValueError(f"The stride must be 1 to {length} tokens (the window), got {stride}.")
+    sums, counts = [], []
+    with inference(model):
+        for text in tqdm(texts, desc="Perplexity", unit="text"):
+            ids = text_tokens(tokenizer, text).to(model.device)
+            for begin, end, first in text_windows(len(ids), length, stride):
+                keep = end + 1 - first
+                logits = model(ids[None, begin:end], use_cache=False, logits_to_keep=keep).logits[0]
+                log_likelihoods, _ = score_targets(logits, ids[first : end + 1])
+                sums.append(-log_likelihoods.double().sum().item())
+                counts.append(keep)
+    if not counts:
+        raise ValueError("There is no text to measure on.")
+    return Perplexity.from_sums(sums, counts, sum(len(text.encode()) for text in texts))
+
+
+def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
+    """The prefix token and the text's own, [1 + tokens]."""
+    return torch.tensor([prefix_token(tokenizer), *tokenizer.encode(text, add_special_tokens=False)])
+
+
+def chunked_logits(model: PreTrainedModel, ids: torch.Tensor, chunk: int = CHUNK) -> Iterator[torch.Tensor]:
+    """
+    Logits of a text, a chunk at a time over a growing cache, so that memory never holds those of the whole text.
+
+    Args:
+        ids (`torch.Tensor`): Token ids, [tokens].
+
+    Yields:
+        fp32 logits [<= chunk, V] of the next chunk's tokens.
+    """
+    cache = DynamicCache(config=model.config)
+    for part in ids.to(model.device).split(chunk):
+        yield model(part[None], past_key_values=cache).logits[0].float()
+
+
+def token_losses(model: PreTrainedModel, ids: torch.Tensor, chunk: int = CHUNK) -> torch.Tensor:
+    """Loss in nats of each token but the first given those before it, [tokens - 1], fp32."""
+    targets = ids[1:].to(model.device)
+    losses = []
+    with inference(model):
+        for logits, target in zip(chunked_logits(model, ids[:-1], chunk), targets.split(chunk), strict=True):
+            losses.append(-score_targets(logits, target)[0])
+    return torch.cat(losses)

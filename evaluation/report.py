@@ -1,44 +1,17 @@
 """What a conversion did, in pictures: a self-contained HTML page, PNGs, and the main picture in the model card."""
 
-import base64
 import html
-import io
 import json
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("Agg")  # files only, no screen
 
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
+from .pictures import Measured, encode_png, html_page, html_picture, html_table, plot_against_cache
+
 RECORD_NAME = "conversion.json"
 MAIN_PICTURE = "perplexity.png"
-
-STYLE = "body{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}img{max-width:100%}"
-STYLE += "table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.2em .6em;text-align:right}"
-
-
-@dataclass(frozen=True)
-class Measured:
-    """
-    Perplexity of one model on the report's text.
-
-    Attributes:
-        name (`str`): The folder's name, or "original".
-        preset (`str`): "calibrated", "paper", or "original".
-        cache_width (`int`): Numbers cached per token and layer.
-        perplexity, stderr (`float`): On the text that the report names.
-    """
-
-    name: str
-    preset: str
-    cache_width: int
-    perplexity: float
-    stderr: float
 
 
 def read_record(folder: Path) -> dict:
@@ -75,28 +48,6 @@ def plot_layers(record: dict, names: dict[str, str], title: str, log: bool) -> F
     return figure
 
 
-def plot_perplexity(measured: list[Measured], text: str) -> Figure:
-    """Perplexity against cache size, a line for each preset."""
-    figure, axes = pyplot.subplots(figsize=(8, 4.5))
-    original = [m for m in measured if m.preset == "original"]
-    for preset in ("calibrated", "paper"):
-        points = sorted((m for m in measured if m.preset == preset), key=lambda m: m.cache_width)
-        if points:
-            widths, perplexities = [m.cache_width for m in points], [m.perplexity for m in points]
-            axes.errorbar(widths, perplexities, [m.stderr for m in points], marker="o", capsize=3, label=preset)
-    for m in original:
-        axes.axhline(m.perplexity, color="black", linestyle="--", label=f"original ({m.cache_width} numbers)")
-    axes.set(
-        xlabel="numbers cached per token and layer",
-        ylabel="perplexity",
-        yscale="log",
-        title=f"Perplexity on {text}, before any training",
-    )
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    return figure
-
-
 def write_report(folder: Path, record: dict, measured: list[Measured], text: str) -> Path:
     """
     Write `report.html` and its pictures into the folder, and show the main picture in its model card.
@@ -113,7 +64,14 @@ def write_report(folder: Path, record: dict, measured: list[Measured], text: str
     energy = {"key_energy_kept": "un-rotated keys", "value_energy_kept": "values"}
     stages = {"unrotation_error": "un-rotation (scores)", "output_error": "residual stream behind the layer"}
     figures = {
-        MAIN_PICTURE: plot_perplexity(measured, text),
+        MAIN_PICTURE: plot_against_cache(
+            measured,
+            xlabel="numbers cached per token and layer",
+            ylabel="perplexity",
+            title=f"Perplexity on {text}, before any training",
+            log=True,
+            unit="numbers",
+        ),
         "rope_frequencies.png": plot_frequencies(record),
         "latent_energy.png": plot_layers(record, energy, "Energy that the latent keeps", log=False),
         "loss_by_stage.png": plot_layers(record, stages, "Relative squared error by stage", log=True),
@@ -122,27 +80,18 @@ def write_report(folder: Path, record: dict, measured: list[Measured], text: str
     for name, figure in figures.items():
         if figure is None:
             continue
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
-        pyplot.close(figure)
-        (folder / name).write_bytes(buffer.getvalue())
-        encoded = base64.b64encode(buffer.getvalue()).decode()
-        images.append(f'<p><img alt="{name}" src="data:image/png;base64,{encoded}"></p>')
-    rows = "".join(
-        f"<tr><td>{html.escape(m.name)}</td><td>{m.preset}</td><td>{m.cache_width}</td>"
-        f"<td>{m.perplexity:.2f} ± {m.stderr:.2f}</td></tr>"
-        for m in measured
+        png = encode_png(figure)
+        (folder / name).write_bytes(png)
+        images.append(html_picture(name, png))
+    table = html_table(
+        ("model", "preset", "cache", f"perplexity on {text}"),
+        [(m.name, m.preset, f"{m.cache:g}", f"{m.value:.2f} ± {m.stderr:.2f}") for m in measured],
     )
-    title = html.escape(f"Conversion of {record['source']}")
     options = html.escape(json.dumps(record["options"], indent=2))
     page = folder / "report.html"
-    page.write_text(
-        f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{STYLE}</style><h1>{title}</h1>"
-        f"<p>{record['source_cache_width']} → {record['cache_width']} numbers per token and layer, "
-        f"{record['seconds']} s.</p><table><tr><th>model<th>preset<th>cache<th>perplexity on {html.escape(text)}</tr>"
-        f"{rows}</table>{''.join(images)}<h2>Options</h2><pre>{options}</pre>\n",
-        encoding="utf-8",
-    )
+    sizes = f"{record['source_cache_width']} → {record['cache_width']} numbers per token and layer"
+    body = f"<p>{sizes}, {record['seconds']} s.</p>{table}{''.join(images)}<h2>Options</h2><pre>{options}</pre>"
+    page.write_text(html_page(f"Conversion of {record['source']}", body), encoding="utf-8")
     show_in_card(folder / "README.md", text)
     return page
 

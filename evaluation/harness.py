@@ -1,0 +1,62 @@
+"""Tasks of lm-evaluation-harness by their own names: a thin adapter around the optional package (extra `eval`)."""
+
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+INSTALL = "Install it with: pip install 'mha2mla[eval]'"
+
+# Their names of what our own tables show.
+METRICS = {
+    "acc,none": "accuracy",
+    "acc_stderr,none": "stderr",
+    "acc_norm,none": "accuracy_norm",
+    "acc_norm_stderr,none": "stderr_norm",
+}
+
+
+def require_harness_task(name: str) -> None:
+    """A `ValueError` unless lm-evaluation-harness is installed and knows the task."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise ValueError(f"Task {name} is one of lm-evaluation-harness. {INSTALL}") from None
+    if name not in TaskManager().all_tasks:
+        raise ValueError(
+            f"Unknown task {name!r}: there is no such file in --data-dir, and lm-evaluation-harness does not know the "
+            "name either (`lm_eval ls tasks` lists its tasks)."
+        )
+
+
+def measure_harness(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: str | dict,
+    limit: int | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """
+    Run a task of lm-evaluation-harness on a loaded model, with the task's own settings.
+
+    Args:
+        task (`str` or `dict`): A task's or group's name, or a task's configuration. Its data comes from the Hub.
+        limit (`int`, *optional*): Items at most, of each task of a group.
+        seed (`int`, *optional*, defaults to 0): Of the few-shot examples and of everything else that is drawn.
+
+    Returns:
+        Every number that the harness reports, under its name, and accuracies under ours as well ("accuracy",
+        "accuracy_norm", "stderr", "stderr_norm"). Its "acc_norm" divides by characters, ours by bytes.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    seeds = dict(random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed)
+    output = simple_evaluate(
+        model=harness, tasks=[task], limit=limit, log_samples=False, bootstrap_iters=1000, **seeds
+    )
+    name = task if isinstance(task, str) else task["task"]
+    results = output["results"][name]
+    numbers = {key: value for key, value in results.items() if isinstance(value, int | float)}
+    return numbers | {ours: numbers[theirs] for theirs, ours in METRICS.items() if theirs in numbers}

@@ -1,0 +1,89 @@
+"""Multiple choice by log-likelihood: the choice that the model finds likeliest after the context is its answer."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .items import Item, check_choices
+from .scoring import encode_request, score_requests
+
+
+@dataclass(frozen=True)
+class MultipleChoice:
+    """
+    Attributes:
+        accuracy (`float`): Share of items whose right choice has the highest log-likelihood.
+        accuracy_norm (`float`): The same with log-likelihoods divided by the choices' lengths in bytes (UTF-8).
+        stderr, stderr_norm (`float`): Standard errors over items; NaN for a single one.
+        num_items (`int`): Items measured.
+    """
+
+    accuracy: float
+    accuracy_norm: float
+    stderr: float
+    stderr_norm: float
+    num_items: int
+
+    @classmethod
+    def from_scores(
+        cls, log_likelihoods: Sequence[Sequence[float]], num_bytes: Sequence[Sequence[int]], answers: Sequence[int]
+    ) -> "MultipleChoice":
+        """
+        Args:
+            log_likelihoods (`Sequence`): Of every choice of every item.
+            num_bytes (`Sequence`): Lengths of the choices, in the same form.
+            answers (`Sequence[int]`): Index of the right choice of each item.
+        """
+        plain, normalised = [], []
+        for values, sizes, answer in zip(log_likelihoods, num_bytes, answers, strict=True):
+            per_byte = [value / size for value, size in zip(values, sizes, strict=True)]
+            plain.append(float(values.index(max(values)) == answer))
+            normalised.append(float(per_byte.index(max(per_byte)) == answer))
+        return cls(mean(plain), mean(normalised), mean_stderr(plain), mean_stderr(normalised), len(plain))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.accuracy:.4f} ± {self.stderr:.4f}, by length {self.accuracy_norm:.4f} ± {self.stderr_norm:.4f} "
+            f"({self.num_items} items)"
+        )
+
+
+def mean_stderr(values: Sequence[float]) -> float:
+    """Standard error of the mean; NaN for a single value."""
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def measure_multiple_choice(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], batch_size: int = 8
+) -> MultipleChoice:
+    """
+    Accuracy on multiple-choice items, each choice scored as `" " + choice` after the context.
+
+    Args:
+        model (`PreTrainedModel`): A causal language model.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+        items (`Sequence[dict]`): `{"id", "context", "choices", "answer"}`, as [`read_items`] gives them; the number
+            of choices may differ from item to item.
+        batch_size (`int`, *optional*, defaults to 8): Items at a time; their choices go through the model together.
+
+    Raises:
+        ValueError: If an item is malformed or longer than the model's context.
+    """
+    if not items:
+        raise ValueError("There are no items to measure on.")
+    requests = []
+    for number, item in enumerate(items):
+        name = str(item.get("id", number))
+        check_choices(item, f"Item {name}")
+        choices = [" " + choice for choice in item["choices"]]
+        limit = model.config.max_position_embeddings
+        requests.append(encode_request(tokenizer, name, item["context"], choices, limit))
+    scores = score_requests(model, requests, batch_size, "Multiple choice")
+    return MultipleChoice.from_scores(
+        [[score.log_likelihood for score in scored] for scored in scores],
+        [[len(choice.encode()) for choice in item["choices"]] for item in items],
+        [item["answer"] for item in items],
+    )

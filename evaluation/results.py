@@ -1,0 +1,177 @@
+"""The results file: what was measured, on what, with what. Written after every task, so that a killed run goes on."""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import subprocess
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .pictures import ORIGINAL
+from .report import RECORD_NAME
+from .tasks import EvaluationSettings, Task
+
+RESULTS_NAME = "results.json"
+PACKAGES = ("mha2mla", "torch", "transformers", "datasets", "lm_eval")
+
+
+@dataclass
+class ModelResult:
+    """
+    A row of the tables.
+
+    Attributes:
+        name (`str`): "original", or the folder's name.
+        path (`str`): Folder, or name on the Hub.
+        preset (`str`): Of the conversion, or "original"; "other" where there is no record of it.
+        cache (`str`): How the cache is held; "plain" is as the model computes it. A place for quantised ones.
+        digest (`str`): Of the checkpoint, by which a continued run sees that it changed.
+        cache_bytes_per_token (`float`): Measured on a real cache.
+        dtype (`str`): Of the weights.
+        num_parameters (`int`): In all.
+        tasks (`dict`): By name: "kind", "digest", "numbers", "seconds", and "run", an index into the file's runs.
+    """
+
+    name: str
+    path: str
+    preset: str
+    cache: str
+    digest: str
+    cache_bytes_per_token: float
+    dtype: str
+    num_parameters: int
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass
+class Results:
+    """
+    Attributes:
+        settings (`dict`): Of [`EvaluationSettings`]; the same for all runs.
+        runs (`list[dict]`): Command, time and environment of every run that wrote into the file.
+        models (`list[ModelResult]`): In the order of the tables.
+    """
+
+    settings: dict[str, Any]
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    models: list[ModelResult] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, folder: Path, settings: EvaluationSettings) -> "Results":
+        """
+        Those in the folder, to be continued, or new ones.
+
+        Raises:
+            ValueError: If the folder's were measured with other settings.
+        """
+        path = folder / RESULTS_NAME
+        if not path.is_file():
+            return cls(asdict(settings))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        changed = {k: v for k, v in asdict(settings).items() if content["settings"].get(k) != v}
+        if changed:
+            before = {name: content["settings"].get(name) for name in changed}
+            raise ValueError(f"{path} was measured with {before}, now asked for {changed}. Choose another --output.")
+        return cls(content["settings"], content["runs"], [ModelResult(**model) for model in content["models"]])
+
+    def save(self, folder: Path) -> None:
+        """Write the file whole or not at all."""
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = folder / (RESULTS_NAME + ".tmp")
+        text = json.dumps(without_nan(asdict(self)), indent=2, ensure_ascii=False)
+        unfinished.write_text(text + "\n", encoding="utf-8")
+        os.replace(unfinished, folder / RESULTS_NAME)
+
+    def row(self, fresh: ModelResult) -> ModelResult:
+        """The row of a model: the one already there, with its tasks, unless the checkpoint has changed since."""
+        for index, model in enumerate(self.models):
+            if (model.path, model.cache) == (fresh.path, fresh.cache):
+                if (model.digest, model.dtype) == (fresh.digest, fresh.dtype):
+                    fresh.tasks = model.tasks
+                self.models[index] = fresh
+                return fresh
+        self.models.append(fresh)
+        return fresh
+
+
+def is_done(row: ModelResult, task: Task, digest: str) -> bool:
+    """Whether a row holds the task's numbers, for the same items."""
+    return task.name in row.tasks and row.tasks[task.name]["digest"] == digest
+
+
+def without_nan(value: Any) -> Any:
+    """NaN is not JSON: null stands for it."""
+    if isinstance(value, dict):
+        return {key: without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def checkpoint_digest(path: str, model: PreTrainedModel) -> str:
+    """Changes when the checkpoint does: from the Hub its commit; of a folder the config's text, and the sizes and
+    times of its files of weights."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return str(model.config._commit_hash)
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".safetensors", ".bin"):
+            digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def preset_of(path: str) -> str:
+    """What the conversion's record says."""
+    record = Path(path) / RECORD_NAME
+    return json.loads(record.read_text())["options"]["preset"] if record.is_file() else "other"
+
+
+def describe_model(path: str, model: PreTrainedModel, cache_bytes_per_token: float, is_original: bool) -> ModelResult:
+    """A row without tasks."""
+    return ModelResult(
+        name=ORIGINAL if is_original else Path(path).name,
+        path=path,
+        preset=ORIGINAL if is_original else preset_of(path),
+        cache="plain",
+        digest=checkpoint_digest(path, model),
+        cache_bytes_per_token=cache_bytes_per_token,
+        dtype=str(model.dtype).removeprefix("torch."),
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )
+
+
+def describe_environment(device: str) -> dict[str, Any]:
+    """Versions, commit and hardware of this run."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    on_gpu = device.startswith("cuda")
+    return {
+        "versions": {"python": platform.python_version()} | versions,
+        "commit": git_commit(Path(__file__).parent),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()} CPU",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def git_commit(folder: Path) -> str | None:
+    """The commit of the checkout that this code lies in, "-dirty" behind it if files were changed; None where it is
+    installed from a wheel."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        output = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return output.stdout.strip()

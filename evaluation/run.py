@@ -1,0 +1,93 @@
+"""Run tasks on the original and its conversions, one model at a time, and keep every result as soon as it is there."""
+
+import logging
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+from mha2mla.modeling import cache_nbytes
+
+from .results import ModelResult, Results, describe_environment, describe_model, is_done
+from .scoring import inference, prefix_token
+from .tables import write_tables
+from .tasks import EvaluationSettings, Task, measure_task
+
+logger = logging.getLogger(__name__)
+
+CACHE_TOKENS = 16
+
+
+def measure_cache(model: PreTrainedModel, token: int) -> float:
+    """Bytes of cache per token, of a real cache after a real forward pass."""
+    cache = DynamicCache(config=model.config)
+    with inference(model):
+        model(torch.full((1, CACHE_TOKENS), token, device=model.device), past_key_values=cache)
+    return cache_nbytes(cache) / CACHE_TOKENS
+
+
+def evaluate_models(
+    paths: list[str],
+    tasks: list[Task],
+    output: Path,
+    settings: EvaluationSettings,
+    command: str,
+    batch_size: int | None = 8,
+    device: str = "cpu",
+) -> Results:
+    """
+    Measure every task that has not been measured yet on every model. results.json is written after each; at the end
+    table.md and report.html follow.
+
+    Args:
+        paths (`list[str]`): The original first, then its conversions; folders or names on the Hub.
+        output (`Path`): Folder of the results; those in it are continued.
+        command (`str`): What the user ran, for the record.
+        batch_size (`int`, *optional*, defaults to 8): Items at a time; None looks for a size that fits into memory.
+
+    Raises:
+        ValueError: If the output folder's results have other settings, or a task cannot be measured; what has been
+            measured until then is kept.
+    """
+    results = Results.open(output, settings)
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    results.runs.append({"command": command, "started": started, "environment": describe_environment(device)})
+    set_seed(settings.seed)
+    original: PreTrainedModel | None = None
+    original_row: ModelResult | None = None
+    keep_original = any(task.kind == "agreement" for task in tasks)
+    for path in paths:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=settings.dtype).to(device).eval()
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+        fresh = describe_model(path, model, measure_cache(model, prefix_token(tokenizer)), original_row is None)
+        row = results.row(fresh)
+        if original_row is None:
+            original_row = row
+            original = model if keep_original else None
+        for number, task in enumerate(tasks, 1):
+            if task.kind == "agreement" and row is original_row:
+                continue  # it agrees with itself
+            digest = task.digest + (original_row.digest if task.kind == "agreement" else "")
+            if is_done(row, task, digest):
+                logger.info("%s, %s: done before", row.name, task.name)
+                continue
+            logger.info("%s, %s (task %d of %d)", row.name, task.name, number, len(tasks))
+            start = time.perf_counter()
+            numbers = measure_task(task, model, tokenizer, original or model, settings, batch_size)
+            seconds = round(time.perf_counter() - start, 2)
+            row.tasks[task.name] = {"kind": task.kind, "digest": digest, "numbers": numbers, "seconds": seconds}
+            row.tasks[task.name]["run"] = len(results.runs) - 1
+            results.save(output)
+        del model  # before the next one is loaded
+    results.save(output)
+    write_tables(output, results)
+    return results

@@ -1,0 +1,174 @@
+"""Log-likelihoods of continuations, the context of several continuations being read once.
+
+Contexts and continuations become tokens as in lm-evaluation-harness, so that both tools give the same numbers.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from huggingface_hub.utils import tqdm
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Request:
+    """
+    Attributes:
+        name (`str`): Of the item, for messages.
+        context (`list[int]`): Token ids; at least one.
+        continuations (`list[list[int]]`): Token ids of each; at least one.
+    """
+
+    name: str
+    context: list[int]
+    continuations: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Score:
+    """
+    Attributes:
+        log_likelihood (`float`): Of the continuation after its context, in nats.
+        greedy (`bool`): Whether greedy decoding would have written it.
+    """
+
+    log_likelihood: float
+    greedy: bool
+
+
+@contextmanager
+def inference(model: PreTrainedModel) -> Iterator[None]:
+    """No gradients and no dropout; the model's mode is put back. In training mode gradient checkpointing would drop
+    the cache without a word."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What stands before a text that has nothing before it."""
+    token = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if token is None:
+        raise ValueError("The tokenizer has neither a bos_token nor an eos_token; one must stand before a text.")
+    return token
+
+
+def encode_request(
+    tokenizer: PreTrainedTokenizerBase, name: str, context: str, continuations: list[str], max_length: int
+) -> Request:
+    """
+    Tokens of a context and of its continuations.
+
+    A continuation's tokens are those that context and continuation have together, less as many as the context has
+    alone. White space at the end of the context counts to the continuation, since tokenizers join it to the next word.
+
+    Args:
+        max_length (`int`): Tokens that the model takes.
+
+    Raises:
+        ValueError: If it is longer than that, or a continuation adds no token.
+    """
+    stripped = context.rstrip()
+    space = context[len(stripped) :]
+    if context == "":
+        prefix = [prefix_token(tokenizer)]
+        encoded = [tokenizer.encode(text, add_special_tokens=False) for text in continuations]
+    else:
+        prefix = tokenizer.encode(stripped)
+        encoded = [tokenizer.encode(stripped + space + text)[len(prefix) :] for text in continuations]
+    for text, ids in zip(continuations, encoded, strict=True):
+        if not ids or not prefix:
+            raise ValueError(f"Item {name}: the tokenizer makes no token of {text!r} or of its context.")
+        needed = len(prefix) + len(ids) - 1  # the last token is only predicted
+        if needed > max_length:
+            raise ValueError(
+                f"Item {name}: context and continuation need {needed} tokens, the model takes {max_length}. "
+                "Shorten the item or leave it out."
+            )
+    return Request(name, prefix, encoded)
+
+
+def score_requests(model: PreTrainedModel, requests: list[Request], batch_size: int, desc: str) -> list[list[Score]]:
+    """
+    Scores of all continuations, in the order of the requests.
+
+    Args:
+        batch_size (`int`): Contexts at a time. They are sorted by length, the longest first, so that little is padded
+            and lack of memory shows at once.
+        desc (`str`): Of the progress bar.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    order = sorted(range(len(requests)), key=lambda i: -len(requests[i].context))
+    scores: dict[int, list[Score]] = {}
+    with inference(model), tqdm(total=len(requests), desc=desc, unit="item") as bar:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            for index, scored in zip(batch, score_batch(model, [requests[i] for i in batch]), strict=True):
+                scores[index] = scored
+            bar.update(len(batch))
+    return [scores[i] for i in range(len(requests))]
+
+
+def score_batch(model: PreTrainedModel, requests: list[Request]) -> list[list[Score]]:
+    """Score a batch: contexts go through the model once, left-padded; then their cache is repeated for each of their
+    continuations (C in all), which go through it right-padded."""
+    device = model.device
+    lengths = torch.tensor([len(r.context) for r in requests], device=device)
+    longest = int(lengths.max())
+    context = torch.tensor([[0] * (longest - len(r.context)) + r.context for r in requests], device=device)
+    context_mask = (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()  # [Q, L]
+    cache = DynamicCache(config=model.config)
+    logits = model(
+        context,
+        attention_mask=context_mask,
+        position_ids=(context_mask.cumsum(-1) - 1).clamp(min=0),
+        past_key_values=cache,
+        logits_to_keep=1,
+    ).logits  # [Q, 1, V]
+
+    continuations = [ids for r in requests for ids in r.continuations]
+    owner = torch.tensor([q for q, r in enumerate(requests) for _ in r.continuations], device=device)  # [C]
+    widest = max(map(len, continuations))
+    targets = torch.tensor([ids + [0] * (widest - len(ids)) for ids in continuations], device=device)  # [C, T]
+    sizes = torch.tensor([len(ids) for ids in continuations], device=device)
+    target_mask = torch.arange(widest, device=device) < sizes[:, None]
+
+    values, best = score_targets(logits.squeeze(1)[owner], targets[:, 0])
+    log_likelihoods, greedy = [values[:, None]], [best[:, None]]
+    if widest > 1:
+        cache.batch_select_indices(owner)
+        steps = torch.arange(widest - 1, device=device)
+        logits = model(
+            targets[:, :-1],
+            attention_mask=torch.cat((context_mask[owner], target_mask[:, :-1].long()), dim=1),
+            position_ids=lengths[owner, None] + steps,
+            past_key_values=cache,
+        ).logits  # [C, T - 1, V]
+        values, best = score_targets(logits, targets[:, 1:])
+        log_likelihoods.append(values)
+        greedy.append(best)
+    sums = (torch.cat(log_likelihoods, dim=1) * target_mask).sum(-1).tolist()
+    all_greedy = (torch.cat(greedy, dim=1) | ~target_mask).all(-1).tolist()
+    flat = iter(map(Score, sums, all_greedy))
+    return [[next(flat) for _ in r.continuations] for r in requests]
+
+
+def score_targets(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Args:
+        logits (`torch.Tensor`): [..., V].
+        targets (`torch.Tensor`): Token ids, [...].
+
+    Returns:
+        Log-likelihoods in fp32 and whether each target is the likeliest token, both [...].
+    """
+    logits = logits.float()
+    chosen = logits.gather(-1, targets[..., None]).squeeze(-1)
+    return chosen - logits.logsumexp(-1), logits.argmax(-1) == targets

@@ -1,0 +1,266 @@
+"""Tables and the page of an evaluation: models below one another, what was measured beside one another."""
+
+import math
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+
+from .pictures import ORIGINAL, Measured, encode_png, html_page, html_picture, html_table, plot_against_cache
+from .results import ModelResult, Results
+
+PAGE_NAME = "report.html"
+MARKDOWN_NAME = "table.md"
+
+CHOICE_KINDS = ("choice", "harness")
+
+Numbers = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        """A markdown table whose columns are aligned, so that it reads well on a terminal too."""
+        columns = [max(map(text_width, column)) for column in zip(self.header, *self.rows, strict=True)]
+        lines = [self.header, ["-" * (width - 1) + ":" for width in columns], *self.rows]
+        pad = [
+            "| " + " | ".join(" " * (w - text_width(c)) + c for c, w in zip(line, columns, strict=True)) + " |"
+            for line in lines
+        ]
+        return "\n".join([f"{self.title}:", "", *pad])
+
+
+def text_width(text: str) -> int:
+    """Columns on a terminal: marks that combine with a letter take none."""
+    return sum(not unicodedata.combining(letter) for letter in text)
+
+
+def show(value: float | None, stderr: float | None = None, digits: int = 2, factor: float = 1) -> str:
+    """A number with its standard error, where there is one."""
+    if value is None:
+        return "-"
+    text = f"{factor * value:,.{digits}f}"
+    return text if stderr is None or math.isnan(stderr) else f"{text} ± {factor * stderr:,.{digits}f}"
+
+
+def task_numbers(model: ModelResult, name: str) -> Numbers:
+    """Of a task, empty where it was not measured."""
+    return model.tasks[name]["numbers"] if name in model.tasks else {}
+
+
+def tasks_with(results: Results, kinds: Sequence[str], key: str) -> list[str]:
+    """Names of the tasks of these kinds of which some model has the number `key`, in the order of measurement."""
+    return list(
+        dict.fromkeys(
+            name
+            for model in results.models
+            for name, task in model.tasks.items()
+            if task["kind"] in kinds and key in task["numbers"]
+        )
+    )
+
+
+def model_cells(results: Results, model: ModelResult) -> list[str]:
+    """Name, cache per token, and how much smaller it is than the original's."""
+    original = next((m for m in results.models if m.preset == ORIGINAL), None)
+    name = model.name if model.cache == "plain" else f"{model.name}, {model.cache}"
+    if original is None or model is original:
+        change = "-"
+    else:
+        change = f"{100 * (model.cache_bytes_per_token / original.cache_bytes_per_token - 1):+.2f} %"
+    return [name, show(model.cache_bytes_per_token, digits=0), change]
+
+
+def make_table(results: Results, title: str, columns: dict[str, Callable[[ModelResult], str]]) -> Table:
+    rows = [model_cells(results, m) + [cell(m) for cell in columns.values()] for m in results.models]
+    return Table(title, ["model", "bytes/token", "cache", *columns], rows)
+
+
+def average_accuracy(model: ModelResult, names: Sequence[str], key: str = "accuracy") -> tuple[float, float] | None:
+    """Mean over tasks and its standard error; None unless all of them were measured."""
+    measured = [task_numbers(model, name) for name in names]
+    if not measured or any(key not in numbers for numbers in measured):
+        return None
+    errors = [numbers["stderr" + key.removeprefix("accuracy")] for numbers in measured]
+    known = all(error is not None for error in errors)
+    return mean(n[key] for n in measured), math.hypot(*errors) / len(errors) if known else math.nan
+
+
+def accuracy_tables(results: Results) -> Iterator[Table]:
+    """Tables of accuracies in per cent, as they are and by the choices' length."""
+
+    def cell(name: str, key: str) -> Callable[[ModelResult], str]:
+        def of(model: ModelResult) -> str:
+            numbers = task_numbers(model, name)
+            return show(numbers.get(key), numbers.get("stderr" + key.removeprefix("accuracy")), factor=100)
+
+        return of
+
+    def average(names: list[str], key: str) -> Callable[[ModelResult], str]:
+        return lambda model: show(*(average_accuracy(model, names, key) or (None,)), factor=100)
+
+    for key, title in (
+        ("accuracy", "Multiple choice, accuracy in %"),
+        ("accuracy_norm", "Multiple choice, accuracy in % by log-likelihood over length"),
+    ):
+        names = tasks_with(results, CHOICE_KINDS, key)
+        if names:
+            columns = {name: cell(name, key) for name in names}
+            yield make_table(results, title, {"average": average(names, key)} | columns)
+    names = tasks_with(results, ("retrieval",), "accuracy")
+    if names:
+        columns = {name: cell(name, "accuracy") for name in names}
+        yield make_table(results, "Completed exactly by greedy decoding, in %", columns)
+
+
+def number_columns(name: str, keys: dict[str, str], digits: int = 2) -> dict[str, Callable[[ModelResult], str]]:
+    """Columns of a task's numbers; the keys of standard errors stand behind a colon."""
+
+    def cell(key: str) -> Callable[[ModelResult], str]:
+        value, _, stderr = key.partition(":")
+        return lambda model: show(task_numbers(model, name).get(value), task_numbers(model, name).get(stderr), digits)
+
+    return {f"{name} {label}".strip(): cell(key) for key, label in keys.items()}
+
+
+def text_tables(results: Results) -> Iterator[Table]:
+    """Tables of perplexity, perplexity by position, agreement, and what else lm-evaluation-harness reported."""
+    columns: dict[str, Callable[[ModelResult], str]] = {}
+    for name in tasks_with(results, ("perplexity",), "perplexity"):
+        columns |= number_columns(name, {"perplexity:stderr": ""})
+        columns |= number_columns(name, {"bits_per_byte": "bits/byte"}, digits=4)
+    if columns:
+        yield make_table(results, "Perplexity, bits per byte", columns)
+
+    for name in tasks_with(results, ("positions",), "ranges"):
+        ranges = next(task_numbers(m, name)["ranges"] for m in results.models if name in m.tasks)
+
+        def cell(index: int, name: str = name) -> Callable[[ModelResult], str]:
+            def of(model: ModelResult) -> str:
+                measured = task_numbers(model, name).get("ranges")
+                return show(measured[index]["perplexity"], measured[index]["stderr"]) if measured else "-"
+
+            return of
+
+        columns = {f"{r['begin']}-{r['end'] - 1}": cell(index) for index, r in enumerate(ranges)}
+        yield make_table(results, f"{name}: perplexity by position", columns)
+
+    for name in tasks_with(results, ("agreement",), "kl"):
+        keys = {
+            "kl:kl_stderr": "KL per token (nats)",
+            "top1": "same likeliest token",
+            "matched_tokens:matched_stderr": "greedy tokens until the first other one",
+            "identical": "identical continuations",
+        }
+        cells = number_columns(name, keys, digits=3)
+        yield make_table(results, name, {label.removeprefix(name + " "): cell for label, cell in cells.items()})
+
+    columns = {}
+    for name in dict.fromkeys(n for m in results.models for n, task in m.tasks.items() if task["kind"] == "harness"):
+        numbers = next(task_numbers(m, name) for m in results.models if name in m.tasks)
+        if "accuracy" not in numbers:
+            columns |= number_columns(name, {k: k for k in numbers if "stderr" not in k}, digits=4)
+    if columns:
+        yield make_table(results, "Other measures of lm-evaluation-harness", columns)
+
+
+def make_tables(results: Results) -> list[Table]:
+    """All tables that have a column."""
+    return [*accuracy_tables(results), *text_tables(results)]
+
+
+def plot_positions(results: Results, name: str) -> Figure:
+    """Perplexity by position, a line for each model."""
+    figure, axes = pyplot.subplots(figsize=(8, 4))
+    for model in results.models:
+        ranges = task_numbers(model, name).get("ranges", [])
+        if ranges:
+            ends, values = [r["end"] for r in ranges], [r["perplexity"] for r in ranges]
+            axes.plot(ends, values, marker="o", markersize=3, label=model.name)
+    axes.set(xlabel="position in the document (end of the range)", ylabel="perplexity", title=name)
+    axes.set(xscale="log", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    return figure
+
+
+def plot_retrieval(model: ModelResult, name: str) -> Figure:
+    """A heat map of retrieval by depth and length; white where nothing was measured."""
+    cells = task_numbers(model, name)["cells"]
+    lengths, depths = (sorted({cell[key] for cell in cells}) for key in ("length", "depth"))
+    image = [[math.nan] * len(lengths) for _ in depths]
+    for cell in cells:
+        image[depths.index(cell["depth"])][lengths.index(cell["length"])] = cell["accuracy"]
+    figure, axes = pyplot.subplots(figsize=(6, 3))
+    drawn = axes.imshow(image, aspect="auto", cmap="RdYlGn", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_xticks(range(len(lengths)), [f"{length:g}" for length in lengths])
+    axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+    axes.set(xlabel="length (tokens)", ylabel="depth", title=f"{name}: {model.name}")
+    figure.colorbar(drawn, label="retrieved")
+    return figure
+
+
+def measured_points(
+    results: Results, numbers_of: Callable[[ModelResult], tuple[float, float] | None]
+) -> list[Measured]:
+    """Points of the picture of quality against cache size, of the models that have both."""
+    points = []
+    for model in results.models:
+        quality = numbers_of(model)
+        if quality is not None:
+            value, stderr = quality
+            points.append(Measured(model.name, model.preset, model.cache_bytes_per_token, value, stderr))
+    return points
+
+
+def make_figures(results: Results) -> Iterator[tuple[str, Figure]]:
+    """Quality against cache size, heat maps of retrieval, and perplexity by position."""
+
+    def against_cache(points: list[Measured], ylabel: str, title: str, log: bool) -> Figure:
+        return plot_against_cache(points, "bytes of cache per token (measured)", ylabel, title, log, "bytes")
+
+    choices = tasks_with(results, CHOICE_KINDS, "accuracy")
+    points = measured_points(results, lambda model: average_accuracy(model, choices))
+    if points:
+        title = f"Mean of {len(choices)} tasks against cache size"
+        yield "accuracy", against_cache(points, "accuracy", title, log=False)
+    for name in tasks_with(results, ("perplexity",), "perplexity"):
+
+        def perplexity(model: ModelResult, name: str = name) -> tuple[float, float] | None:
+            numbers = task_numbers(model, name)
+            stderr = numbers.get("stderr")
+            return (numbers["perplexity"], math.nan if stderr is None else stderr) if numbers else None
+
+        points = measured_points(results, perplexity)
+        yield f"perplexity-{name}", against_cache(points, "perplexity", f"{name} against cache size", log=True)
+    for name in tasks_with(results, ("retrieval",), "cells"):
+        for model in results.models:
+            if task_numbers(model, name).get("cells"):
+                yield f"{name}-{model.name}", plot_retrieval(model, name)
+    for name in tasks_with(results, ("positions",), "ranges"):
+        yield name, plot_positions(results, name)
+
+
+def write_tables(folder: Path, results: Results) -> list[Table]:
+    """Write the markdown file and the HTML page beside the results file; gives the tables."""
+    tables = make_tables(results)
+    command, environment = results.runs[-1]["command"], results.runs[-1]["environment"]
+    versions = ", ".join(f"{name} {number}" for name, number in environment["versions"].items())
+    made = f"Made by `{command}`, commit {environment['commit']}, on {environment['device']}; {versions}."
+    text = "\n\n".join(table.markdown() for table in tables)
+    (folder / MARKDOWN_NAME).write_text(f"{text}\n\n{made}\n", encoding="utf-8")
+    parts = [f"<h2>{table.title}</h2>{html_table(table.header, table.rows)}" for table in tables]
+    pictures = [html_picture(name, encode_png(figure)) for name, figure in make_figures(results)]
+    notes = html_table(("made by", ""), [("command", command), *((k, str(v)) for k, v in environment.items())])
+    body = "".join((*pictures, *parts, "<h2>Run</h2>", notes))
+    (folder / PAGE_NAME).write_text(html_page("Evaluation", body), encoding="utf-8")
+    return tables

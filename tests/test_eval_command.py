@@ -1,0 +1,177 @@
+"""The eval command from end to end, on a pico model and its conversions."""
+
+import json
+
+import pytest
+import torch
+
+from mha2mla.cli.main import main
+from mha2mla.evaluation import run
+from pico import VOCAB
+
+SIZES = ("--length", "16", "--long-length", "20", "--agreement-length", "16")
+SIZES += ("--prompt-length", "8", "--new-tokens", "4")
+TASKS = "choices,texts,positions:texts,agreement:texts,passkey,completion"
+
+
+def words(count: int, seed: int) -> str:
+    generator = torch.Generator().manual_seed(seed)
+    return " ".join(f"w{i}" for i in torch.randint(4, VOCAB, (count,), generator=generator).tolist())
+
+
+@pytest.fixture
+def sets(tmp_path):
+    folder = tmp_path / "sets"
+    folder.mkdir()
+    files = {
+        "choices": [
+            {
+                "id": str(i),
+                "context": words(6, i),
+                "choices": [words(n, 90 + i + n) for n in (1, 2, 3)],
+                "answer": i % 3,
+            }
+            for i in range(6)
+        ],
+        "texts": [{"id": str(i), "text": words(30, 40 + i)} for i in range(3)],
+        "passkey": [
+            {"id": f"{n}-{d}", "context": words(n, n), "target": " w9", "length": n, "depth": d}
+            for n in (8, 16)
+            for d in (0.1, 0.9)
+        ],
+        "completion": [{"id": str(i), "context": words(5, i), "target": " w9"} for i in range(3)],
+    }
+    for name, items in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    return folder
+
+
+@pytest.fixture
+def models(save_source, calibration_file, tmp_path):
+    source = save_source("gqa")
+    text = ("--calibration-data", calibration_file, "--calibration-samples", 4, "--calibration-length", 16)
+    options = ("--cache-ratio", 0.5, "--refine-steps", 1)
+    assert main(["convert", *map(str, (source, tmp_path / "half", *options, *text))]) == 0
+    return [str(source), str(tmp_path / "half")]
+
+
+def arguments(models, sets, tmp_path, *more, tasks=TASKS):
+    output = ("--output", str(tmp_path / "results"), "--data-dir", str(sets), "--tasks", tasks)
+    return ["eval", *models, *output, *SIZES, *more]
+
+
+def test_tables_page_and_results(models, sets, tmp_path, capsys):
+    assert main(arguments(models, sets, tmp_path, "--batch-size", "auto")) == 0
+    printed = capsys.readouterr().out
+    for title in ("Multiple choice, accuracy in %", "Perplexity, bits per byte", "agreement:texts", "passkey"):
+        assert title in printed
+    results = json.loads((tmp_path / "results" / "results.json").read_text())
+    original, half = results["models"]
+    assert (original["name"], half["name"]) == ("original", "half")
+    # Measured: 2 layers, fp32; keys and values of 2 heads of 12 dims, and half of that.
+    assert original["cache_bytes_per_token"] == 2 * 2 * 2 * 12 * 4
+    assert half["cache_bytes_per_token"] == original["cache_bytes_per_token"] / 2
+    assert "-50.00 %" in printed
+    assert set(half["tasks"]) == set(TASKS.split(","))
+    assert set(original["tasks"]) == set(half["tasks"]) - {"agreement:texts"}
+    assert half["tasks"]["choices"]["numbers"]["num_items"] == 6
+    assert half["tasks"]["texts"]["numbers"]["num_tokens"] == 90
+    assert [r["end"] for r in half["tasks"]["positions:texts"]["numbers"]["ranges"]] == [20]
+    assert len(half["tasks"]["passkey"]["numbers"]["cells"]) == 4
+    assert half["tasks"]["completion"]["numbers"]["cells"] == []
+    environment = results["runs"][0]["environment"]
+    assert environment["versions"]["torch"] == torch.__version__
+    assert {"commit", "device", "platform"} <= set(environment)
+    assert results["runs"][0]["command"].startswith("mha2mla eval ")
+    assert results["settings"]["seed"] == 0
+
+    page = (tmp_path / "results" / "report.html").read_text()
+    # Mean accuracy, perplexity, a heat map for each model, perplexity by position.
+    assert page.count("data:image/png;base64,") == 5
+    assert "http" not in page
+    assert "Multiple choice, accuracy in %" in (tmp_path / "results" / "table.md").read_text()
+
+
+def test_killed_run_continues_with_the_tasks_not_yet_done(models, sets, tmp_path, monkeypatch, capsys):
+    measured = []
+    measure_task = run.measure_task
+
+    def killed_at_third(task, *args):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(task.name)
+        return measure_task(task, *args)
+
+    monkeypatch.setattr(run, "measure_task", killed_at_third)
+    command = arguments(models, sets, tmp_path, tasks="choices,texts,completion")
+    with pytest.raises(KeyboardInterrupt):
+        main(command)
+    measured.clear()
+    monkeypatch.setattr(
+        run, "measure_task", lambda task, *args: measured.append(task.name) or measure_task(task, *args)
+    )
+    assert main(command) == 0
+    assert measured == ["completion", "choices", "texts", "completion"]
+    measured.clear()
+    assert main(command) == 0
+    assert measured == []
+
+    # Other items under the name are measured, and so is a model that changed.
+    path = sets / "completion.jsonl"
+    path.write_text(path.read_text().replace(" w9", " w8"))
+    assert main(command) == 0
+    assert measured == ["completion", "completion"]
+    measured.clear()
+    config = tmp_path / "half" / "config.json"
+    config.write_text(config.read_text() + "\n")
+    assert main(command) == 0
+    assert measured == ["choices", "texts", "completion"]
+    runs = json.loads((tmp_path / "results" / "results.json").read_text())["runs"]
+    assert len(runs) == 5
+    capsys.readouterr()
+
+    assert main([*command, "--limit", "2"]) == 2
+    assert "was measured with {'limit': None}, now asked for {'limit': 2}" in capsys.readouterr().err
+
+
+def test_results_so_far_are_kept_when_an_item_is_too_long(models, sets, tmp_path, capsys):
+    with (sets / "completion.jsonl").open("a") as file:
+        file.write(json.dumps({"id": "long", "context": words(40, 0), "target": " w9"}) + "\n")
+    assert main(arguments(models, sets, tmp_path, tasks="choices,completion")) == 2
+    assert "Item long: context and continuation need 40 tokens, the model takes 32" in capsys.readouterr().err
+    results = json.loads((tmp_path / "results" / "results.json").read_text())
+    assert list(results["models"][0]["tasks"]) == ["choices"]
+
+
+def test_limit_takes_the_first_items_and_spreads_over_lengths(models, sets, tmp_path):
+    assert main(arguments(models[:1], sets, tmp_path, "--limit", "2", tasks="choices,passkey")) == 0
+    tasks = json.loads((tmp_path / "results" / "results.json").read_text())["models"][0]["tasks"]
+    assert tasks["choices"]["numbers"]["num_items"] == 2
+    assert {cell["length"] for cell in tasks["passkey"]["numbers"]["cells"]} == {8, 16}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--tasks", "agreement:choices"), "needs items with `text`"),
+        (("--tasks", "perplexity:missing"), "has no file; --data-dir has choices, completion"),
+        (("--tasks", "shape:texts"), "Unknown task 'shape:texts': before the colon stands perplexity, positions"),
+        (("--tasks", "no_such_task"), "no_such_task"),
+        (("--limit", "0"), "limit must be at least 1, got 0"),
+        (("--dtype", "int3"), "dtype must be auto, float32, bfloat16 or float16, got 'int3'"),
+        (("--data-dir", "missing"), "--data-dir missing is not a folder"),
+    ],
+)
+def test_mistakes_show_before_anything_is_measured(sets, tmp_path, options, message, capsys):
+    output = str(tmp_path / "results")
+    assert main(["eval", "no-such-model", "--data-dir", str(sets), "--output", output, *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+def test_malformed_file_is_refused_with_its_line(sets, tmp_path, capsys):
+    (sets / "broken.jsonl").write_text('{"context": "a", "choices": ["b", "c"], "answer": 7}\n')
+    assert main(["eval", "no-such-model", "--data-dir", str(sets), "--output", str(tmp_path / "results")]) == 2
+    assert "broken.jsonl:1: `answer` must be the index of a choice, 0 to 1, got 7" in capsys.readouterr().err
+    assert main(["eval", "no-such-model"]) == 2
+    assert "give --tasks, or --data-dir" in capsys.readouterr().err
