@@ -106,7 +106,11 @@ def accuracy_tables(results: Results) -> Iterator[Table]:
         return of
 
     def average(names: list[str], key: str) -> Callable[[ModelResult], str]:
-        return lambda model: show(*(average_accuracy(model, names, key) or (None,)), factor=100)
+        def of(model: ModelResult) -> str:
+            mean_and_error = average_accuracy(model, names, key)
+            return show(None) if mean_and_error is None else show(*mean_and_error, factor=100)
+
+        return of
 
     for key, title in (
         ("accuracy", "Multiple choice, accuracy in %"),
