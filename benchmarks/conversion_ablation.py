@@ -53,10 +53,10 @@ def by_energy(moments, factors, ridge=1e-3):
     return rotation, pair_scores.score_energy(moments, factors)
 
 
-def weights_alone(key_rows, value_rows, roots, rank):
+def weights_alone(keys, values, root, rank):
     """The SVD of the weights, blind to the inputs' covariance."""
-    unit = torch.eye(len(roots[0])).to(roots[0])
-    return calibrated_joint_low_rank(key_rows, value_rows, (unit, unit), rank)
+    plain = [torch.linalg.solve_triangular(root, rows, upper=False, left=False) for rows in (keys, values)]
+    return calibrated_joint_low_rank(*plain, torch.eye(len(root)).to(root), rank)
 
 
 calibrated_joint_low_rank = calibrated.joint_low_rank
