@@ -106,7 +106,11 @@ def accuracy_tables(results: Results) -> Iterator[Table]:
         return of
 
     def average(names: list[str], key: str) -> Callable[[ModelResult], str]:
-        return lambda model: show(*(average_accuracy(model, names, key) or (None,)), factor=100)
+        def of(model: ModelResult) -> str:
+            value, stderr = average_accuracy(model, names, key) or (None, None)
+            return show(value, stderr, factor=100)
+
+        return of
 
     for key, title in (
         ("accuracy", "Multiple choice, accuracy in %"),
