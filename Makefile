@@ -27,7 +27,7 @@ test: .venv-test/ready
 	$(PYTHON) -m venv .venv-test
 	.venv-test/bin/pip install --quiet $(TORCH)
 	rm -rf build
-	.venv-test/bin/pip install --quiet '.[dev,gguf]'
+	.venv-test/bin/pip install --quiet '.[dev,gguf,eval]'
 	touch $@
 
 clean:

@@ -1,5 +1,6 @@
 """Tasks of lm-evaluation-harness by their own names: a thin adapter around the optional package (extra `eval`)."""
 
+from functools import cache
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,13 +16,21 @@ METRICS = {
 }
 
 
+@cache
+def harness_task_names() -> frozenset[str]:
+    """All names that lm-evaluation-harness knows; it reads thousands of files for them, so they are kept."""
+    from lm_eval.tasks import TaskManager
+
+    return frozenset(TaskManager().all_tasks)
+
+
 def require_harness_task(name: str) -> None:
     """A `ValueError` unless lm-evaluation-harness is installed and knows the task."""
     try:
-        from lm_eval.tasks import TaskManager
+        names = harness_task_names()
     except ImportError:
         raise ValueError(f"Task {name} is one of lm-evaluation-harness. {INSTALL}") from None
-    if name not in TaskManager().all_tasks:
+    if name not in names:
         raise ValueError(
             f"Unknown task {name!r}: there is no such file in --data-dir, and lm-evaluation-harness does not know the "
             "name either (`lm_eval ls tasks` lists its tasks)."

@@ -40,7 +40,7 @@ class Measured:
 def plot_against_cache(
     measured: Sequence[Measured], xlabel: str, ylabel: str, title: str, log: bool, unit: str
 ) -> Figure:
-    """Quality against cache size, a line for each preset and a dashed one for the original."""
+    """Quality against cache size, a line for each preset, a star and a dashed line for the original."""
     figure, axes = pyplot.subplots(figsize=(8, 4.5))
     for preset in dict.fromkeys(m.preset for m in measured if m.preset != ORIGINAL):
         points = sorted((m for m in measured if m.preset == preset), key=lambda m: m.cache)
@@ -48,7 +48,8 @@ def plot_against_cache(
         axes.errorbar(sizes, values, [m.stderr for m in points], marker="o", capsize=3, label=preset)
     for m in measured:
         if m.preset == ORIGINAL:
-            axes.axhline(m.value, color="black", linestyle="--", label=f"original ({m.cache:g} {unit})")
+            axes.axhline(m.value, color="black", linestyle="--", linewidth=1)
+            axes.plot([m.cache], [m.value], "k*", markersize=10, label=f"original ({m.cache:g} {unit})")
     axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear", title=title)
     axes.grid(alpha=0.3, which="both")
     axes.legend()

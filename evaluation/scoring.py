@@ -172,3 +172,20 @@ def score_targets(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Te
     logits = logits.float()
     chosen = logits.gather(-1, targets[..., None]).squeeze(-1)
     return chosen - logits.logsumexp(-1), logits.argmax(-1) == targets
+
+
+def token_log_likelihoods(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """
+    Log-likelihood of every label given the tokens before it: the `Trainer`'s `preprocess_logits_for_metrics` for the
+    metric module `metric_token_perplexity`.
+
+    Args:
+        logits (`torch.Tensor`): [batch, tokens, V].
+        labels (`torch.Tensor`): [batch, tokens]; -100 where a token does not count.
+
+    Returns:
+        fp32, [batch, tokens]; 0 for the first token and for those that do not count.
+    """
+    targets = labels[:, 1:]
+    values, _ = score_targets(logits[:, :-1], targets.clamp(min=0))
+    return torch.nn.functional.pad(values.masked_fill(targets < 0, 0), (1, 0))

@@ -107,8 +107,8 @@ def accuracy_tables(results: Results) -> Iterator[Table]:
 
     def average(names: list[str], key: str) -> Callable[[ModelResult], str]:
         def of(model: ModelResult) -> str:
-            mean_and_error = average_accuracy(model, names, key)
-            return show(None) if mean_and_error is None else show(*mean_and_error, factor=100)
+            value, stderr = average_accuracy(model, names, key) or (None, None)
+            return show(value, stderr, factor=100)
 
         return of
 

@@ -1,12 +1,13 @@
 """The eval command from end to end, on a pico model and its conversions."""
 
 import json
+import sys
 
 import pytest
 import torch
 
 from mha2mla.cli.main import main
-from mha2mla.evaluation import run
+from mha2mla.evaluation import harness, run
 from pico import VOCAB
 
 SIZES = ("--length", "16", "--long-length", "20", "--agreement-length", "16")
@@ -156,13 +157,18 @@ def test_limit_takes_the_first_items_and_spreads_over_lengths(models, sets, tmp_
         (("--tasks", "agreement:choices"), "needs items with `text`"),
         (("--tasks", "perplexity:missing"), "has no file; --data-dir has choices, completion"),
         (("--tasks", "shape:texts"), "Unknown task 'shape:texts': before the colon stands perplexity, positions"),
-        (("--tasks", "no_such_task"), "no_such_task"),
+        (
+            ("--tasks", "mmlu"),
+            "Task mmlu is one of lm-evaluation-harness. Install it with: pip install 'mha2mla[eval]'",
+        ),
         (("--limit", "0"), "limit must be at least 1, got 0"),
         (("--dtype", "int3"), "dtype must be auto, float32, bfloat16 or float16, got 'int3'"),
         (("--data-dir", "missing"), "--data-dir missing is not a folder"),
     ],
 )
-def test_mistakes_show_before_anything_is_measured(sets, tmp_path, options, message, capsys):
+def test_mistakes_show_before_anything_is_measured(sets, tmp_path, options, message, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)  # as on a machine without it
+    harness.harness_task_names.cache_clear()
     output = str(tmp_path / "results")
     assert main(["eval", "no-such-model", "--data-dir", str(sets), "--output", output, *options]) == 2
     assert message in capsys.readouterr().err
