@@ -107,7 +107,7 @@ def main() -> None:
 
     print(f"\n| {'model (fp32)':30} | bytes/token | perplexity (help)    | parameters |")
     print(f"|{'-' * 32}|{'-' * 13}|{'-' * 22}|{'-' * 12}|", *rows, sep="\n")
-    print("\nThe paper's conversion needs recovery training before its text is good; the calibrated one speaks:")
+    print("\nThe paper's conversion needs recovery training before its text is good. The calibrated one, untrained:")
     subprocess.run([sys.executable, "-c", GENERATE, str(output)], check=True)
     print(f"\nDone in {time.time() - start:.0f} s; the model is in {output}.")
 
