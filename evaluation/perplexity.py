@@ -9,6 +9,8 @@ from huggingface_hub.utils import tqdm
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from mha2mla.modeling import CACHE_ARGUMENT
+
 from .scoring import inference, prefix_token, score_targets
 
 # Tokens that go through a model at a time where only the losses are kept: its logits are the largest tensor there is.
@@ -147,7 +149,7 @@ def chunked_logits(model: PreTrainedModel, ids: torch.Tensor, chunk: int = CHUNK
     """
     cache = DynamicCache(config=model.config)
     for part in ids.to(model.device).split(chunk):
-        yield model(part[None], past_key_values=cache).logits[0].float()
+        yield model(part[None], **{CACHE_ARGUMENT: cache}).logits[0].float()
 
 
 def token_losses(model: PreTrainedModel, ids: torch.Tensor, chunk: int = CHUNK) -> torch.Tensor:

@@ -15,7 +15,7 @@ from transformers import (
     set_seed,
 )
 
-from mha2mla.modeling import cache_nbytes
+from mha2mla.modeling import CACHE_ARGUMENT, cache_nbytes
 
 from .results import ModelResult, Results, describe_environment, describe_model, is_done
 from .scoring import inference, prefix_token
@@ -31,7 +31,7 @@ def measure_cache(model: PreTrainedModel, token: int) -> float:
     """Bytes of cache per token, of a real cache after a real forward pass."""
     cache = DynamicCache(config=model.config)
     with inference(model):
-        model(torch.full((1, CACHE_TOKENS), token, device=model.device), past_key_values=cache)
+        model(torch.full((1, CACHE_TOKENS), token, device=model.device), **{CACHE_ARGUMENT: cache})
     return cache_nbytes(cache) / CACHE_TOKENS
 
 

@@ -11,6 +11,8 @@ import torch
 from huggingface_hub.utils import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from mha2mla.modeling import CACHE_ARGUMENT
+
 
 @dataclass(frozen=True)
 class Request:
@@ -129,7 +131,7 @@ def score_batch(model: PreTrainedModel, requests: list[Request]) -> list[list[Sc
         context,
         attention_mask=context_mask,
         position_ids=(context_mask.cumsum(-1) - 1).clamp(min=0),
-        past_key_values=cache,
+        **{CACHE_ARGUMENT: cache},
         logits_to_keep=1,
     ).logits  # [Q, 1, V]
 
@@ -149,7 +151,7 @@ def score_batch(model: PreTrainedModel, requests: list[Request]) -> list[list[Sc
             targets[:, :-1],
             attention_mask=torch.cat((context_mask[owner], target_mask[:, :-1].long()), dim=1),
             position_ids=lengths[owner, None] + steps,
-            past_key_values=cache,
+            **{CACHE_ARGUMENT: cache},
         ).logits  # [C, T - 1, V]
         values, best = score_targets(logits, targets[:, 1:])
         log_likelihoods.append(values)

@@ -2,7 +2,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from .cache_mla_llama import LatentDynamicLayer, LatentStaticLayer, cache_nbytes
+from .cache_mla_llama import CACHE_ARGUMENT, LatentDynamicLayer, LatentStaticLayer, cache_nbytes
 from .configuration_mla_llama import MLALlamaConfig
 from .modeling_mla_llama import MLALlamaForCausalLM, MLALlamaModel, MLALlamaPreTrainedModel
 
@@ -11,6 +11,7 @@ AutoModel.register(MLALlamaConfig, MLALlamaModel)
 AutoModelForCausalLM.register(MLALlamaConfig, MLALlamaForCausalLM)
 
 __all__ = [
+    "CACHE_ARGUMENT",
     "LatentDynamicLayer",
     "LatentStaticLayer",
     "MLALlamaConfig",

@@ -8,11 +8,17 @@ rotary keys (n heads of r dims). `values` is always the view `keys[..., :R]`: ab
 attention with the buffer as its keys and the latents as its values, without copying either.
 """
 
+import inspect
+
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
+from transformers.masking_utils import create_causal_mask
 from transformers.utils import is_torchdynamo_compiling
 
 from .configuration_mla_llama import LATENT_LAYER_TYPE
+
+# What transformers calls a cache in arguments: "past_key_values" before 5.24, "cache" since.
+CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 
 class LatentLayerMixin(CacheLayerMixin):

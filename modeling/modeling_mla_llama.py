@@ -37,7 +37,7 @@ from .attention_mla_llama import (
     rotate,
     select_frequencies,
 )
-from .cache_mla_llama import LatentDynamicLayer, LatentStaticLayer, cache_nbytes
+from .cache_mla_llama import CACHE_ARGUMENT, LatentDynamicLayer, LatentStaticLayer, cache_nbytes
 from .configuration_mla_llama import MLALlamaConfig
 
 
@@ -89,6 +89,7 @@ class MLALlamaAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
+        cache: Cache | None = None,
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -97,12 +98,14 @@ class MLALlamaAttention(nn.Module):
             hidden_states (`torch.Tensor`): [B, T, hidden_size].
             position_embeddings (`tuple`): cos and sin for all frequencies, each [B, T, head_dim].
             attention_mask (*optional*): In the form of the attention implementation in use.
-            past_key_values (`Cache`, *optional*): Built from this model's config, so that its layers are latent ones.
+            cache (`Cache`, *optional*): Built from this model's config, so that its layers are latent ones.
+            past_key_values (`Cache`, *optional*): Its name before transformers 5.24.
 
         Returns:
             Output [B, T, hidden_size] and, where the implementation gives them, probabilities [B, H, T, S].
         """
         config = self.config
+        cache = past_key_values if cache is None else cache
         num_queries = hidden_states.shape[1]
         cos, sin = select_frequencies(*position_embeddings, self.rope_frequencies)
 
@@ -117,9 +120,9 @@ class MLALlamaAttention(nn.Module):
             k_rope.unflatten(-1, (config.num_rope_key_heads, -1)).transpose(1, 2), cos, sin
         )  # [B, n, T, r]
 
-        if past_key_values is not None:
+        if cache is not None:
             entry = torch.cat((latent, k_rope.transpose(1, 2).flatten(2)), dim=-1).unsqueeze(1)  # [B, 1, T, W]
-            entries, _ = past_key_values.update(entry, entry[..., : config.kv_lora_rank], self.layer_idx)
+            entries, _ = cache.update(entry, entry[..., : config.kv_lora_rank], self.layer_idx)
             entries = entries.squeeze(1)  # [B, S, W]
             if self._use_absorbed(num_queries, entries.shape[1], attention_mask):
                 output, weights = absorbed_attention(
@@ -217,7 +220,6 @@ class MLALlamaPreTrainedModel(LlamaPreTrainedModel):
         config: MLALlamaConfig,
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
         position_ids: torch.Tensor | None = None,
         **kwargs,
     ):
@@ -226,8 +228,8 @@ class MLALlamaPreTrainedModel(LlamaPreTrainedModel):
             config=config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE_ARGUMENT: kwargs[CACHE_ARGUMENT]},
         )
 
 
@@ -262,6 +264,7 @@ MLALlamaModel.register_for_auto_class("AutoModel")
 MLALlamaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 __all__ = [
+    "CACHE_ARGUMENT",
     "LatentDynamicLayer",
     "LatentStaticLayer",
     "MLALlamaForCausalLM",

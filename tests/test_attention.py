@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mha2mla.modeling import CACHE_ARGUMENT
 from mha2mla.modeling import attention_mla_llama as attention_module
 from mha2mla.modeling.attention_mla_llama import (
     absorbed_attention,
@@ -107,7 +108,7 @@ def test_model_absorbed_equals_expanded(monkeypatch, layout, implementation, num
                 ids[:, :cut], attention_mask=mask[:, :cut], position_ids=positions[:, :cut], use_cache=True
             ).past_key_values
             logits = model(
-                ids[:, cut:], attention_mask=mask, position_ids=positions[:, cut:], past_key_values=past
+                ids[:, cut:], attention_mask=mask, position_ids=positions[:, cut:], **{CACHE_ARGUMENT: past}
             ).logits
         assert len(calls) == (2 if absorbed else 0)
         return logits

