@@ -48,8 +48,11 @@ def make_checkpoint(folder: Path, num_layers: int, scale: int, tokenizer: str) -
 def convert_and_report(source: Path, output: Path, args: argparse.Namespace) -> None:
     """Convert in a process of its own, and print its peak memory."""
     command = [sys.executable, "-m", "mha2mla.cli.main", "convert", str(source), str(output)]
-    command += ["--cache-ratio", "0.3125", "--calibration-data", args.data, "--device", args.device]
-    command += ["--calibration-samples", "8", "--score-samples", "2", "--refine-steps", str(args.refine_steps)]
+    # The split is given, not searched: the search would carry several streams through layers that mean nothing.
+    groups = max(1, 8 // args.scale)
+    command += ["--qk-rope-head-dim", str(16 * groups), "--kv-lora-rank", str(64 * groups)]
+    command += ["--calibration-data", args.data, "--device", args.device, "--score-samples", "2"]
+    command += ["--calibration-samples", str(args.samples), "--refine-steps", str(args.refine_steps)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status != 0:
@@ -66,6 +69,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True, help="Any tokenizer folder.")
     parser.add_argument("--data", required=True, help="Calibration text.")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--samples", type=int, default=8, help="Blocks of 512 tokens.")
     parser.add_argument("--refine-steps", type=int, default=2)
     args = parser.parse_args()
     for num_layers in args.layers:
