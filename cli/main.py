@@ -3,9 +3,9 @@
 import logging
 import sys
 
-from . import convert, eval, report
+from . import convert, eval, report, train
 
-COMMANDS = {"convert": convert, "report": report, "eval": eval}
+COMMANDS = {"convert": convert, "report": report, "eval": eval, "train": train}
 
 
 def main(argv: list[str] | None = None) -> int:
