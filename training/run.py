@@ -14,6 +14,7 @@ from .checks import check_model, check_run, check_teacher, find_checkpoint
 from .data import find_sources, load_rows
 from .model_card import TrainingRecord, write_model_card
 from .parameters import LORA, describe_trainable
+from .publish import push_folder
 from .trainer import RecoveryTrainer, recover
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,8 @@ def train(
             write_model_card(folder / MERGED, f"{title}-merged", record, config, adapter=False)
             copy_conversion_record(model.model, folder / MERGED)
         logger.info("Wrote %s", folder)
+        if arguments.push_to_hub:
+            logger.info("Pushed to %s", push_folder(folder, trainer.hub_model_id, bool(arguments.hub_private_repo)))
     trainer.accelerator.wait_for_everyone()
     return trainer
 
