@@ -130,6 +130,8 @@ class RecoveryTrainingArguments(TrainingArguments):
     include_num_input_tokens_seen: str = field(
         default="all", metadata={"help": "Count tokens and tokens per second: all, non_padding or no."}
     )
+    # Rows are shuffled once, by their seed alone, so that the order is the same on any number of processes.
+    train_sampling_strategy: str = field(default="sequential", metadata={"help": "Order of the shuffled rows."})
     # Rows carry the lengths of their documents, which the collator needs and the model does not.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off."})
 

@@ -192,8 +192,8 @@ def load_rows(
     """
     Rows to train on and, if asked for, rows held out.
 
-    The held-out share is taken of the documents, not of the rows, so that none lies in both. A stream of rows to train
-    on is shuffled here; others are shuffled by the Trainer.
+    The held-out share is taken of the documents, not of the rows, so that none lies in both. Rows to train on are
+    shuffled here and stay in that order: the Trainer's own order depends on the number of processes.
 
     Raises:
         ValueError: If a source cannot be used; the first document of each is looked at before anything else is done.
@@ -222,7 +222,7 @@ def load_rows(
                     "text, or lower --length."
                 )
     rows = mix(train, [source.weight for source in sources], seed)
-    if arguments.streaming:
-        rows = rows.shuffle(seed=seed, buffer_size=arguments.shuffle_buffer)
+    shuffle = {"buffer_size": arguments.shuffle_buffer} if arguments.streaming else {}
+    rows = rows.shuffle(seed=seed, **shuffle)
     # Weights do not count where rows are measured on: none may come twice.
     return rows, concatenate_datasets(held_out) if held_out else None
