@@ -4,8 +4,8 @@
     mha2mla push llama-mla-recovered my-name/llama-mla --private
     mha2mla push llama-mla-lora my-name/llama-mla-lora --base-model my-name/llama-mla
 
-Weights, config, code, tokenizer and model card go up in one commit; what belongs to the training run stays here. Log in
-with `hf auth login`, or set HF_TOKEN.
+Weights, config, code, tokenizer and model card go up in one commit; what belongs to the training run stays here. Log
+in with `hf auth login`, or set HF_TOKEN.
 """
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter

@@ -18,7 +18,5 @@ from mha2mla.training.run import train
 
 def main(argv: list[str]) -> None:
     train(
-        *parse_arguments(
-            argv, prog="mha2mla train", description=__doc__, formatter_class=RawDescriptionHelpFormatter
-        )
+        *parse_arguments(argv, prog="mha2mla train", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     )

@@ -6,9 +6,9 @@ import random
 
 import pytest
 import torch
+from conftest import pico_tokenizer
 from datasets import load_dataset
 
-from conftest import pico_tokenizer
 from mha2mla.training import DataArguments, PackedCollator, pack_documents
 from mha2mla.training.data import RECIPES, find_sources, load_rows, read_recipe, tokenize
 from pico import LAYOUTS, make_mla, make_source, tokens
@@ -46,7 +46,10 @@ def test_packing_against_brute_force(length):
 
 
 def test_first_token_of_a_document_does_not_count_and_its_eos_does():
-    rows = [{"input_ids": [5, 6, 2, 7, 2, 8], "lengths": [3, 2, 1]}, {"input_ids": [9, 2, 2, 9, 9, 2], "lengths": [2, 4]}]
+    rows = [
+        {"input_ids": [5, 6, 2, 7, 2, 8], "lengths": [3, 2, 1]},
+        {"input_ids": [9, 2, 2, 9, 9, 2], "lengths": [2, 4]},
+    ]
     batch = PackedCollator()(rows)
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 0, 1, 2, 3]]
     # eos is 2: kept where it ends a document (as it is where pad and eos are one token)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from conftest import pico_tokenizer
 from torch import nn
 from transformers import TrainingArguments
 
-from conftest import pico_tokenizer
 from mha2mla.conversion.refine import robust_error
 from mha2mla.training import (
     Distillation,
@@ -242,7 +242,7 @@ def test_lora_trains_adapters_of_the_latent_projections():
 
 def test_errors_name_what_there_is():
     model = make_mla()
-    with pytest.raises(ValueError, match="'k_proj' is found in no parameter's name.*kv_a_proj.*lora"):
+    with pytest.raises(ValueError, match=r"'k_proj' is found in no parameter's name.*kv_a_proj.*lora"):
         freeze_except(model, "k_proj")
     with pytest.raises(ValueError, match="is not a regular expression"):
         freeze_except(model, "(")

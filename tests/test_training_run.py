@@ -10,10 +10,10 @@ import time
 
 import pytest
 import torch
+from conftest import pico_tokenizer
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import pico_tokenizer
 from mha2mla.cli.main import main
 from mha2mla.training import parse_arguments, run
 from mha2mla.training.checks import newest_checkpoint
@@ -57,7 +57,17 @@ def folder(tmp_path):
 
 
 def arguments(folder, output, *more, data="texts.jsonl"):
-    fixed = ("--use_cpu", "--disable_tqdm", "true", "--logging_steps", "1", "--length", "16", "--learning_rate", "1e-2")
+    fixed = (
+        "--use_cpu",
+        "--disable_tqdm",
+        "true",
+        "--logging_steps",
+        "1",
+        "--length",
+        "16",
+        "--learning_rate",
+        "1e-2",
+    )
     sizes = ("--max_steps", "6", "--save_steps", "2", "--per_device_train_batch_size", "2")
     places = ("--model", folder / "mla", "--data", folder / data, "--output_dir", folder / output)
     return ["train", *map(str, (*places, *fixed, *sizes, *more))]

@@ -57,9 +57,7 @@ class LossArguments:
             "output of each attention layer is matched to the teacher's; a first stage, in a run of its own."
         },
     )
-    teacher: str | None = field(
-        default=None, metadata={"help": "The original model: a folder, or a name on the Hub."}
-    )
+    teacher: str | None = field(default=None, metadata={"help": "The original model: a folder, or a name on the Hub."})
     distillation_weight: float = field(
         default=0.5, metadata={"help": "language: share of the distance to the teacher in the loss, 0 to 1."}
     )
@@ -82,8 +80,8 @@ class DataArguments:
 
     data: str = field(
         metadata={
-            "help": "A recipe (its name, or a .yaml file: a mixture with weights), a data set on the Hub (OWNER/NAME), "
-            "or .txt, .jsonl, .json or .parquet files, compressed or not; patterns name several."
+            "help": "A recipe (its name, or a .yaml file: a mixture with weights), OWNER/NAME of a data set on the "
+            "Hub, or .txt, .jsonl, .json or .parquet files, compressed or not; patterns name several."
         }
     )
     column: str = field(
@@ -170,7 +168,7 @@ def use_defaults(parser: HfArgumentParser, values: Any, path: Path) -> None:
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold `name: value` lines, got {type(values).__name__}.")
     actions = {action.dest: action for action in parser._actions}  # argparse has no public list of them
-    for name, value in values.items():
+    for name in values:
         if name not in actions or name == "config":
             raise ValueError(f"{path}: there is no argument {name!r}; mha2mla train --help tells which there are.")
         actions[name].required = False

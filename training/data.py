@@ -127,8 +127,8 @@ def check_source(source: DataSource, tokenizer: PreTrainedTokenizerBase) -> None
         raise ValueError(f"{source} is empty.")
     if source.column not in document:
         raise ValueError(
-            f"{source} has no column {source.column!r}; it has {', '.join(document)}. Set --column, or `column` in the "
-            "recipe. (A set that holds ids only, such as the Hub's python-edu, must be given its text first.)"
+            f"{source} has no column {source.column!r}; it has {', '.join(document)}. Set --column, or `column` in "
+            "the recipe. (A set that holds ids only, such as the Hub's python-edu, must be given its text first.)"
         )
     value = document[source.column]
     if not is_chat(value) and not isinstance(value, str):
@@ -186,9 +186,7 @@ def mix(rows: list[Rows], weights: Sequence[float], seed: int) -> Rows:
     return interleave_datasets(rows, probabilities, seed=seed, stopping_strategy="all_exhausted")
 
 
-def load_rows(
-    arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int
-) -> tuple[Rows, Dataset | None]:
+def load_rows(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> tuple[Rows, Dataset | None]:
     """
     Rows to train on and, if asked for, rows held out.
 

@@ -2,8 +2,8 @@
 
 The model's `forward` is bound to the instance so that it gives the loss and never the logits: those are the largest
 tensors of a small model, and are made, used and made again for the backward pass a chunk of tokens at a time. Inside
-`forward` the hooks of DDP, FSDP2, ZeRO, peft and autocast are all at work, and the head is called as the module that it
-is, so adapters and tied or sharded weights need no special case.
+`forward` the hooks of DDP, FSDP2, ZeRO, peft and autocast are all at work, and the head is called as the module that
+it is, so adapters and tied or sharded weights need no special case.
 """
 
 from dataclasses import dataclass

@@ -15,8 +15,8 @@ TEMPLATE = """---
 
 # {title}
 
-[mha2mla] converted the attention of a Llama-type model to Multi-head Latent Attention (MLA){cache}, and this checkpoint
-is what recovery fine-tuning made of it.
+[mha2mla] converted the attention of a Llama-type model to Multi-head Latent Attention (MLA){cache}, and this
+checkpoint is what recovery fine-tuning made of it.
 
 ```python
 {usage}
@@ -95,7 +95,9 @@ def describe_cache(config: PreTrainedConfig) -> str:
     )
 
 
-def write_model_card(folder: Path, title: str, record: TrainingRecord, config: PreTrainedConfig, adapter: bool) -> None:
+def write_model_card(
+    folder: Path, title: str, record: TrainingRecord, config: PreTrainedConfig, adapter: bool
+) -> None:
     """Write `README.md`; a base model is named in its front matter only if it is a name on the Hub."""
     data = ModelCardData(
         library_name="peft" if adapter else "transformers",

@@ -18,7 +18,7 @@ def pack_documents(documents: Sequence[Sequence[int]], length: int) -> dict[str,
         length (`int`): Tokens of a row.
 
     Returns:
-        `input_ids`, [rows][length], and `lengths`, [rows][pieces]: the sizes of the pieces of each row, in their order.
+        `input_ids`, [rows][length], and `lengths`, [rows][pieces]: sizes of the pieces of each row, in order.
     """
     input_ids: list[list[int]] = []
     lengths: list[list[int]] = []
@@ -48,8 +48,8 @@ class PackedCollator:
     token of a document counts for nothing: what stands before it is another document, which must not predict it.
 
     Attributes:
-        flatten (`bool`): Put all rows behind one another, [1, B * T]. Flash attention looks for documents in a batch of
-            one row only; for the other implementations a long row would cost a large mask.
+        flatten (`bool`): Put all rows behind one another, [1, B * T]. Flash attention looks for documents in a
+            batch of one row only; for the other implementations a long row would cost a large mask.
     """
 
     flatten: bool = False

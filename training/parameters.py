@@ -51,7 +51,7 @@ def freeze_except(model: nn.Module, trainable: str) -> None:
 
 
 def check_lora_targets(model: nn.Module, targets: Sequence[str]) -> None:
-    """Raise a `ValueError` if a target is the name of no linear layer (peft itself complains only if all are wrong)."""
+    """Raise a `ValueError` if a target is the name of no linear layer (peft complains only if all are wrong)."""
     linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for target in targets:
         if target not in linear:

@@ -2,14 +2,12 @@
 
 import io
 import json
-import logging
+import re
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
-
-logger = logging.getLogger(__name__)
 
 # Of a checkpoint's own level. What a run leaves beside them (optimizer, random states, `training_args.bin`, which is a
 # pickle, tracking, other checkpoints) is for going on with the run, not for users of the model.
@@ -75,7 +73,7 @@ def plan_upload(folder: Path, base_model: str | None = None) -> list[Upload]:
     )
     uploads = {path.name: Upload(path.name, path) for path in files}
     if not any(name.endswith(".safetensors") for name in uploads):
-        raise ValueError(f"{folder} holds no .safetensors weights. Give the output of mha2mla convert or mha2mla train.")
+        raise ValueError(f"{folder} holds no .safetensors weights. Give the output of mha2mla convert or train.")
     if ADAPTER_CONFIG in uploads:
         config = json.loads((folder / ADAPTER_CONFIG).read_text())
         base = base_model or config["base_model_name_or_path"]
@@ -99,6 +97,8 @@ def check_model_files(folder: Path, names: set[str]) -> None:
         raise ValueError(f"{folder} holds no config.json: it is no complete checkpoint.")
     auto_map = json.loads((folder / "config.json").read_text()).get("auto_map", {})
     needed = {reference.split(".")[0] + ".py" for reference in auto_map.values()}
+    for code in folder.glob("*.py"):
+        needed |= {f"{name}.py" for name in re.findall(r"^from \.(\w+) import", code.read_text(), re.MULTILINE)}
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         needed |= set(json.loads(index.read_text())["weight_map"].values())
