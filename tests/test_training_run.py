@@ -29,7 +29,7 @@ sys.meta_path.insert(0, Block())
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-assert model.config.use_cache and model.generation_config.eos_token_id == 2
+assert model.config.use_cache and model.generation_config.eos_token_id in (2, [2])
 ids = AutoTokenizer.from_pretrained(sys.argv[1])("w5 w6 w7", return_tensors="pt").input_ids
 with torch.no_grad():
     torch.save(model(ids).logits, sys.argv[2])

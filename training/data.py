@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from datasets import (
     Dataset,
@@ -31,7 +31,7 @@ RECIPES = {path.stem: path for path in sorted((Path(__file__).parent / "recipes"
 DOCUMENTS_PER_BATCH = 1000  # packed together; what does not fill the last row of a batch is dropped
 ROW_FEATURES = Features({"input_ids": List(Value("int32")), "lengths": List(Value("int32"))})
 
-Rows = Dataset | IterableDataset  # of `input_ids` [length] and `lengths`, see `pack_documents`
+Rows: TypeAlias = Dataset | IterableDataset  # of `input_ids` [length] and `lengths`, see `pack_documents`
 
 
 @dataclass(frozen=True)

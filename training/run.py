@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, SchedulerType, set_seed
 
 from mha2mla.conversion.checkpoint import RECORD_NAME
 
@@ -126,7 +126,7 @@ def describe_run(
         objective=objective,
         schedule=(
             f"AdamW {arguments.adam_beta1:g}/{arguments.adam_beta2:g}, rate {arguments.learning_rate:g}, "
-            f"{arguments.lr_scheduler_type.value}, {batch} rows x {data.length} tokens a step"
+            f"{SchedulerType(arguments.lr_scheduler_type).value}, {batch} rows x {data.length} tokens a step"
         ),
         steps=trainer.state.global_step,
         tokens=trainer.state.num_input_tokens_seen,
