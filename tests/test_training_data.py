@@ -10,7 +10,8 @@ from conftest import pico_tokenizer
 from datasets import load_dataset
 
 from mha2mla.training import DataArguments, PackedCollator, pack_documents
-from mha2mla.training.data import RECIPES, find_sources, load_rows, read_recipe, tokenize
+from mha2mla.training.data import RECIPES, find_sources, load_rows, read_recipe
+from mha2mla.training.packing import tokenize
 from pico import LAYOUTS, make_mla, make_source, tokens
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from glob import glob
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from datasets import (
     Dataset,
@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from mha2mla.conversion.calibration_data import FILE_BUILDERS
 
 from .arguments import DataArguments, read_yaml
-from .packing import pack_documents
+from .packing import is_chat, pack_documents, tokenize
 
 RECIPES = {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
 DOCUMENTS_PER_BATCH = 1000  # packed together; what does not fill the last row of a batch is dropped
@@ -135,24 +135,6 @@ def check_source(source: DataSource, tokenizer: PreTrainedTokenizerBase) -> None
         raise ValueError(f"{source}: column {source.column!r} holds neither text nor messages, but {value!r:.80}.")
     if is_chat(value) and tokenizer.chat_template is None:
         raise ValueError(f"{source}: column {source.column!r} holds messages, and the tokenizer has no chat template.")
-
-
-def is_chat(value: Any) -> bool:
-    """Whether a document is a list of messages rather than text."""
-    return isinstance(value, list) and all(isinstance(message, dict) and "role" in message for message in value)
-
-
-def tokenize(documents: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """
-    Token ids of documents: text with the tokenizer's own special tokens and an end-of-sequence token behind it; a chat
-    as the tokenizer's template writes it, which brings its own. Empty documents are left out.
-    """
-    if documents and is_chat(documents[0]):
-        encoded = tokenizer.apply_chat_template(list(documents), tokenize=True, return_dict=True)["input_ids"]
-        return [ids for ids in encoded if ids]
-    encoded = tokenizer([text for text in documents if text])["input_ids"] if any(documents) else []
-    end = tokenizer.eos_token_id
-    return [ids if end is None or ids[-1:] == [end] else [*ids, end] for ids in encoded]
 
 
 def pack_batch(

@@ -1,11 +1,31 @@
-"""Documents packed into rows of one length without padding, and rows into batches that keep documents apart."""
+"""Documents to tokens, to rows of one length without padding, to batches that keep documents apart."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # a label that does not count
+
+
+def is_chat(value: Any) -> bool:
+    """Whether a document is a list of messages rather than text."""
+    return isinstance(value, list) and all(isinstance(message, dict) and "role" in message for message in value)
+
+
+def tokenize(documents: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """
+    Token ids of documents: text with the tokenizer's own special tokens and an end-of-sequence token behind it; a chat
+    as the tokenizer's template writes it, which brings its own. Empty documents are left out.
+    """
+    if documents and is_chat(documents[0]):
+        encoded = tokenizer.apply_chat_template(list(documents), tokenize=True, return_dict=True)["input_ids"]
+        return [ids for ids in encoded if ids]
+    encoded = tokenizer([text for text in documents if text])["input_ids"] if any(documents) else []
+    end = tokenizer.eos_token_id
+    return [ids if end is None or ids[-1:] == [end] else [*ids, end] for ids in encoded]
 
 
 def pack_documents(documents: Sequence[Sequence[int]], length: int) -> dict[str, list[list[int]]]:
