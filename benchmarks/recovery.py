@@ -3,7 +3,7 @@
     python benchmarks/recovery.py tokens SmolLM2-135M-Instruct 'train-*.jsonl.gz' train.npz --length 2048
     python benchmarks/recovery.py tokens SmolLM2-135M-Instruct validation.jsonl.gz validation.npz --length 2048
     python benchmarks/recovery.py run results.jsonl --source SmolLM2-135M-Instruct --rows train.npz \\
-        --eval-rows validation.npz --sets ../shared/data/eval --model calibrated-31=mla-31 --model paper-31=mla-paper-31 \\
+        --eval-rows validation.npz --sets ../shared/data/eval --model calibrated-31=mla-31 --model paper-31=paper-31 \\
         --trainable all attention lora --distillation 0 0.5 --tokens 5e6 20e6 78e6 -- --bf16 --torch_compile \\
         --per_device_train_batch_size 16
     python benchmarks/recovery.py table results.jsonl --plot recovery.png

@@ -217,6 +217,20 @@ def test_bad_input_is_refused_before_the_model_loads(folder, monkeypatch, capsys
         (("--trainable", "k_proj"), "'k_proj' is found in no parameter's name"),
         (("--objective", "attention"), "give --teacher"),
         (("--objective", "attention", "--teacher", folder / "source"), "--trainable self_attn"),
+        (
+            (
+                "--objective",
+                "attention",
+                "--teacher",
+                folder / "source",
+                "--trainable",
+                "lora",
+                "--lora_targets",
+                "q_proj",
+            )
+            + ("up_proj",),
+            "mlp.up_proj would be trained too",
+        ),
         (("--length", "64"), "length=64 is more than the model's context, 32"),
         (("--distillation_weight", "1.5"), "distillation_weight=1.5 must lie between 0 and 1"),
         (("--temperature", "0"), "temperature=0.0 must be above 0"),

@@ -36,9 +36,11 @@ def check_model(model: ModelArguments, loss: LossArguments, length: int) -> PreT
     empty = meta_model(config)
     if model.trainable == LORA:
         check_lora_targets(empty, model.lora_targets)
+        trained = [name for name, _ in empty.named_modules() if name.rsplit(".", 1)[-1] in model.lora_targets]
     else:
         freeze_except(empty, model.trainable)
-        check_objective([name for name, p in empty.named_parameters() if p.requires_grad], loss)
+        trained = [name for name, parameter in empty.named_parameters() if parameter.requires_grad]
+    check_objective(trained, loss)
     return config
 
 
@@ -47,7 +49,7 @@ def check_objective(trained: list[str], loss: LossArguments) -> None:
     if loss.objective == "attention" and outside:
         raise ValueError(
             f"objective='attention' gives a gradient to attention only, but {outside[0]} would be trained too. Say "
-            "--trainable self_attn, or --trainable lora."
+            "--trainable self_attn, or --trainable lora with targets in attention."
         )
 
 
@@ -86,6 +88,11 @@ def check_run(loss: LossArguments, data: DataArguments, arguments: RecoveryTrain
         raise ValueError("A stream has no length: give --max_steps.")
     if arguments.eval_strategy != "no" and data.eval_data is None and data.eval_fraction == 0:
         raise ValueError("eval_strategy needs held-out text: give --eval_data or --eval_fraction.")
+    if arguments.n_gpu > 1:
+        raise ValueError(
+            f"One process sees {arguments.n_gpu} GPUs, which torch's DataParallel would share. Start with `accelerate "
+            "launch -m mha2mla.cli.main train ...`, or set CUDA_VISIBLE_DEVICES to one of them."
+        )
     if loss.objective == "attention" and (arguments.fsdp or arguments.deepspeed):
         raise ValueError("objective='attention' calls layers one by one, which sharding cannot follow. Use plain DDP.")
     if arguments.resume_from_checkpoint is None and any(Path(arguments.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
