@@ -205,6 +205,7 @@ def test_bad_input_is_refused_before_the_model_loads(folder, monkeypatch, capsys
     other.save_pretrained(folder / "other")
     (folder / "ids.jsonl").write_text('{"blob_id": "0f"}\n')
     (folder / "empty.jsonl").write_text("")
+    matching = ("--objective", "attention", "--teacher", folder / "source")
     for more, message in (
         (("--data", folder / "ids.jsonl"), "no column 'text'; it has blob_id"),
         (("--data", folder / "empty.jsonl"), "it is empty"),
@@ -216,19 +217,9 @@ def test_bad_input_is_refused_before_the_model_loads(folder, monkeypatch, capsys
         (("--trainable", "lora", "--lora_targets", "k_proj"), "'k_proj' is no linear layer"),
         (("--trainable", "k_proj"), "'k_proj' is found in no parameter's name"),
         (("--objective", "attention"), "give --teacher"),
-        (("--objective", "attention", "--teacher", folder / "source"), "--trainable self_attn"),
+        (matching, "--trainable self_attn"),
         (
-            (
-                "--objective",
-                "attention",
-                "--teacher",
-                folder / "source",
-                "--trainable",
-                "lora",
-                "--lora_targets",
-                "q_proj",
-            )
-            + ("up_proj",),
+            (*matching, "--trainable", "lora", "--lora_targets", "q_proj", "up_proj"),
             "mlp.up_proj would be trained too",
         ),
         (("--length", "64"), "length=64 is more than the model's context, 32"),
