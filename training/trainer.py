@@ -106,7 +106,9 @@ def recover(
     # the model without a cache whatever the config says.
     model.config.use_cache = use_cache
     trainer.train(resume_from_checkpoint=checkpoint)
-    if eval_rows is not None:
+    last = trainer.state.global_step
+    measured = any(line["step"] == last and "eval_loss" in line for line in trainer.state.log_history)
+    if eval_rows is not None and not measured:
         trainer.evaluate()
     trainer.save_model(_internal_call=True)  # what goes to the Hub goes there whole, by `push_folder`
     trainer.save_state()
