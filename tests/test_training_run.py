@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -164,7 +165,7 @@ def test_killed_run_resumes_to_the_losses_of_an_uninterrupted_one(folder):
 
 
 def test_two_processes_give_the_curve_of_one(folder):
-    """Gloo on the CPU; each process takes half of the rows of a step."""
+    """Gloo on the CPU; each process takes half of the rows of a step. The same processes then try FSDP2."""
     options = ("--teacher", folder / "source", "--streaming", "--shuffle_buffer", 8)
     assert main(arguments(folder, "one", *options)) == 0
     with socket.socket() as free:
@@ -172,8 +173,8 @@ def test_two_processes_give_the_curve_of_one(folder):
         port = str(free.getsockname()[1])
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
     command = arguments(folder, "two", *options, "--per_device_train_batch_size", 1)
-    run = [*launch, "--module", "mha2mla.cli.main", *command]
-    done = subprocess.run(run, env=environment(folder), capture_output=True, text=True)
+    script = Path(__file__).parent / "two_processes.py"
+    done = subprocess.run([*launch, str(script), *command], env=environment(folder), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert losses(folder / "two") == pytest.approx(losses(folder / "one"), rel=1e-4)
     assert "| Tokens | 192 |" in (folder / "two" / "README.md").read_text()

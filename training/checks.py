@@ -95,11 +95,15 @@ def check_run(loss: LossArguments, data: DataArguments, arguments: RecoveryTrain
         )
     if loss.objective == "attention" and (arguments.fsdp or arguments.deepspeed):
         raise ValueError("objective='attention' calls layers one by one, which sharding cannot follow. Use plain DDP.")
-    if arguments.resume_from_checkpoint is None and any(Path(arguments.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
+    if not wants_resume(arguments) and any(Path(arguments.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
         raise ValueError(
             f"{arguments.output_dir} holds checkpoints of an earlier run. Go on with it by --resume_from_checkpoint "
             "true, or choose another --output_dir."
         )
+
+
+def wants_resume(arguments: RecoveryTrainingArguments) -> bool:
+    return str(arguments.resume_from_checkpoint).lower() not in ("none", "false")
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -117,7 +121,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def find_checkpoint(arguments: RecoveryTrainingArguments) -> str | None:
     """The checkpoint to go on from: with `true` the newest complete one, or none if there is none yet."""
     wanted = arguments.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() == "false":
+    if not wants_resume(arguments):
         return None
     if str(wanted).lower() == "true":
         newest = newest_checkpoint(Path(arguments.output_dir))

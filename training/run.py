@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from mha2mla.conversion.checkpoint import RECORD_NAME
 
 from .arguments import DataArguments, LossArguments, ModelArguments, RecoveryTrainingArguments
-from .checks import check_model, check_run, check_teacher, find_checkpoint
+from .checks import check_model, check_run, check_teacher, find_checkpoint, wants_resume
 from .data import find_sources, load_rows
 from .model_card import TrainingRecord, write_model_card
 from .parameters import LORA, describe_trainable
@@ -39,7 +39,7 @@ def train(
     """
     check_run(loss, data, arguments)
     checkpoint = find_checkpoint(arguments)
-    if arguments.resume_from_checkpoint is not None:
+    if wants_resume(arguments) and arguments.process_index == 0:
         logger.info("Going on from %s", checkpoint or "the start: there is no complete checkpoint yet")
     if Path(model.model).is_dir():
         model.model = str(Path(model.model).resolve())  # an adapter names its base, and must find it from anywhere
