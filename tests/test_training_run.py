@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from conftest import pico_tokenizer
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -178,6 +179,16 @@ def test_two_processes_give_the_curve_of_one(folder):
     assert done.returncode == 0, done.stderr
     assert losses(folder / "two") == pytest.approx(losses(folder / "one"), rel=1e-4)
     assert "| Tokens | 192 |" in (folder / "two" / "README.md").read_text()
+
+
+def test_shipped_accelerate_configurations_are_read():
+    folder = Path(__file__).parents[1] / "docs" / "examples" / "accelerate"
+    read = {path.stem: load_config_from_file(str(path)) for path in folder.glob("*.yaml")}
+    kinds = {name: str(config.distributed_type).rpartition(".")[2] for name, config in read.items()}
+    assert kinds == {"fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+    # Checkpoints that from_pretrained loads
+    assert read["fsdp2"].fsdp_config["fsdp_state_dict_type"] == "FULL_STATE_DICT"
+    assert read["zero3"].deepspeed_config["zero3_save_16bit_model"] is True
 
 
 def test_yaml_and_command_line_say_the_same_and_the_latter_wins(folder):
