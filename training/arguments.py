@@ -130,6 +130,10 @@ class RecoveryTrainingArguments(TrainingArguments):
     )
     # Rows are shuffled once, by their seed alone, so that the order is the same on any number of processes.
     train_sampling_strategy: str = field(default="sequential", metadata={"help": "Order of the shuffled rows."})
+    # Whatever is trained has a part in the loss; looking for what has none would cost DDP a walk of the graph a step.
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "DDP: look for parameters without a gradient in each step."}
+    )
     # Rows carry the lengths of their documents, which the collator needs and the model does not.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off."})
 

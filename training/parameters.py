@@ -85,5 +85,5 @@ def describe_trainable(model: nn.Module) -> str:
         if parameter.requires_grad:
             sizes[without_layer(name)] += size
     trained = sum(sizes.values())
-    lines = [f"Training {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %):"]
+    lines = [f"Training {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %)"]
     return "\n".join(lines + [f"  {size:>13,}  {name}" for name, size in sizes.items()])

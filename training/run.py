@@ -122,7 +122,7 @@ def describe_run(
     return TrainingRecord(
         base=model.model,
         data=shares,
-        trained=f"{model.trainable}; " + describe_trainable(trainer.model).splitlines()[0].removesuffix(":"),
+        trained=f"{model.trainable}: " + describe_trainable(trainer.model).splitlines()[0].removeprefix("Training "),
         objective=objective,
         schedule=(
             f"AdamW {arguments.adam_beta1:g}/{arguments.adam_beta2:g}, rate {arguments.learning_rate:g}, "
