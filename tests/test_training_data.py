@@ -105,6 +105,17 @@ def test_files_of_every_kind_give_the_same_rows(ending, streaming, tmp_path):
     assert got == sorted(zip(expected["input_ids"], expected["lengths"], strict=True))
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_chats_go_through_the_template(streaming, tmp_path):
+    chats = [
+        [{"role": "user", "content": words(5 + i, 2)}, {"role": "assistant", "content": " w90"}] for i in range(4)
+    ]
+    data = write_texts(tmp_path / "chats.jsonl", chats, column="messages")
+    arguments = DataArguments(data=data, column="messages", length=3, streaming=streaming)
+    rows, _ = load_rows(arguments, pico_tokenizer(), seed=0)
+    assert sorted(row["input_ids"] for row in rows) == [[5 + i, 6 + i, 90] for i in range(4)]
+
+
 def test_weights_are_shares_of_the_rows(tmp_path):
     entries = []
     for name, first, weight in (("a", 10, 3), ("b", 50, 1)):
