@@ -237,6 +237,7 @@ def test_bad_input_is_refused_before_the_model_loads(folder, monkeypatch, capsys
         (("--length", "64"), "length=64 is more than the model's context, 32"),
         (("--distillation_weight", "1.5"), "distillation_weight=1.5 must lie between 0 and 1"),
         (("--temperature", "0"), "temperature=0.0 must be above 0"),
+        (("--trainable", "lora", "--push_to_hub"), "a folder that nobody else has"),
         (("--eval_strategy", "steps"), "give --eval_data or --eval_fraction"),
         (("--streaming", "--max_steps", "-1"), "give --max_steps"),
         (("--resume_from_checkpoint", folder / "mla"), "is no complete checkpoint"),

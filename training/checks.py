@@ -5,6 +5,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import is_peft_available
 
 from .arguments import DataArguments, LossArguments, ModelArguments, RecoveryTrainingArguments
 from .parameters import LORA, check_lora_targets, freeze_except, meta_model
@@ -35,6 +36,8 @@ def check_model(model: ModelArguments, loss: LossArguments, length: int) -> PreT
         raise ValueError(f"length={length} is more than the model's context, {config.max_position_embeddings}.")
     empty = meta_model(config)
     if model.trainable == LORA:
+        if not is_peft_available():
+            raise ValueError("trainable='lora' needs peft: pip install 'mha2mla[train]'.")
         check_lora_targets(empty, model.lora_targets)
         trained = [name for name, _ in empty.named_modules() if name.rsplit(".", 1)[-1] in model.lora_targets]
     else:
@@ -77,13 +80,20 @@ def check_teacher(
                 )
 
 
-def check_run(loss: LossArguments, data: DataArguments, arguments: RecoveryTrainingArguments) -> None:
+def check_run(
+    model: ModelArguments, loss: LossArguments, data: DataArguments, arguments: RecoveryTrainingArguments
+) -> None:
     """
     Raises:
         ValueError: If the settings of the run do not go together, or its folder holds another run.
     """
     if not arguments.output_dir:
         raise ValueError("Give --output_dir, the folder for checkpoints and the trained model.")
+    if arguments.push_to_hub and model.trainable == LORA and Path(model.model).is_dir():
+        raise ValueError(
+            f"push_to_hub: the adapter would name its base model {model.model}, a folder that nobody else has. Push "
+            "that first and train from its name on the Hub, or push by `mha2mla push --base-model` afterwards."
+        )
     if data.streaming and arguments.max_steps <= 0:
         raise ValueError("A stream has no length: give --max_steps.")
     if arguments.eval_strategy != "no" and data.eval_data is None and data.eval_fraction == 0:

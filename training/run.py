@@ -37,7 +37,7 @@ def train(
     Raises:
         ValueError: If the checkpoint, the data or the options do not fit; the message names the value and the remedy.
     """
-    check_run(loss, data, arguments)
+    check_run(model, loss, data, arguments)
     checkpoint = find_checkpoint(arguments)
     if wants_resume(arguments) and arguments.process_index == 0:
         logger.info("Going on from %s", checkpoint or "the start: there is no complete checkpoint yet")
