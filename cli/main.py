@@ -3,9 +3,9 @@
 import logging
 import sys
 
-from . import convert, eval, report
+from . import convert, eval, push, report, train
 
-COMMANDS = {"convert": convert, "report": report, "eval": eval}
+COMMANDS = {"convert": convert, "report": report, "eval": eval, "train": train, "push": push}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,7 +5,6 @@ from glob import glob
 from pathlib import Path
 
 import torch
-from datasets import load_dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 # Builder of the `datasets` library for each kind of local file.
@@ -38,6 +37,8 @@ def iterate_texts(
     Raises:
         ValueError: If the file or the column is not there.
     """
+    from datasets import load_dataset  # slow to import, and what is tokenised already does without it
+
     suffixes = [s for s in Path(data).suffixes if s in FILE_BUILDERS]
     files = sorted(file for file in glob(data) if Path(file).is_file())
     if files:

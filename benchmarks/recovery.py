@@ -1,0 +1,269 @@
+"""What recovery fine-tuning gives: validation loss, multiple-choice accuracy and throughput against tokens.
+
+    python benchmarks/recovery.py tokens SmolLM2-135M-Instruct 'train-*.jsonl.gz' train.npz --length 2048
+    python benchmarks/recovery.py tokens SmolLM2-135M-Instruct validation.jsonl.gz validation.npz --length 2048
+    python benchmarks/recovery.py run results.jsonl --source SmolLM2-135M-Instruct --rows train.npz \\
+        --eval-rows validation.npz --sets ../shared/data/eval --model calibrated-31=mla-31 --model paper-31=paper-31 \\
+        --trainable all attention lora --distillation 0 0.5 --tokens 5e6 20e6 78e6 -- --bf16 --torch_compile \\
+        --per_device_train_batch_size 16
+    python benchmarks/recovery.py table results.jsonl --plot recovery.png
+
+A row of the table is a run of its own, with its own decay, from the converted checkpoint. The original model, measured
+untrained and trained in full on the same tokens by the same Trainer, is the control, for quality and throughput alike.
+Rows that are in the results file are not run again, so that several sessions can share the work. Behind `--` stand
+arguments of `mha2mla train`. Neither `run` nor `tokens` needs the `datasets` library.
+"""
+
+import argparse
+import gzip
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from glob import glob
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+import mha2mla.modeling  # noqa: F401  # registers the family
+from mha2mla.evaluation import measure_multiple_choice, read_items
+from mha2mla.training import RecoveryTrainer, pack_documents, parse_arguments, recover
+from mha2mla.training.packing import tokenize
+
+ORIGINAL = "original"
+SETS = ("arc_easy", "arc_challenge", "hellaswag", "openbookqa", "piqa", "winogrande", "mmlu")
+
+
+class TokenRows(Dataset):
+    """Packed rows of a file that `tokens` wrote, in an order drawn from a seed."""
+
+    def __init__(self, path: Path, seed: int | None = None):
+        with np.load(path) as file:
+            self.input_ids, flat, counts = file["input_ids"], file["lengths"], file["counts"]
+        self.lengths = np.split(flat, np.cumsum(counts)[:-1])
+        size = len(self.input_ids)
+        self.order = np.arange(size) if seed is None else np.random.default_rng(seed).permutation(size)
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        row = self.order[index]
+        return {"input_ids": self.input_ids[row].astype(np.int64), "lengths": self.lengths[row]}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What makes a row of the table."""
+
+    model: str
+    trainable: str
+    distillation: float
+    tokens: int
+
+    @property
+    def key(self) -> tuple:
+        return (self.model, self.trainable, self.distillation, self.tokens)
+
+
+def iterate_documents(pattern: str) -> Iterator[str]:
+    for path in sorted(glob(pattern)):
+        with gzip.open(path, "rt") if path.endswith(".gz") else open(path) as file:
+            for line in file:
+                yield json.loads(line)["text"]
+
+
+def write_tokens(args: argparse.Namespace) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    assert len(tokenizer) <= 2**16, "uint16 holds no larger vocabulary"
+    documents: list[list[int]] = []
+    batch: list[str] = []
+    for text in iterate_documents(args.data):
+        batch.append(text)
+        if len(batch) == 1000:
+            documents += tokenize(batch, tokenizer)
+            batch = []
+    documents += tokenize(batch, tokenizer)
+    packed = pack_documents(documents, args.length)
+    counts = [len(lengths) for lengths in packed["lengths"]]
+    np.savez(
+        args.output,
+        input_ids=np.array(packed["input_ids"], dtype=np.uint16),
+        lengths=np.concatenate([np.array(lengths, dtype=np.int32) for lengths in packed["lengths"]]),
+        counts=np.array(counts, dtype=np.int32),
+    )
+    print(f"{len(counts):,} rows of {args.length} tokens, {len(counts) * args.length:,} in all, in {args.output}")
+
+
+def plan_runs(args: argparse.Namespace) -> Iterator[tuple[Run, str]]:
+    """Every row and the folder of its model: untrained ones first, the control, then the conversions."""
+    models = dict(named.split("=", 1) for named in args.model)
+    for name, folder in {ORIGINAL: args.source, **models}.items():
+        yield Run(name, "none", 0.0, 0), folder
+    budgets = [round(float(tokens)) for tokens in args.tokens]
+    for tokens in budgets:
+        yield Run(ORIGINAL, "all", 0.0, tokens), args.source
+    for (name, folder), trainable, distillation, tokens in product(
+        models.items(), args.trainable, args.distillation, budgets
+    ):
+        yield Run(name, trainable, distillation, tokens), folder
+
+
+def train(run: Run, folder: str, args: argparse.Namespace, output: str) -> RecoveryTrainer:
+    """One run; `tokens` of 0 train nothing and measure the checkpoint as it is."""
+    rows, eval_rows = TokenRows(args.rows, seed=0), TokenRows(args.eval_rows)
+    common = ["--model", folder, "--data", str(args.rows), "--output_dir", output, "--save_strategy", "no"]
+    distil = ["--teacher", args.source, "--distillation_weight", str(run.distillation)] if run.distillation else []
+    chosen = ["--trainable", run.trainable] if run.tokens else []
+    model_args, loss, _, training = parse_arguments([*common, *distil, *chosen, "--max_steps", "1", *args.arguments])
+    per_step = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    training.max_steps = max(1, round(run.tokens / (per_step * rows[0]["input_ids"].size)))
+    if not run.tokens:
+        training.max_steps, training.learning_rate = 1, 0.0
+    set_seed(training.seed)
+
+    def load(path: str, dtype: str) -> torch.nn.Module:
+        attention = model_args.attn_implementation
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
+
+    teacher = load(args.source, "bfloat16" if training.bf16 else model_args.dtype) if distil else None
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return recover(load(folder, model_args.dtype), tokenizer, rows, eval_rows, model_args, loss, training, teacher)
+
+
+def throughput(history: list[dict]) -> float:
+    """Tokens per second between the first line of the log and the last: compilation and warm-up lie before."""
+    lines = [line for line in history if "loss" in line and "train_runtime" in line]
+    if len(lines) < 2:
+        return math.nan
+    first, last = lines[0], lines[-1]
+    tokens = last["num_input_tokens_seen"] - first["num_input_tokens_seen"]
+    return tokens / (last["train_runtime"] - first["train_runtime"])
+
+
+def measure_accuracy(trainer: RecoveryTrainer, folder: Path, limit: int | None) -> dict[str, list[float]]:
+    """Length-normalised accuracy and its standard error, of each set and of their average."""
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    del model.forward  # the loss's; the model's own is needed now
+    model = model.to(torch.bfloat16 if trainer.args.bf16 else model.dtype).eval()
+    accuracies = {}
+    for name in SETS:
+        result = measure_multiple_choice(
+            model, trainer.processing_class, read_items(folder / f"{name}.jsonl")[:limit], batch_size=32
+        )
+        accuracies[name] = [result.accuracy_norm, result.stderr_norm]
+    values, errors = zip(*accuracies.values(), strict=True)
+    average = [sum(values) / len(values), math.sqrt(sum(error**2 for error in errors)) / len(errors)]
+    return accuracies | {"average": average}
+
+
+def run_all(args: argparse.Namespace) -> None:
+    done = {Run(**row["run"]).key for row in read_results(args.results)} if args.results.is_file() else set()
+    for run, folder in plan_runs(args):
+        if run.key in done:
+            continue
+        print(run, flush=True)
+        with tempfile.TemporaryDirectory() as output:
+            trainer = train(run, folder, args, output)
+            history = trainer.state.log_history
+            last = next(line for line in reversed(history) if "eval_perplexity" in line)
+            row = {
+                "run": asdict(run),
+                "steps": trainer.state.global_step if run.tokens else 0,
+                "eval_perplexity": [last["eval_perplexity"], last["eval_perplexity_stderr"]],
+                "tokens_per_second": throughput(history),
+                "accuracy": measure_accuracy(trainer, args.sets, args.limit),
+                "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+                "arguments": args.arguments,
+            }
+        with args.results.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def read_results(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_table(args: argparse.Namespace) -> None:
+    rows = read_results(args.results)
+    print("| model | trained | distillation | tokens | perplexity | average accuracy | tokens/s |")
+    print("|---|---|---|---|---|---|---|")
+    for row in rows:
+        run, (perplexity, stderr) = Run(**row["run"]), row["eval_perplexity"]
+        accuracy, error = (100 * value for value in row["accuracy"]["average"])
+        speed = "" if math.isnan(row["tokens_per_second"]) else f"{row['tokens_per_second']:,.0f}"
+        print(
+            f"| {run.model} | {run.trainable} | {run.distillation:g} | {run.tokens / 1e6:g}M "
+            f"| {perplexity:.2f} ± {stderr:.2f} | {accuracy:.2f} ± {error:.2f} | {speed} |"
+        )
+    if args.plot:
+        draw(rows, args.plot)
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Loss and accuracy against tokens, a line for each model and way of training."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    groups: dict[str, list[dict]] = {}
+    untrained = {row["run"]["model"]: row for row in rows if row["run"]["tokens"] == 0}
+    for row in rows:
+        run = Run(**row["run"])
+        if run.tokens:
+            label = f"{run.model}, {run.trainable}" + (f", distilled {run.distillation:g}" if run.distillation else "")
+            groups.setdefault(label, [untrained[run.model]] if run.model in untrained else []).append(row)
+    for label, members in groups.items():
+        members.sort(key=lambda row: row["run"]["tokens"])
+        tokens = [row["run"]["tokens"] / 1e6 for row in members]
+        left.plot(tokens, [math.log(row["eval_perplexity"][0]) for row in members], marker="o", label=label)
+        averages, errors = zip(*(row["accuracy"]["average"] for row in members), strict=True)
+        right.errorbar(tokens, [100 * a for a in averages], [100 * e for e in errors], marker="o", label=label)
+    for axes, title in ((left, "validation loss (nats per token)"), (right, "average accuracy (%)")):
+        axes.set(xlabel="tokens (millions)", title=title)
+        axes.set_xscale("symlog")
+    right.legend(fontsize="x-small")
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    tokens = commands.add_parser("tokens", help="Tokenise text and pack it into rows.")
+    tokens.add_argument("tokenizer")
+    tokens.add_argument("data", help="A .jsonl or .jsonl.gz file with a column `text`; patterns name several.")
+    tokens.add_argument("output", type=Path)
+    tokens.add_argument("--length", type=int, default=2048)
+    tokens.set_defaults(call=write_tokens)
+    run = commands.add_parser("run", help="Train and measure what the results file does not hold yet.")
+    run.add_argument("results", type=Path)
+    run.add_argument("--source", required=True, help="The original model: teacher and control.")
+    run.add_argument("--model", action="append", required=True, metavar="NAME=FOLDER", help="A conversion.")
+    run.add_argument("--rows", type=Path, required=True)
+    run.add_argument("--eval-rows", type=Path, required=True)
+    run.add_argument("--sets", type=Path, required=True, help=f"Folder of {', '.join(SETS)}.jsonl.")
+    run.add_argument("--limit", type=int, help="Items of each set at most.")
+    run.add_argument("--trainable", nargs="+", default=["all", "attention", "lora"])
+    run.add_argument("--distillation", nargs="+", type=float, default=[0.0, 0.5], help="Weights of the teacher.")
+    run.add_argument("--tokens", nargs="+", default=["5e6", "20e6", "78e6"])
+    run.set_defaults(call=run_all)
+    table = commands.add_parser("table", help="Print the table and draw the curves.")
+    table.add_argument("results", type=Path)
+    table.add_argument("--plot", type=Path)
+    table.set_defaults(call=write_table)
+    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    args = parser.parse_args(sys.argv[1:split])
+    args.arguments = sys.argv[split + 1 :]
+    args.call(args)
+
+
+if __name__ == "__main__":
+    main()

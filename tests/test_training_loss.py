@@ -1,0 +1,267 @@
+"""The chunked losses against the plain ones, and what of the model they move."""
+
+import pytest
+import torch
+from conftest import pico_tokenizer
+from torch import nn
+from transformers import TrainingArguments
+
+from mha2mla.conversion.refine import robust_error
+from mha2mla.training import (
+    Distillation,
+    LossArguments,
+    ModelArguments,
+    PackedCollator,
+    RecoveryTrainer,
+    RecoveryTrainingArguments,
+    add_lora,
+    attention_error,
+    describe_trainable,
+    freeze_except,
+    recover,
+    use_attention_loss,
+    use_language_loss,
+)
+from mha2mla.training.loss import forward_kl, token_losses
+from mha2mla.training.trainer import token_perplexity
+from pico import make_mla, make_source, tokens
+
+ROWS = [
+    {"input_ids": ids, "lengths": lengths}
+    for ids, lengths in zip(
+        tokens(8, 12).tolist(),
+        [[12], [5, 7], [1, 1, 10], [3, 3, 3, 3], [11, 1], [6, 6], [12], [2, 10]],
+        strict=True,
+    )
+]
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal(got, wanted):
+    assert got.keys() == wanted.keys()
+    for name, gradient in got.items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def plain_losses(model, teacher, batch, temperature):
+    """Cross-entropy and KL from whole logits, without chunks, shifts by hand."""
+    keys = dict(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+    logits, wanted = model(**keys).logits[:, :-1], teacher(**keys).logits[:, :-1]
+    targets = batch["labels"][:, 1:]
+    counted = targets != -100
+    cross_entropy = nn.functional.cross_entropy(logits[counted], targets[counted], reduction="sum")
+    p = (wanted[counted] / temperature).softmax(-1)
+    kl = (p * (p.log() - (logits[counted] / temperature).log_softmax(-1))).sum() * temperature**2
+    return cross_entropy, kl, counted.sum()
+
+
+def test_forward_kl_against_a_loop():
+    student, teacher = torch.randn(3, 5), torch.randn(3, 5)
+    p, q = (teacher / 2).softmax(-1), (student / 2).softmax(-1)
+    expected = [4 * sum(p[i, v] * (p[i, v] / q[i, v]).log() for v in range(5)) for i in range(3)]
+    torch.testing.assert_close(forward_kl(student, teacher, 2.0), torch.stack(expected))
+    assert forward_kl(teacher, teacher, 2.0).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 7, 64])
+def test_chunks_give_what_whole_logits_give(chunk):
+    torch.manual_seed(0)
+    head, teacher_head = nn.Linear(6, 11), nn.Linear(4, 11)
+    hidden, teacher_hidden = torch.randn(14, 6, requires_grad=True), torch.randn(14, 4)
+    targets = torch.randint(11, (14,)).index_fill(0, torch.tensor([0, 6, 13]), -100)
+    cross_entropy, distance = token_losses(head, hidden, targets, teacher_head, teacher_hidden, 1.5, chunk)
+    (cross_entropy.sum() + distance.sum()).backward()
+    assert teacher_head.weight.grad is None
+    got = [hidden.grad, head.weight.grad]
+    hidden.grad = head.weight.grad = None
+    logits = head(hidden)
+    expected = nn.functional.cross_entropy(logits, targets, reduction="none")
+    kl = forward_kl(logits, teacher_head(teacher_hidden), 1.5) * (targets != -100)
+    (expected.sum() + kl.sum()).backward()
+    torch.testing.assert_close(cross_entropy, expected)
+    torch.testing.assert_close(distance, kl)
+    for gradient, wanted in zip(got, (hidden.grad, head.weight.grad), strict=True):
+        torch.testing.assert_close(gradient, wanted)
+
+
+def test_no_tensor_of_the_whole_vocabulary_is_kept():
+    """What autograd keeps for the backward pass grows with the hidden size, not with the vocabulary."""
+    head, hidden = nn.Linear(4, 1000), torch.randn(64, 4, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        loss, _ = token_losses(head, hidden, torch.zeros(64, dtype=torch.long), chunk=16)
+    loss.sum().backward()
+    assert max(kept, default=0) <= 64 * 4
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_mixed_loss_and_its_gradient_against_whole_logits(tied):
+    model, teacher = make_mla(tie_word_embeddings=tied).train(), make_source(seed=1).requires_grad_(False)
+    batch = PackedCollator()(ROWS)
+    cross_entropy, kl, count = plain_losses(model, teacher, batch, 2.0)
+    expected = (0.3 * cross_entropy + 0.7 * kl) / count
+    expected.backward()
+    wanted = gradients(model)
+    model.zero_grad()
+    use_language_loss(model, Distillation(teacher, weight=0.7, temperature=2.0))
+    loss = model(**batch).loss
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    assert_equal(gradients(model), wanted)
+    torch.testing.assert_close(model(**batch, num_items_in_batch=torch.tensor(10)).loss, expected * count / 10)
+
+
+def test_evaluation_gives_the_likelihood_of_each_label():
+    model, batch = make_mla(), PackedCollator()(ROWS)
+    cross_entropy, _, count = plain_losses(model, model, batch, 1.0)
+    logits = model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits.log_softmax(-1)
+    use_language_loss(model, Distillation(make_source()))
+    with torch.no_grad():
+        output = model(**batch)
+    torch.testing.assert_close(output.loss, cross_entropy / count)
+    for row in range(len(ROWS)):
+        for t in range(1, 12):
+            label = batch["labels"][row, t]
+            expected = torch.tensor(0.0) if label == -100 else logits[row, t - 1, label]
+            torch.testing.assert_close(output.log_likelihoods[row, t], expected)
+    prediction = type("P", (), dict(predictions=output.log_likelihoods.numpy(), label_ids=batch["labels"].numpy()))
+    metrics = token_perplexity(prediction)
+    assert metrics["num_tokens"] == count
+    assert metrics["perplexity"] == pytest.approx((cross_entropy / count).exp().item(), rel=1e-5)
+
+
+def one_step(folder, model, batch_size, accumulation, loss=None, teacher=None, **options):
+    arguments = RecoveryTrainingArguments(
+        output_dir=str(folder),
+        max_steps=1,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        use_cpu=True,
+        save_strategy="no",
+        max_grad_norm=0.0,
+        optim="sgd",
+        learning_rate=1.0,
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+        disable_tqdm=True,
+        **options,
+    )
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    settings = ModelArguments(model="")
+    recover(model, pico_tokenizer(), ROWS, None, settings, loss or LossArguments(), arguments, teacher)
+    return {name: before[name] - p.detach() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("distil", [False, True])
+def test_accumulated_gradients_are_those_of_one_large_batch(distil, tmp_path):
+    """Rows differ in how many labels count; each label must weigh the same wherever it falls."""
+    moves = []
+    for batch_size, accumulation in ((8, 1), (2, 4), (1, 8)):
+        teacher = make_source() if distil else None
+        moves.append(one_step(tmp_path, make_mla(), batch_size, accumulation, teacher=teacher))
+    assert max(move.abs().max() for move in moves[0].values()) > 1e-3
+    assert_equal(moves[1], moves[0])
+    assert_equal(moves[2], moves[0])
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    plain = one_step(tmp_path, make_mla(), 8, 1)
+    assert_equal(one_step(tmp_path, make_mla(), 8, 1, gradient_checkpointing=True), plain)
+
+
+def test_attention_error_against_running_each_layer_by_hand():
+    model, teacher = make_mla().train(), make_source()
+    batch = PackedCollator()(ROWS)
+    keys = dict(input_ids=batch["input_ids"], position_ids=batch["position_ids"])
+    with torch.no_grad():
+        states = teacher(**keys, use_cache=False, output_hidden_states=True).hidden_states[:2]
+        rotary = teacher.model.rotary_emb(states[0], keys["position_ids"])
+        document = (keys["position_ids"] == 0).cumsum(1)
+        mask = (document[:, None, :, None] == document[:, None, None, :]) & torch.ones(12, 12).bool().tril()
+        errors = []
+        for layer, original, state in zip(model.model.layers, teacher.model.layers, states, strict=True):
+            x = original.input_layernorm(state)
+            errors.append(robust_error(layer.self_attn(x, rotary, mask)[0], original.self_attn(x, rotary, mask)[0]))
+    error = attention_error(model, teacher, **keys)
+    torch.testing.assert_close(error, torch.stack(errors).mean())
+    use_attention_loss(model, teacher)
+    model(**batch).loss.backward()
+    assert all((p.grad is not None) == (".self_attn." in name) for name, p in model.named_parameters())
+
+
+def test_matching_attention_brings_it_nearer(tmp_path):
+    model, teacher = make_mla("shared"), make_source().requires_grad_(False)
+    batch = PackedCollator()(ROWS)
+    use_attention_loss(model.train(), teacher)
+    freeze_except(model, "self_attn")
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(20):
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize(
+    "trainable, expected",
+    [
+        ("all", lambda name: True),
+        ("attention", lambda name: "self_attn" in name or "norm" in name),
+        (r"kv_[ab]_proj|layers\.1\.mlp", lambda name: "kv_" in name or "layers.1.mlp" in name),
+    ],
+)
+def test_what_trains_moves_and_nothing_else_is_in_the_optimizer(trainable, expected, tmp_path):
+    model = make_mla()
+    freeze_except(model, trainable)
+    use_language_loss(model)
+    arguments = RecoveryTrainingArguments(output_dir=str(tmp_path), max_steps=2, use_cpu=True, disable_tqdm=True)
+    arguments.set_save(strategy="no")
+    trainer = RecoveryTrainer(model, arguments, data_collator=PackedCollator(), train_dataset=ROWS)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer.train()
+    in_optimizer = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        moved = not torch.equal(parameter, before[name])
+        assert moved == expected(name) == (id(parameter) in in_optimizer), name
+
+
+def test_lora_trains_adapters_of_the_latent_projections():
+    model = add_lora(make_mla(), rank=2, alpha=4, dropout=0.0, targets=["q_proj", "kv_a_proj", "kv_b_proj", "o_proj"])
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert len(trained) == 2 * 4 * 2 and all(".lora_" in name for name in trained)
+    text = describe_trainable(model)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert f"Training {count:,} of" in text and "layers.*.self_attn.kv_b_proj.lora_A" in text
+
+
+def test_errors_name_what_there_is():
+    model = make_mla()
+    with pytest.raises(ValueError, match=r"'k_proj' is found in no parameter's name.*kv_a_proj.*lora"):
+        freeze_except(model, "k_proj")
+    with pytest.raises(ValueError, match="is not a regular expression"):
+        freeze_except(model, "(")
+    with pytest.raises(ValueError, match=r"'k_proj' is no linear layer; there are .*kv_a_proj"):
+        add_lora(model, 2, 4, 0.0, ["q_proj", "k_proj"])
+
+
+def test_schedule_is_warm_up_stable_and_one_minus_root(tmp_path):
+    arguments = RecoveryTrainingArguments(
+        output_dir=str(tmp_path), max_steps=100, learning_rate=2.0, warmup_steps=0.05, decay_fraction=0.2, use_cpu=True
+    )
+    assert isinstance(arguments, TrainingArguments)
+    assert (arguments.adam_beta1, arguments.adam_beta2, arguments.max_grad_norm) == (0.9, 0.95, 1.0)
+    trainer = RecoveryTrainer(make_mla(), arguments, train_dataset=ROWS)
+    trainer.create_optimizer_and_scheduler(100)
+    rates = []
+    for _ in range(101):
+        rates.append(trainer.lr_scheduler.get_last_lr()[0])
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    expected = [2 * i / 5 for i in range(5)] + [2.0] * 75 + [2 * (1 - (i / 20) ** 0.5) for i in range(21)]
+    assert rates == pytest.approx(expected)

@@ -1,0 +1,246 @@
+"""The train command from end to end on pico models: outputs, resumption, several processes, errors before loading."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from conftest import pico_tokenizer
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mha2mla.cli.main import main
+from mha2mla.training import parse_arguments, run
+from mha2mla.training.checks import newest_checkpoint
+from pico import VOCAB, make_mla, make_source, tokens
+
+CLEAN_LOAD = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "mha2mla":
+            raise ImportError("mha2mla is blocked")
+sys.meta_path.insert(0, Block())
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert model.config.use_cache and model.generation_config.eos_token_id in (2, [2])
+ids = AutoTokenizer.from_pretrained(sys.argv[1])("w5 w6 w7", return_tensors="pt").input_ids
+with torch.no_grad():
+    torch.save(model(ids).logits, sys.argv[2])
+"""
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A converted model, its source, and texts."""
+    for name, model in (("mla", make_mla("shared")), ("source", make_source())):
+        model.save_pretrained(tmp_path / name)
+        pico_tokenizer().save_pretrained(tmp_path / name)
+    generator = torch.Generator().manual_seed(0)
+    with open(tmp_path / "texts.jsonl", "w") as file:
+        for _ in range(60):
+            count = int(torch.randint(2, 40, (1,), generator=generator))
+            words = torch.randint(4, VOCAB, (count,), generator=generator).tolist()
+            file.write(json.dumps({"text": " ".join(f"w{i}" for i in words)}) + "\n")
+    return tmp_path
+
+
+def arguments(folder, output, *more, data="texts.jsonl"):
+    fixed = (
+        "--use_cpu",
+        "--disable_tqdm",
+        "true",
+        "--logging_steps",
+        "1",
+        "--length",
+        "16",
+        "--learning_rate",
+        "1e-2",
+    )
+    sizes = ("--max_steps", "6", "--save_steps", "2", "--per_device_train_batch_size", "2")
+    places = ("--model", folder / "mla", "--data", folder / data, "--output_dir", folder / output)
+    return ["train", *map(str, (*places, *fixed, *sizes, *more))]
+
+
+def losses(output):
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def environment(tmp_path, **more):
+    return os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1", **more}
+
+
+def test_full_run_with_teacher_leaves_complete_checkpoints(folder):
+    teacher = ("--teacher", folder / "source", "--eval_fraction", 0.2, "--eval_strategy", "steps", "--eval_steps", 3)
+    assert main(arguments(folder, "out", *teacher)) == 0
+    out = folder / "out"
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    logged = [entry for entry in history if "loss" in entry]
+    assert [entry["num_input_tokens_seen"] for entry in logged] == [32 * step for step in range(1, 7)]
+    assert all("learning_rate" in entry and "train_tokens_per_second" in entry for entry in logged)
+    assert logged[-1]["loss"] < logged[0]["loss"]
+    assert len([entry for entry in history if "eval_perplexity" in entry]) == 2
+    card = (out / "README.md").read_text()
+    for part in ("texts.jsonl 100 %", "| Steps | 6 |", "| Tokens | 192 |", "KL(", "perplexity", "instead of 48"):
+        assert part in card, part
+
+    names = {path.name for path in (out / "checkpoint-2").iterdir()}
+    assert {"modeling_mla_llama.py", "config.json", "generation_config.json", "tokenizer.json"} <= names
+    assert json.loads((out / "checkpoint-2" / "config.json").read_text())["use_cache"] is True
+    run = [sys.executable, "-c", CLEAN_LOAD, str(out / "checkpoint-4"), str(folder / "logits.pt")]
+    clean = environment(folder, HF_MODULES_CACHE=str(folder / "modules"))
+    done = subprocess.run(run, env=clean, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    ids = AutoTokenizer.from_pretrained(out)("w5 w6 w7", return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(out / "checkpoint-4")(ids).logits
+    torch.testing.assert_close(torch.load(folder / "logits.pt"), expected, rtol=0, atol=1e-6)
+
+    assert main(arguments(folder, "out")) == 2  # never over an earlier run
+
+
+def test_lora_run_saves_adapter_and_merged_model(folder):
+    assert main(arguments(folder, "out", "--trainable", "lora", "--lora_rank", 2, "--merge")) == 0
+    out, ids = folder / "out", tokens(2, 9)
+    with torch.no_grad():
+        adapted = AutoPeftModelForCausalLM.from_pretrained(out)(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(out / "merged")(ids).logits
+        checkpoint = AutoPeftModelForCausalLM.from_pretrained(out / "checkpoint-6")(ids).logits
+        untrained = AutoModelForCausalLM.from_pretrained(folder / "mla")(ids).logits
+    torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(checkpoint, adapted)
+    assert (adapted - untrained).abs().max() > 1e-3
+    assert not list(out.glob("model*.safetensors")) and "AutoPeftModelForCausalLM" in (out / "README.md").read_text()
+    assert "AutoModelForCausalLM.from_pretrained" in (out / "merged" / "README.md").read_text()
+
+
+def test_attention_stage_moves_attention_alone(folder):
+    options = ("--objective", "attention", "--teacher", folder / "source", "--trainable", "self_attn")
+    assert main(arguments(folder, "out", *options)) == 0
+    before = AutoModelForCausalLM.from_pretrained(folder / "mla").state_dict()
+    for name, tensor in AutoModelForCausalLM.from_pretrained(folder / "out").state_dict().items():
+        assert torch.equal(tensor, before[name]) != (name.endswith("proj.weight") and "self_attn" in name), name
+
+
+@pytest.mark.parametrize("trainable", ["all", "lora"])
+@pytest.mark.parametrize("streaming", [(), ("--streaming", "--shuffle_buffer", "8")])
+def test_resumed_run_continues_the_same_curve(trainable, streaming, folder):
+    """The newest complete checkpoint is taken, not one that was being written; what followed it comes out the same."""
+    options = ("--gradient_accumulation_steps", 2, "--trainable", trainable, *streaming)
+    assert main(arguments(folder, "out", *options)) == 0
+    expected = losses(folder / "out")
+    (folder / "out" / "checkpoint-6" / "trainer_state.json").write_text("{")  # killed while writing it
+    assert newest_checkpoint(folder / "out").name == "checkpoint-4"
+    assert main(arguments(folder, "out", *options, "--resume_from_checkpoint", "true")) == 0
+    assert losses(folder / "out") == expected and len(set(expected)) == 6
+
+
+def test_killed_run_resumes_to_the_losses_of_an_uninterrupted_one(folder):
+    options = ("--max_steps", 40, "--save_steps", 4, "--resume_from_checkpoint", "true")
+    command = [sys.executable, "-m", "mha2mla.cli.main", *arguments(folder, "killed", *options)]
+    process = subprocess.Popen(command, env=environment(folder), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while newest_checkpoint(folder / "killed") is None and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors.decode()
+    assert 4 <= int(newest_checkpoint(folder / "killed").name.split("-")[-1]) < 40
+    assert main(arguments(folder, "killed", *options)) == 0
+    assert main(arguments(folder, "whole", *options)) == 0
+    assert losses(folder / "killed") == losses(folder / "whole")
+    assert len(losses(folder / "whole")) == 40
+
+
+def test_two_processes_give_the_curve_of_one(folder):
+    """Gloo on the CPU; each process takes half of the rows of a step. The same processes then try FSDP2."""
+    options = ("--teacher", folder / "source", "--streaming", "--shuffle_buffer", 8)
+    assert main(arguments(folder, "one", *options)) == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    command = arguments(folder, "two", *options, "--per_device_train_batch_size", 1)
+    script = Path(__file__).parent / "two_processes.py"
+    done = subprocess.run([*launch, str(script), *command], env=environment(folder), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert losses(folder / "two") == pytest.approx(losses(folder / "one"), rel=1e-4)
+    assert "| Tokens | 192 |" in (folder / "two" / "README.md").read_text()
+
+
+def test_shipped_accelerate_configurations_are_read():
+    folder = Path(__file__).parents[1] / "docs" / "examples" / "accelerate"
+    read = {path.stem: load_config_from_file(str(path)) for path in folder.glob("*.yaml")}
+    kinds = {name: str(config.distributed_type).rpartition(".")[2] for name, config in read.items()}
+    assert kinds == {"fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+    # Checkpoints that from_pretrained loads
+    assert read["fsdp2"].fsdp_config["fsdp_state_dict_type"] == "FULL_STATE_DICT"
+    assert read["zero3"].deepspeed_config["zero3_save_16bit_model"] is True
+
+
+def test_yaml_and_command_line_say_the_same_and_the_latter_wins(folder):
+    path = folder / "run.yaml"
+    path.write_text("model: m\ndata: d\noutput_dir: o\nlearning_rate: 1e-3\nlora_targets: [q_proj]\nmerge: true\n")
+    command = ["--config", str(path), "--data", "e", "--trainable", "lora", "--use_cpu"]
+    with pytest.raises(ValueError, match="merge belongs to --trainable lora"):
+        parse_arguments(command[:2])
+    model, _, data, training = parse_arguments(command)
+    assert (model.model, model.lora_targets, model.merge, data.data) == ("m", ["q_proj"], True, "e")
+    assert (training.learning_rate, training.output_dir) == (1e-3, "o")
+    path.write_text("modle: m\n")
+    with pytest.raises(ValueError, match="no argument 'modle'"):
+        parse_arguments(command)
+    with pytest.raises(ValueError, match=r"no\.yaml does not exist"):
+        parse_arguments(["--config", str(folder / "no.yaml")])
+
+
+def test_bad_input_is_refused_before_the_model_loads(folder, monkeypatch, capsys):
+    def load(*_):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(run, "load_model", load)
+    other = make_source("mqa")
+    other.resize_token_embeddings(VOCAB + 4)
+    other.save_pretrained(folder / "other")
+    (folder / "ids.jsonl").write_text('{"blob_id": "0f"}\n')
+    (folder / "empty.jsonl").write_text("")
+    matching = ("--objective", "attention", "--teacher", folder / "source")
+    for more, message in (
+        (("--data", folder / "ids.jsonl"), "no column 'text'; it has blob_id"),
+        (("--data", folder / "empty.jsonl"), "it is empty"),
+        (("--data", "papr"), "is no recipe"),
+        (("--teacher", folder / "other"), "has vocab_size=100, the model 96"),
+        (("--teacher", folder / "nowhere"), "teacher: there is no folder"),
+        (("--model", folder / "source"), "is not converted. Run `mha2mla convert` first"),
+        (("--model", folder / "nowhere"), "model: there is no folder"),
+        (("--trainable", "lora", "--lora_targets", "k_proj"), "'k_proj' is no linear layer"),
+        (("--trainable", "k_proj"), "'k_proj' is found in no parameter's name"),
+        (("--objective", "attention"), "give --teacher"),
+        (matching, "--trainable self_attn"),
+        (
+            (*matching, "--trainable", "lora", "--lora_targets", "q_proj", "up_proj"),
+            "mlp.up_proj would be trained too",
+        ),
+        (("--length", "64"), "length=64 is more than the model's context, 32"),
+        (("--distillation_weight", "1.5"), "distillation_weight=1.5 must lie between 0 and 1"),
+        (("--temperature", "0"), "temperature=0.0 must be above 0"),
+        (("--trainable", "lora", "--push_to_hub"), "a folder that nobody else has"),
+        (("--eval_strategy", "steps"), "give --eval_data or --eval_fraction"),
+        (("--streaming", "--max_steps", "-1"), "give --max_steps"),
+        (("--resume_from_checkpoint", folder / "mla"), "is no complete checkpoint"),
+    ):
+        assert main(arguments(folder, "out", *more)) == 2, message
+        assert message in capsys.readouterr().err

@@ -1,0 +1,33 @@
+"""Recovery fine-tuning of converted checkpoints on the stock Trainer."""
+
+from .arguments import (
+    DataArguments,
+    LossArguments,
+    ModelArguments,
+    RecoveryTrainingArguments,
+    parse_arguments,
+)
+from .loss import Distillation, RecoveryOutput, attention_error, use_attention_loss, use_language_loss
+from .packing import PackedCollator, pack_documents
+from .parameters import add_lora, describe_trainable, freeze_except
+from .trainer import RecoveryTrainer, recover
+
+__all__ = [
+    "DataArguments",
+    "Distillation",
+    "LossArguments",
+    "ModelArguments",
+    "PackedCollator",
+    "RecoveryOutput",
+    "RecoveryTrainer",
+    "RecoveryTrainingArguments",
+    "add_lora",
+    "attention_error",
+    "describe_trainable",
+    "freeze_except",
+    "pack_documents",
+    "parse_arguments",
+    "recover",
+    "use_attention_loss",
+    "use_language_loss",
+]

@@ -1,0 +1,189 @@
+"""What the user chooses: four dataclasses, from the command line and from YAML alike."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from .parameters import PROJECTIONS
+
+
+@dataclass
+class ModelArguments:
+    """The model, and what of it is trained."""
+
+    model: str = field(metadata={"help": "Converted checkpoint: a folder, or a name on the Hub."})
+    trainable: str = field(
+        default="all",
+        metadata={
+            "help": "What trains: all; attention (with the norms; the rest is frozen); lora; or a regular expression "
+            "that is looked for in the parameters' names."
+        },
+    )
+    lora_rank: int = field(default=16, metadata={"help": "lora: rank of the adapters."})
+    lora_alpha: int = field(default=32, metadata={"help": "lora: the adapters are scaled by alpha / rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "lora: dropout before the adapters."})
+    lora_targets: list[str] = field(
+        default_factory=lambda: list(PROJECTIONS), metadata={"help": "lora: names of the linear layers adapted."}
+    )
+    merge: bool = field(
+        default=False, metadata={"help": "lora: also save the model with the adapter merged, in OUTPUT_DIR/merged."}
+    )
+    dtype: Literal["float32", "bfloat16"] = field(
+        default="float32",
+        metadata={"help": "Type of the weights. Train in float32, with --bf16 for the arithmetic; see the docs."},
+    )
+    attn_implementation: str = field(
+        default="sdpa", metadata={"help": "Of transformers: sdpa, eager, flex_attention, flash_attention_2, ..."}
+    )
+
+    def __post_init__(self):
+        if self.lora_rank < 1:
+            raise ValueError(f"lora_rank={self.lora_rank} must be at least 1.")
+        if self.merge and self.trainable != "lora":
+            raise ValueError(f"merge belongs to --trainable lora; this run trains {self.trainable!r}.")
+
+
+@dataclass
+class LossArguments:
+    """What is minimised."""
+
+    objective: Literal["language", "attention"] = field(
+        default="language",
+        metadata={
+            "help": "language: cross-entropy, mixed with the distance to the teacher if there is one. attention: the "
+            "output of each attention layer is matched to the teacher's; a first stage, in a run of its own."
+        },
+    )
+    teacher: str | None = field(default=None, metadata={"help": "The original model: a folder, or a name on the Hub."})
+    distillation_weight: float = field(
+        default=0.5, metadata={"help": "language: share of the distance to the teacher in the loss, 0 to 1."}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "language: divides both models' logits."})
+
+    def __post_init__(self):
+        if self.objective not in ("language", "attention"):
+            raise ValueError(f"objective={self.objective!r} must be language or attention.")
+        if self.objective == "attention" and self.teacher is None:
+            raise ValueError("objective='attention' matches a teacher: give --teacher, the original model.")
+        if not 0 <= self.distillation_weight <= 1:
+            raise ValueError(f"distillation_weight={self.distillation_weight} must lie between 0 and 1.")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature={self.temperature} must be above 0.")
+
+
+@dataclass
+class DataArguments:
+    """The text."""
+
+    data: str = field(
+        metadata={
+            "help": "A recipe (its name, or a .yaml file: a mixture with weights), OWNER/NAME of a data set on the "
+            "Hub, or .txt, .jsonl, .json or .parquet files, compressed or not; patterns name several."
+        }
+    )
+    column: str = field(
+        default="text", metadata={"help": "Column of the text, or of the messages of a chat. In a recipe: of its own."}
+    )
+    subset: str | None = field(default=None, metadata={"help": "Configuration of the data set, if any."})
+    split: str = field(default="train", metadata={"help": "Split of a data set from the Hub."})
+    eval_data: str | None = field(
+        default=None, metadata={"help": "Held-out text in the same form; perplexity is measured on it."}
+    )
+    eval_fraction: float = field(
+        default=0.0, metadata={"help": "Without --eval-data: share of the documents that is held out instead."}
+    )
+    length: int = field(default=2048, metadata={"help": "Tokens of a row; documents are packed without padding."})
+    streaming: bool = field(default=False, metadata={"help": "Read while training, without a copy on the disk."})
+    shuffle_buffer: int = field(default=2000, metadata={"help": "streaming: rows among which the next is drawn."})
+    num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise; not for streaming."})
+
+    def __post_init__(self):
+        if self.length < 2:
+            raise ValueError(f"length={self.length} must be at least 2.")
+        if not 0 <= self.eval_fraction < 1:
+            raise ValueError(f"eval_fraction={self.eval_fraction} must lie between 0 and 1.")
+        if self.eval_fraction > 0 and self.eval_data is not None:
+            raise ValueError("Give either eval_data or eval_fraction, not both.")
+        if self.eval_fraction > 0 and self.streaming:
+            raise ValueError("eval_fraction needs all documents at hand, which streaming does not: give --eval-data.")
+
+
+@dataclass
+class RecoveryTrainingArguments(TrainingArguments):
+    """transformers' `TrainingArguments`, all of them, with the paper's defaults (arXiv 2502.14837, Appendix A)."""
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "Highest rate, held through the stable phase."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "Second beta of AdamW; the first is 0.9."})
+    lr_scheduler_type: str = field(
+        default="warmup_stable_decay", metadata={"help": "Shape of the learning rate over the run."}
+    )
+    warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or a share of all steps if below 1."})
+    decay_fraction: float = field(
+        default=0.1, metadata={"help": "warmup_stable_decay: last share of the steps, over which the rate falls."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
+    include_num_input_tokens_seen: str = field(
+        default="all", metadata={"help": "Count tokens and tokens per second: all, non_padding or no."}
+    )
+    # Rows are shuffled once, by their seed alone, so that the order is the same on any number of processes.
+    train_sampling_strategy: str = field(default="sequential", metadata={"help": "Order of the shuffled rows."})
+    # Whatever is trained has a part in the loss; looking for what has none would cost DDP a walk of the graph a step.
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "DDP: look for parameters without a gradient in each step."}
+    )
+    # Rows carry the lengths of their documents, which the collator needs and the model does not.
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off."})
+
+    def __post_init__(self):
+        if not 0 <= self.decay_fraction <= 1:
+            raise ValueError(f"decay_fraction={self.decay_fraction} must lie between 0 and 1.")
+        super().__post_init__()
+
+
+ARGUMENTS = (ModelArguments, LossArguments, DataArguments, RecoveryTrainingArguments)
+
+
+def parse_arguments(
+    argv: list[str], **parser_options: Any
+) -> tuple[ModelArguments, LossArguments, DataArguments, RecoveryTrainingArguments]:
+    """
+    Arguments from the command line and, with `--config FILE`, from a YAML file of the same names; what is said on the
+    command line wins.
+
+    Raises:
+        ValueError: If the file is none of YAML, or names an argument that there is not.
+    """
+    parser = HfArgumentParser(ARGUMENTS, **parser_options)
+    parser.add_argument("--config", type=Path, help="YAML file of arguments; the command line overrules it.")
+    first = HfArgumentParser([], add_help=False, allow_abbrev=False)
+    first.add_argument("--config", type=Path)
+    path = first.parse_known_args(argv)[0].config
+    if path is not None:
+        use_defaults(parser, read_yaml(path), path)
+    *parsed, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    return tuple(parsed)
+
+
+def use_defaults(parser: HfArgumentParser, values: Any, path: Path) -> None:
+    """Make the values of a YAML file the parser's defaults."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold `name: value` lines, got {type(values).__name__}.")
+    actions = {action.dest: action for action in parser._actions}  # argparse has no public list of them
+    for name in values:
+        if name not in actions or name == "config":
+            raise ValueError(f"{path}: there is no argument {name!r}; mha2mla train --help tells which there are.")
+        actions[name].required = False
+    parser.set_defaults(**values)
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file; a `ValueError` that says where, if it is malformed."""
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist.")
+    try:
+        return yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None

@@ -1,0 +1,201 @@
+"""What recovery minimises: cross-entropy, the distance to the original's predictions, or to its attention's outputs.
+
+The model's `forward` is bound to the instance so that it gives the loss and never the logits: those are the largest
+tensors of a small model, and are made, used and made again for the backward pass a chunk of tokens at a time. Inside
+`forward` the hooks of DDP, FSDP2, ZeRO, peft and autocast are all at work, and the head is called as the module that
+it is, so adapters and tied or sharded weights need no special case.
+"""
+
+from dataclasses import dataclass
+from types import MethodType
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from mha2mla.conversion.refine import robust_error
+
+from .packing import IGNORED
+
+CHUNK_TOKENS = 1024  # tokens whose logits are in memory at a time
+
+
+@dataclass
+class RecoveryOutput(ModelOutput):
+    """
+    Attributes:
+        loss (`torch.Tensor`): Scalar, in nats per predicted token.
+        log_likelihoods (`torch.Tensor`, *optional*): Of each label given the tokens before it, [B, T], 0 where a label
+            does not count; outside training only.
+    """
+
+    loss: torch.Tensor | None = None
+    log_likelihoods: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """
+    The original model as a teacher.
+
+    Attributes:
+        teacher (`PreTrainedModel`): With the student's vocabulary; on the student's device; not trained.
+        weight (`float`): Of the distance to the teacher, 0 to 1; cross-entropy has the rest.
+        temperature (`float`): Divides both models' logits.
+    """
+
+    teacher: PreTrainedModel
+    weight: float = 0.5
+    temperature: float = 1.0
+
+
+def forward_kl(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """
+    KL(teacher, student) at a temperature, in nats, times its square, which keeps the size of the gradient as the
+    temperature rises (Hinton et al., arXiv 1503.02531).
+
+    Args:
+        logits, teacher_logits (`torch.Tensor`): fp32, [N, V].
+
+    Returns:
+        [N].
+    """
+    student = (logits / temperature).log_softmax(-1)
+    teacher = (teacher_logits / temperature).log_softmax(-1)
+    return nn.functional.kl_div(student, teacher, reduction="none", log_target=True).sum(-1) * temperature**2
+
+
+def token_losses(
+    head: nn.Module,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    teacher_head: nn.Module | None = None,
+    teacher_hidden: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    chunk: int = CHUNK_TOKENS,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Cross-entropy of each target and distance to the teacher, both 0 where the target is -100.
+
+    Args:
+        head (`nn.Module`): From hidden states to logits.
+        hidden (`torch.Tensor`): Hidden states that predict the targets, [N, D].
+        targets (`torch.Tensor`): Token ids or -100, [N].
+        teacher_head, teacher_hidden (*optional*): The same of the teacher, [N, D of the teacher].
+        chunk (`int`): Tokens at a time; memory holds the fp32 logits of one chunk.
+
+    Returns:
+        Two tensors [N], fp32, in nats. Without a teacher the second is zero.
+    """
+
+    def of_chunk(hidden, targets, teacher_hidden):
+        logits = head(hidden).float()
+        cross_entropy = nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
+        if teacher_head is None:
+            return cross_entropy, torch.zeros_like(cross_entropy)
+        with torch.no_grad():
+            teacher_logits = teacher_head(teacher_hidden).float()
+        distance = forward_kl(logits, teacher_logits, temperature)
+        return cross_entropy, distance.masked_fill(targets == IGNORED, 0)
+
+    pieces = []
+    for begin in range(0, len(targets), chunk):
+        part = slice(begin, begin + chunk)
+        teacher_part = None if teacher_hidden is None else teacher_hidden[part]
+        # Not reentrant: the head's gradient is then summed over chunks before any hook of DDP or FSDP sees it.
+        pieces.append(checkpoint(of_chunk, hidden[part], targets[part], teacher_part, use_reentrant=False))
+    cross_entropies, distances = zip(*pieces, strict=True)
+    return torch.cat(cross_entropies), torch.cat(distances)
+
+
+def use_language_loss(model: PreTrainedModel, distillation: Distillation | None = None) -> None:
+    """
+    Let `model(input_ids, position_ids, labels, num_items_in_batch)` give a [`RecoveryOutput`]: cross-entropy mixed
+    with the distance to the teacher in training, cross-entropy alone in evaluation.
+
+    Args:
+        model (`PreTrainedModel`): A causal language model with a decoder `model` and a head `lm_head`, before peft,
+            DDP or FSDP wrap it. Only this instance changes; `del model.forward` undoes it.
+        distillation (`Distillation`, *optional*): The teacher.
+    """
+
+    def forward(self, input_ids, position_ids=None, labels=None, num_items_in_batch=None, **kwargs):
+        states = dict(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        hidden = self.model(**states, **kwargs).last_hidden_state
+        # The state at t predicts the label at t + 1; the last one predicts nothing.
+        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
+        teacher = distillation if self.training else None
+        teacher_head = teacher_hidden = None
+        if teacher is not None:
+            teacher_head = teacher.teacher.lm_head
+            with torch.no_grad():
+                teacher_hidden = teacher.teacher.model(**states).last_hidden_state.flatten(0, 1)
+        cross_entropy, distance = token_losses(
+            self.lm_head,
+            hidden.flatten(0, 1),
+            targets,
+            teacher_head,
+            teacher_hidden,
+            1.0 if teacher is None else teacher.temperature,
+        )
+        count = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        loss = cross_entropy.sum() / count
+        if teacher is not None:
+            loss = (1 - teacher.weight) * loss + teacher.weight * distance.sum() / count
+        if self.training:
+            return RecoveryOutput(loss=loss)
+        log_likelihoods = -cross_entropy.view_as(labels)  # of the label one place further on
+        return RecoveryOutput(loss=loss, log_likelihoods=log_likelihoods.roll(1, dims=1))
+
+    model.forward = MethodType(forward, model)
+
+
+def attention_error(
+    student: PreTrainedModel, teacher: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor
+) -> torch.Tensor:
+    """
+    Mean over layers of the relative error of the attention output, each of the student's attention layers reading what
+    the teacher's reads (see `robust_error`).
+
+    Args:
+        student, teacher (`PreTrainedModel`): Of equal depth, width, rotary table and attention implementation.
+        input_ids, position_ids (`torch.Tensor`): [B, T].
+
+    Returns:
+        A scalar. Only the student's attention gets a gradient.
+    """
+    seen: list[tuple[dict, torch.Tensor]] = []
+
+    def record(module, args, kwargs, output):
+        seen.append((kwargs, output[0]))
+
+    hooks = [layer.self_attn.register_forward_hook(record, with_kwargs=True) for layer in teacher.model.layers]
+    try:
+        with torch.no_grad():
+            teacher.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    errors = [
+        robust_error(layer.self_attn(**kwargs)[0].float(), wanted.float())
+        for layer, (kwargs, wanted) in zip(student.model.layers, seen, strict=True)
+    ]
+    return torch.stack(errors).mean()
+
+
+def use_attention_loss(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Let `model(...)` give [`attention_error`] in training; in evaluation cross-entropy, as [`use_language_loss`]."""
+    use_language_loss(model)
+    evaluate = model.forward
+
+    def forward(self, input_ids, position_ids=None, labels=None, num_items_in_batch=None, **kwargs):
+        if not self.training:
+            return evaluate(input_ids, position_ids, labels, num_items_in_batch, **kwargs)
+        loss = attention_error(self, teacher, input_ids, position_ids)
+        if num_items_in_batch is not None:  # a batch weighs what it has of the labels of all accumulated batches
+            loss = loss * (labels != IGNORED).sum() / num_items_in_batch
+        return RecoveryOutput(loss=loss)
+
+    model.forward = MethodType(forward, model)

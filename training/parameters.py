@@ -1,0 +1,89 @@
+"""Which parameters are trained."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+# Named choices beside `lora`; anything else is a regular expression of the user's.
+NAMED_PATTERNS = {
+    "all": "",
+    # The paper's open question: MLP, embeddings and head keep what they know.
+    "attention": r"\.self_attn\.|norm\.weight$",
+}
+LORA = "lora"
+PROJECTIONS = ["q_proj", "kv_a_proj", "kv_b_proj", "o_proj"]
+
+
+def meta_model(config: PreTrainedConfig) -> nn.Module:
+    """The model of a config without weights or memory: enough to know the names of its parameters."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def freeze_except(model: nn.Module, trainable: str) -> None:
+    """
+    Leave a gradient to some parameters only. The Trainer gives its optimizer those alone.
+
+    Args:
+        trainable (`str`): "all", "attention" (attention and norms), or a regular expression that is looked for in the
+            names of the parameters.
+
+    Raises:
+        ValueError: If the expression is none, or is found in no name.
+    """
+    try:
+        pattern = re.compile(NAMED_PATTERNS.get(trainable, trainable))
+    except re.error as error:
+        raise ValueError(f"trainable={trainable!r} is not a regular expression: {error}.") from None
+    names = [name for name, _ in model.named_parameters()]
+    if not any(pattern.search(name) for name in names):
+        raise ValueError(
+            f"trainable={trainable!r} is found in no parameter's name. Names are like {names[0]}, "
+            f"{', '.join(sorted({without_layer(name) for name in names if '.layers.' in name}))}; "
+            f"or choose {', '.join(NAMED_PATTERNS)} or {LORA}."
+        )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(pattern.search(name) is not None)
+
+
+def check_lora_targets(model: nn.Module, targets: Sequence[str]) -> None:
+    """Raise a `ValueError` if a target is the name of no linear layer (peft complains only if all are wrong)."""
+    linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for target in targets:
+        if target not in linear:
+            raise ValueError(f"lora_targets: {target!r} is no linear layer; there are {', '.join(sorted(linear))}.")
+
+
+def add_lora(model: nn.Module, rank: int, alpha: int, dropout: float, targets: Sequence[str]) -> nn.Module:
+    """Wrap the model with LoRA adapters (peft) on the linear layers named; everything else is frozen."""
+    from peft import LoraConfig, get_peft_model  # an optional dependency
+
+    check_lora_targets(model, targets)
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, config)
+
+
+def without_layer(name: str) -> str:
+    """A parameter's name with a star for the number of its layer."""
+    return re.sub(r"\.layers\.\d+\.", ".layers.*.", name)
+
+
+def describe_trainable(model: nn.Module) -> str:
+    """What is trained and how much it is, for a person: a line for all, then one for each name."""
+    sizes: Counter[str] = Counter()
+    total = 0
+    for name, parameter in model.named_parameters():
+        # A parameter sharded by ZeRO-3 is empty here and keeps its size elsewhere.
+        size = getattr(parameter, "ds_numel", parameter.numel())
+        total += size
+        if parameter.requires_grad:
+            sizes[without_layer(name)] += size
+    trained = sum(sizes.values())
+    lines = [f"Training {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %)"]
+    return "\n".join(lines + [f"  {size:>13,}  {name}" for name, size in sizes.items()])

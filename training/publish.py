@@ -1,0 +1,143 @@
+"""Uploading a checkpoint to the Hub: what goes, and everything in one commit."""
+
+import io
+import json
+import re
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi
+
+# Of a checkpoint's own level. What a run leaves beside them (optimizer, random states, `training_args.bin`, which is a
+# pickle, tracking, other checkpoints) is for going on with the run, not for users of the model.
+PUBLISHED = [
+    "*.safetensors",
+    "*.json",
+    "*.py",
+    "*.md",
+    "*.jinja",
+    "*.png",
+    "*.html",
+    "tokenizer*",
+    "merges.txt",
+    "vocab.*",
+    "LICENSE*",
+]
+LEFT_OUT = ["trainer_state.json", "*_results.json"]
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Upload:
+    """
+    Attributes:
+        name (`str`): In the repository.
+        content (`Path` or `bytes`): What it holds.
+    """
+
+    name: str
+    content: Path | bytes
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
+
+    def operation(self) -> CommitOperationAdd:
+        content = io.BytesIO(self.content) if isinstance(self.content, bytes) else self.content
+        return CommitOperationAdd(self.name, content)
+
+
+def plan_upload(folder: Path, base_model: str | None = None) -> list[Upload]:
+    """
+    The files of a converted or trained model, an adapter, or a merged model that go to the Hub.
+
+    Args:
+        folder (`Path`): Output of `mha2mla convert` or `mha2mla train`, one of its checkpoints, or its `merged`.
+        base_model (`str`, *optional*): Adapter: the name on the Hub of the model that it belongs to, written into the
+            uploaded copy of its config. The local file stays as it is.
+
+    Raises:
+        ValueError: If the folder is not a complete checkpoint, or nobody else could load it.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder {folder}.")
+    files = sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_file()
+        and any(fnmatch(path.name, pattern) for pattern in PUBLISHED)
+        and not any(fnmatch(path.name, pattern) for pattern in LEFT_OUT)
+    )
+    uploads = {path.name: Upload(path.name, path) for path in files}
+    if not any(name.endswith(".safetensors") for name in uploads):
+        raise ValueError(f"{folder} holds no .safetensors weights. Give the output of mha2mla convert or train.")
+    if ADAPTER_CONFIG in uploads:
+        config = json.loads((folder / ADAPTER_CONFIG).read_text())
+        base = base_model or config["base_model_name_or_path"]
+        if Path(base).exists():
+            raise ValueError(
+                f"{folder} is an adapter of {base}, a folder that nobody else has. Push that first and give its name "
+                "with --base-model, or push the merged model (mha2mla train --merge)."
+            )
+        config["base_model_name_or_path"] = base
+        uploads[ADAPTER_CONFIG] = Upload(ADAPTER_CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    elif base_model is not None:
+        raise ValueError(f"--base-model belongs to adapters; {folder} holds a whole model.")
+    else:
+        check_model_files(folder, set(uploads))
+    return list(uploads.values())
+
+
+def check_model_files(folder: Path, names: set[str]) -> None:
+    """Raise a `ValueError` if a model lacks its config, or code or shards that its files name."""
+    if "config.json" not in names:
+        raise ValueError(f"{folder} holds no config.json: it is no complete checkpoint.")
+    auto_map = json.loads((folder / "config.json").read_text()).get("auto_map", {})
+    needed = {reference.split(".")[0] + ".py" for reference in auto_map.values()}
+    for code in folder.glob("*.py"):
+        needed |= {f"{name}.py" for name in re.findall(r"^from \.(\w+) import", code.read_text(), re.MULTILINE)}
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        needed |= set(json.loads(index.read_text())["weight_map"].values())
+    missing = sorted(needed - names)
+    if missing:
+        raise ValueError(f"{folder} lacks {', '.join(missing)}, without which it does not load. Save it again.")
+
+
+def push_folder(
+    folder: Path,
+    repo: str,
+    private: bool = False,
+    base_model: str | None = None,
+    message: str = "Upload by mha2mla",
+    api: HfApi | None = None,
+) -> str:
+    """
+    Upload a checkpoint in one commit, so that the repository never holds half of it.
+
+    Args:
+        folder (`Path`), base_model (`str`, *optional*): See [`plan_upload`].
+        repo (`str`): OWNER/NAME; created if it is not there.
+        private (`bool`): Whether a new repository is.
+        api (`HfApi`, *optional*): Another endpoint or token than the environment's.
+
+    Returns:
+        Address of the commit.
+
+    Raises:
+        ValueError: As [`plan_upload`], before anything is sent.
+    """
+    uploads = plan_upload(folder, base_model)
+    api = api or HfApi()
+    repo_id = api.create_repo(repo, private=private, exist_ok=True).repo_id
+    operations = [upload.operation() for upload in uploads]
+    return api.create_commit(repo_id, operations=operations, commit_message=message).commit_url
+
+
+def describe_upload(uploads: list[Upload]) -> str:
+    """One line a file, sizes in bytes, and the sum."""
+    lines = [f"{upload.size:>15,}  {upload.name}" for upload in uploads]
+    return "\n".join([*lines, f"{sum(upload.size for upload in uploads):>15,}  bytes in {len(uploads)} files"])

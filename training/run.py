@@ -1,0 +1,138 @@
+"""`mha2mla train` as a function: check, read the text, load the models, train, and write what was done."""
+
+import logging
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, SchedulerType, set_seed
+
+from mha2mla.conversion.checkpoint import RECORD_NAME
+
+from .arguments import DataArguments, LossArguments, ModelArguments, RecoveryTrainingArguments
+from .checks import check_model, check_run, check_teacher, find_checkpoint, wants_resume
+from .data import find_sources, load_rows
+from .model_card import TrainingRecord, write_model_card
+from .parameters import LORA, describe_trainable
+from .publish import push_folder
+from .trainer import RecoveryTrainer, recover
+
+logger = logging.getLogger(__name__)
+
+MERGED = "merged"
+
+
+def train(
+    model: ModelArguments, loss: LossArguments, data: DataArguments, arguments: RecoveryTrainingArguments
+) -> RecoveryTrainer:
+    """
+    Recovery fine-tuning of a converted checkpoint.
+
+    Everything that the user can get wrong is looked at before the model's weights are read. The output folder gets
+    `checkpoint-N`s, and at the end the trained model (or adapter), its tokenizer, code and model card.
+
+    Returns:
+        The Trainer after training.
+
+    Raises:
+        ValueError: If the checkpoint, the data or the options do not fit; the message names the value and the remedy.
+    """
+    check_run(model, loss, data, arguments)
+    checkpoint = find_checkpoint(arguments)
+    if wants_resume(arguments) and arguments.process_index == 0:
+        logger.info("Going on from %s", checkpoint or "the start: there is no complete checkpoint yet")
+    if Path(model.model).is_dir():
+        model.model = str(Path(model.model).resolve())  # an adapter names its base, and must find it from anywhere
+    config = check_model(model, loss, data.length)
+    tokenizer = AutoTokenizer.from_pretrained(model.model)
+    if loss.teacher is not None:
+        check_teacher(loss.teacher, loss, config, tokenizer)
+    with arguments.main_process_first(desc="tokenising"):
+        train_rows, eval_rows = load_rows(data, tokenizer, arguments.seed)
+
+    set_seed(arguments.seed)
+    student = load_model(model.model, model.dtype, model.attn_implementation)
+    teacher = None
+    if loss.teacher is not None:
+        teacher = load_model(loss.teacher, "bfloat16" if arguments.bf16 else model.dtype, model.attn_implementation)
+    trainer = recover(student, tokenizer, train_rows, eval_rows, model, loss, arguments, teacher, checkpoint)
+
+    if trainer.is_world_process_zero():
+        folder = Path(arguments.output_dir)
+        record = describe_run(trainer, model, loss, data, arguments)
+        title = arguments.hub_model_id or folder.resolve().name
+        write_model_card(folder, title, record, config, adapter=model.trainable == LORA)
+        copy_conversion_record(model.model, folder)
+        if model.merge:
+            save_merged(folder, tokenizer, model)
+            write_model_card(folder / MERGED, f"{title}-merged", record, config, adapter=False)
+            copy_conversion_record(model.model, folder / MERGED)
+        logger.info("Wrote %s", folder)
+        if arguments.push_to_hub:
+            logger.info("Pushed to %s", push_folder(folder, trainer.hub_model_id, bool(arguments.hub_private_repo)))
+    trainer.accelerator.wait_for_everyone()
+    return trainer
+
+
+def load_model(path: str, dtype: str, attn_implementation: str) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=getattr(torch, dtype), attn_implementation=attn_implementation
+    )
+
+
+def save_merged(folder: Path, tokenizer: PreTrainedTokenizerBase, model: ModelArguments) -> None:
+    """Merge the adapter that was saved into the converted checkpoint, whatever the trained copy was sharded by."""
+    from peft import AutoPeftModelForCausalLM  # an optional dependency
+
+    adapted = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, model.dtype))
+    adapted.merge_and_unload().save_pretrained(folder / MERGED)
+    tokenizer.save_pretrained(folder / MERGED)
+
+
+def copy_conversion_record(source: str, folder: Path) -> None:
+    """The record of the conversion goes along, so that a trained model still tells how it was converted."""
+    if (Path(source) / RECORD_NAME).is_file():
+        shutil.copyfile(Path(source) / RECORD_NAME, folder / RECORD_NAME)
+
+
+def describe_run(
+    trainer: RecoveryTrainer,
+    model: ModelArguments,
+    loss: LossArguments,
+    data: DataArguments,
+    arguments: RecoveryTrainingArguments,
+) -> TrainingRecord:
+    """What was done, for the model card, from the arguments and the Trainer's log."""
+    sources = find_sources(data.data, data)
+    total = sum(source.weight for source in sources)
+    shares = [f"{source} {100 * source.weight / total:.3g} %" for source in sources]
+    objective = "cross-entropy"
+    if loss.objective == "attention":
+        objective = f"attention outputs of {loss.teacher}"
+    elif loss.teacher is not None:
+        objective = (
+            f"{1 - loss.distillation_weight:g} cross-entropy + {loss.distillation_weight:g} KL({loss.teacher}, model) "
+            f"at temperature {loss.temperature:g}"
+        )
+    history = trainer.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    held_out = [entry for entry in history if "eval_perplexity" in entry]
+    last = held_out[-1] if held_out else None
+    batch = trainer.state.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    return TrainingRecord(
+        base=model.model,
+        data=shares,
+        trained=f"{model.trainable}: " + describe_trainable(trainer.model).splitlines()[0].removeprefix("Training "),
+        objective=objective,
+        schedule=(
+            f"AdamW {arguments.adam_beta1:g}/{arguments.adam_beta2:g}, rate {arguments.learning_rate:g}, "
+            f"{SchedulerType(arguments.lr_scheduler_type).value}, {batch} rows x {data.length} tokens a step"
+        ),
+        steps=trainer.state.global_step,
+        tokens=trainer.state.num_input_tokens_seen,
+        loss=losses[-1] if losses else None,
+        held_out=None
+        if last is None
+        else f"perplexity {last['eval_perplexity']:.3f} ± {last['eval_perplexity_stderr']:.3f} "
+        f"({last['eval_num_tokens']:,} tokens)",
+    )

@@ -1,0 +1,115 @@
+"""The stock Trainer, with what recovery adds: the length of the decay, exact perplexity, complete checkpoints."""
+
+import logging
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, SchedulerType, Trainer
+
+from mha2mla.evaluation.perplexity import Perplexity
+
+from .arguments import LossArguments, ModelArguments, RecoveryTrainingArguments
+from .loss import Distillation, use_attention_loss, use_language_loss
+from .packing import IGNORED, PackedCollator
+from .parameters import LORA, add_lora, describe_trainable, freeze_except
+
+logger = logging.getLogger(__name__)
+
+
+def token_perplexity(prediction: EvalPrediction) -> dict[str, float]:
+    """
+    Perplexity over all labels that count, and its standard error over rows.
+
+    Args:
+        prediction (`EvalPrediction`): Log-likelihoods and labels, [rows, T]; entry t is that of the label at t.
+    """
+    counted = prediction.label_ids != IGNORED
+    counted[:, 0] = False  # nothing predicts it
+    sums = -np.where(counted, prediction.predictions, 0).sum(1, dtype=np.float64)
+    counts = counted.sum(1)
+    result = Perplexity.from_sums(sums.tolist(), counts.tolist())
+    return {"perplexity": result.perplexity, "perplexity_stderr": result.stderr, "num_tokens": result.num_tokens}
+
+
+class RecoveryTrainer(Trainer):
+    """[`~transformers.Trainer`] that knows how long `warmup_stable_decay` decays once it knows how long the run is."""
+
+    args: RecoveryTrainingArguments
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        if self.args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
+            steps = round(self.args.decay_fraction * num_training_steps)
+            decay = {"num_decay_steps": steps, "decay_type": "1-sqrt"}
+            self.args.lr_scheduler_kwargs = decay | (self.args.lr_scheduler_kwargs or {})
+        return super().create_scheduler(num_training_steps, optimizer)
+
+
+def prepare_model(
+    model: PreTrainedModel, teacher: PreTrainedModel | None, model_arguments: ModelArguments, loss: LossArguments
+) -> torch.nn.Module:
+    """Bind the loss to the model and leave a gradient to what is trained; returns the model, wrapped if by LoRA."""
+    if loss.objective == "attention":
+        assert teacher is not None  # checked by LossArguments
+        use_attention_loss(model, teacher)
+    elif teacher is not None:
+        use_language_loss(model, Distillation(teacher, loss.distillation_weight, loss.temperature))
+    else:
+        use_language_loss(model)
+    if model_arguments.trainable == LORA:
+        rank, alpha, dropout = model_arguments.lora_rank, model_arguments.lora_alpha, model_arguments.lora_dropout
+        return add_lora(model, rank, alpha, dropout, model_arguments.lora_targets)
+    freeze_except(model, model_arguments.trainable)
+    return model
+
+
+def recover(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train_rows: Dataset,
+    eval_rows: Dataset | None,
+    model_arguments: ModelArguments,
+    loss: LossArguments,
+    arguments: RecoveryTrainingArguments,
+    teacher: PreTrainedModel | None = None,
+    checkpoint: str | None = None,
+) -> RecoveryTrainer:
+    """
+    Train a model and save it, complete, in `arguments.output_dir`.
+
+    Args:
+        model (`PreTrainedModel`): The student: any causal language model with the parts of Llama's.
+        tokenizer (`PreTrainedTokenizerBase`): Saved with every checkpoint.
+        train_rows, eval_rows (`Dataset`): Rows of [`pack_documents`]; any map-style or iterable data set of such.
+        teacher (`PreTrainedModel`, *optional*): The original model; it is moved to the student's device.
+        checkpoint (`str`, *optional*): Folder of the checkpoint to go on from.
+
+    Returns:
+        The Trainer after training; `trainer.state.log_history` tells the run.
+    """
+    use_cache = model.config.use_cache
+    if teacher is not None:
+        teacher.requires_grad_(False).eval().to(arguments.device)
+    prepared = prepare_model(model, teacher, model_arguments, loss)
+    if arguments.process_index == 0:
+        logger.info(describe_trainable(prepared))
+    trainer = RecoveryTrainer(
+        prepared,
+        arguments,
+        data_collator=PackedCollator(flatten="flash" in model_arguments.attn_implementation),
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        processing_class=tokenizer,
+        compute_metrics=token_perplexity,
+    )
+    # The Trainer turns the config's use_cache off, and every checkpoint would carry that to its users. The loss calls
+    # the model without a cache whatever the config says.
+    model.config.use_cache = use_cache
+    trainer.train(resume_from_checkpoint=checkpoint)
+    last = trainer.state.global_step
+    measured = any(line["step"] == last and "eval_loss" in line for line in trainer.state.log_history)
+    if eval_rows is not None and not measured:
+        trainer.evaluate()
+    trainer.save_model(_internal_call=True)  # what goes to the Hub goes there whole, by `push_folder`
+    trainer.save_state()
+    return trainer
