@@ -22,11 +22,20 @@ CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(create_causal_mask).par
 
 
 class LatentLayerMixin(CacheLayerMixin):
-    """What the dynamic and the static latent layer share: one buffer, `values` derived from it."""
+    """What the dynamic and the static latent layer share: one buffer, from which `keys` and `values` follow."""
 
-    keys: torch.Tensor  # None before the first update, as in the base classes
+    buffer: torch.Tensor | None  # None before the first update
     is_initialized: bool
     kv_lora_rank: int
+
+    @property
+    def keys(self) -> torch.Tensor:
+        """The entries, [batch, 1, tokens, R + n*r]; None before the first update, as in the base classes."""
+        return self.buffer  # type: ignore[return-value]
+
+    @keys.setter
+    def keys(self, entries: torch.Tensor | None) -> None:
+        self.buffer = entries
 
     @property
     def values(self) -> torch.Tensor:
@@ -41,33 +50,59 @@ class LatentLayerMixin(CacheLayerMixin):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of this layer's buffer: batch * tokens * (R + n*r) * element size."""
+        """Bytes of this layer's entries: batch * tokens * (R + n*r) * element size."""
         return 0 if self.keys is None else self.keys.numel() * self.keys.element_size()
 
+    @property
+    def allocated_nbytes(self) -> int:
+        """Bytes this layer holds on its device: `nbytes`, and the room a dynamic layer keeps for the next tokens."""
+        return 0 if self.buffer is None else self.buffer.untyped_storage().nbytes()
+
+    def offload(self) -> None:
+        if self.buffer is not None:
+            self.buffer = self.buffer.to("cpu", non_blocking=True)
+
     def prefetch(self) -> None:
-        if self.is_initialized and self.keys.device != self.device:
+        if self.buffer is not None and self.buffer.device != self.device:
             # transformers 5.17 calls this on a side stream that does not wait for the main one, where the copy to the
             # CPU may still be under way and the memory handed out here still be read (mended there by 5.23).
             torch.cuda.current_stream(self.device).wait_stream(torch.cuda.default_stream(self.device))
-        super().prefetch()
+            self.buffer = self.buffer.to(self.device, non_blocking=True)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        if self.is_initialized:
-            self.keys = self.keys.index_select(0, beam_idx.to(self.keys.device))
+        if self.buffer is not None:
+            self.buffer = self.buffer.index_select(0, beam_idx.to(self.buffer.device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.is_initialized:
-            self.keys = self.keys.repeat_interleave(repeats, dim=0)
+        if self.buffer is not None:
+            self.buffer = self.buffer.repeat_interleave(repeats, dim=0)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        if self.is_initialized:
-            self.keys = self.keys[indices, ...]
+        if self.buffer is not None:
+            self.buffer = self.buffer[indices, ...]
 
 
 class LatentDynamicLayer(LatentLayerMixin, DynamicLayer):
-    """Grows by the tokens it is given."""
+    """
+    Grows by the tokens it is given, in place: the buffer keeps room behind the last token, and is copied into a larger
+    one only when that is used up. The room is 1/16 of the tokens (at least 64), so that a token is copied 16 times in
+    all, however long the text becomes, and at most a sixteenth of the memory lies idle.
+    """
 
     _layer_type = LATENT_LAYER_TYPE
+    MIN_ROOM = 64
+    ROOM_SHARE = 16
+    length: int = 0  # tokens of the buffer that are entries
+
+    @property
+    def keys(self) -> torch.Tensor:
+        """View of the entries, [batch, 1, tokens, R + n*r]; None before the first update."""
+        return self.buffer if self.buffer is None else self.buffer[:, :, : self.length]  # type: ignore[return-value]
+
+    @keys.setter
+    def keys(self, entries: torch.Tensor | None) -> None:
+        self.buffer = entries
+        self.length = 0 if entries is None else entries.shape[2]
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -86,12 +121,35 @@ class LatentDynamicLayer(LatentLayerMixin, DynamicLayer):
             value_states (`torch.Tensor`): The latents in them, [batch, 1, new tokens, R]; only their width is used.
 
         Returns:
-            The buffer [batch, 1, tokens, R + n*r] and its view of the latents [batch, 1, tokens, R].
+            The entries [batch, 1, tokens, R + n*r] and their view of the latents [batch, 1, tokens, R]. They lie in
+            memory that the layer writes to after a `crop`; clone what has to outlive that.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys = torch.cat([self.keys, key_states], dim=-2)
+        if torch.is_grad_enabled():
+            # The backward pass may need the history as it is now, so nothing may be written behind its back.
+            self.keys = torch.cat([self.keys, key_states], dim=-2)
+            return self.keys, self.values
+        start, end = self.length, self.length + key_states.shape[2]
+        if end > self.buffer.shape[2] or (self.buffer.is_inference() and not torch.is_inference_mode_enabled()):
+            self._grow(end)
+        self.buffer[:, :, start:end] = key_states
+        self.length = end
         return self.keys, self.values
+
+    def _grow(self, num_tokens: int) -> None:
+        """Move the entries to a buffer for `num_tokens` and some more."""
+        room = max(self.MIN_ROOM, num_tokens // self.ROOM_SHARE)
+        batch, _, _, width = self.buffer.shape
+        grown = self.buffer.new_empty((batch, 1, num_tokens + room, width))
+        grown[:, :, : self.length] = self.keys
+        self.buffer = grown
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if self.is_initialized:
+            buffer = self.buffer
+            super().crop(tokens_to_remove)
+            self.buffer = buffer  # `length` is the cropped one; the room grew
 
     def reset(self) -> None:
         self.keys = None  # type: ignore[assignment]  # dropped, not zeroed: the next update starts from nothing
