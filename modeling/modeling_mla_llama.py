@@ -39,6 +39,7 @@ from .attention_mla_llama import (
 )
 from .cache_mla_llama import CACHE_ARGUMENT, LatentDynamicLayer, LatentStaticLayer, cache_nbytes
 from .configuration_mla_llama import MLALlamaConfig
+from .quantized_cache_mla_llama import importance, quantized_cache
 
 
 def default_rope_frequencies(config: MLALlamaConfig) -> torch.Tensor:
@@ -184,6 +185,19 @@ class MLALlamaAttention(nn.Module):
             config.v_head_dim,
         )
 
+    def channel_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """How finely a quantised cache has to tell apart the channels of an entry, from the weights that read them: [R]
+        and [n*r], see [`importance`]. The two dims of a rotary pair share a factor, as rotation mixes them."""
+        config = self.config
+        r, n = config.qk_rope_head_dim, config.num_rope_key_heads
+        latent = importance(self._kv_b_weight(self.o_proj.weight.dtype).detach().float().norm(dim=0))
+        rope = torch.ones(n * r, device=latent.device)
+        if is_plain_linear(self.q_proj):
+            rows = self.q_proj.weight.detach().unflatten(0, (n, -1, config.qk_head_dim))[:, :, -r:]  # [n, H/n, r, hid]
+            pairs = rows.float().square().sum((1, 3)).view(n, 2, r // 2).sum(1, keepdim=True).sqrt()
+            rope = importance(pairs.expand(-1, 2, -1).flatten())
+        return latent, rope
+
     def _kv_b_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """The up-projection as a matrix [N*nope + G*v, R]. Reading `.weight` of a wrapped layer would skip its LoRA
         adapter without a word, so anything but a plain `nn.Linear` is asked what it does to the unit vectors."""
@@ -214,6 +228,14 @@ class MLALlamaPreTrainedModel(LlamaPreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, MLALlamaAttention):
             init.copy_(module.rope_frequencies, default_rope_frequencies(self.config))
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args, **kwargs) -> None:
+        """`generate` would build a cache that quantises keys and values; ours quantises latents."""
+        wanted = generation_config.cache_implementation == "quantized" and generation_config.use_cache is not False
+        if wanted and model_kwargs.get(CACHE_ARGUMENT) is None:
+            model_kwargs[CACHE_ARGUMENT] = quantized_cache(self, **(generation_config.cache_config or {}))
+        else:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     @staticmethod
     def create_masks_for_generate(
