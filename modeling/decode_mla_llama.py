@@ -146,16 +146,15 @@ if triton is not None:
             token_rows = tokens.to(tl.int64) * stride_es
             scale_rows = tokens.to(tl.int64) * stride_ss
             scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            raw = _load(entries, token_rows, ok, columns, 0, STORED)
-            values = _decode(raw, scales, scale_rows, ok, columns, 0, RANK, GROUP, BITS, False, dtype)
-            if BITS == 4:
-                values_high = _decode(raw, scales, scale_rows, ok, columns, 0, RANK, GROUP, BITS, True, dtype)
             if FUSED:
+                raw = _load(entries, token_rows, ok, columns, 0, STORED)
+                values = _decode(raw, scales, scale_rows, ok, columns, 0, RANK, GROUP, BITS, False, dtype)
                 rope_raw = _load(entries, token_rows, ok, rope_columns, STORED, ROPE_STORED)
                 rope = _decode(rope_raw, scales, scale_rows, ok, rope_columns, GROUPS, ROPE, ROPE_GROUP, BITS, False, dtype)
                 scores = tl.dot(q_low, tl.trans(values), scores, input_precision=PRECISION)
                 scores = tl.dot(q_rope, tl.trans(rope), scores, input_precision=PRECISION)
                 if BITS == 4:
+                    values_high = _decode(raw, scales, scale_rows, ok, columns, 0, RANK, GROUP, BITS, True, dtype)
                     rope = _decode(rope_raw, scales, scale_rows, ok, rope_columns, GROUPS, ROPE, ROPE_GROUP, BITS, True, dtype)
                     scores = tl.dot(q_high, tl.trans(values_high), scores, input_precision=PRECISION)
                     scores = tl.dot(q_rope_high, tl.trans(rope), scores, input_precision=PRECISION)
@@ -188,6 +187,11 @@ if triton is not None:
             fade = tl.exp2(top - shift)
             total = total * fade + tl.sum(weights, 1)
             weights = weights.to(dtype)
+            if not FUSED:
+                raw = _load(entries, token_rows, ok, columns, 0, STORED)
+                values = _decode(raw, scales, scale_rows, ok, columns, 0, RANK, GROUP, BITS, False, dtype)
+                if BITS == 4:
+                    values_high = _decode(raw, scales, scale_rows, ok, columns, 0, RANK, GROUP, BITS, True, dtype)
             low = tl.dot(weights, values, low * fade[:, None], input_precision=PRECISION)
             if BITS == 4:
                 high = tl.dot(weights, values_high, high * fade[:, None], input_precision=PRECISION)
@@ -248,13 +252,36 @@ class Part:
 
 @dataclass
 class Tiles:
-    """Sizes of a launch; the defaults are for Hopper (docs/performance.md says what they rest on)."""
+    """Sizes of a launch. [`choose_tiles`] makes the default ones."""
 
-    block_m: int | None = None  # rows a program does: by default 16, 32 or 64, whichever holds all heads
-    block_n: int = 64  # entries a tile
+    block_m: int = 16  # rows (head * T + query token) a program does
+    block_n: int = 32  # entries a tile
     num_warps: int = 8
     num_stages: int = 2
     num_splits: int | None = None  # by default what fills the multiprocessors
+
+
+def choose_tiles(num_rows: int, width: int, element_size: int, nbits: int, device: torch.device) -> Tiles:
+    """
+    Tiles whose operands fit the device's shared memory.
+
+    On Hopper, 64 rows (padded, if there are fewer) let the matrix units read both operands from shared memory; with 16
+    or 32 rows the queries pass through registers. Compiled for sm_90, 32 heads with R = 512 and r = 64 in bf16 take 252
+    registers and 224 KB of shared memory, without spills.
+    """
+    block_m = min(64, max(16, triton.next_power_of_2(num_rows)))
+    if device.type != "cuda":
+        return Tiles(block_m)
+    properties = torch.cuda.get_device_properties(device)
+    if properties.major >= 9 and element_size == 2 and 16 < num_rows and width <= 768:
+        block_m = 64
+    columns = min(width, MAX_ACCUMULATORS // block_m)
+    for block_n, num_stages in ((64, 2), (32, 2), (16, 2), (16, 1)):
+        buffers = num_stages if nbits == 16 else 2  # packed entries become numbers in a buffer of their own
+        needed = element_size * columns * (block_m + buffers * block_n)
+        if needed <= properties.shared_memory_per_block_optin and (nbits == 16 or block_n <= 32):
+            break
+    return Tiles(block_m, block_n, num_stages=num_stages)
 
 
 def kernel_can_run(tensor: torch.Tensor) -> bool:
@@ -284,27 +311,26 @@ def decode_attention(
     Returns:
         What the heads see of the latents, [B, H * T, R], in the query's dtype; accumulated in fp32.
     """
-    tiles = tiles or Tiles()
     batch, num_rows, width = query.shape
     rope = width - rank
-    block_m = tiles.block_m or min(64, max(16, triton.next_power_of_2(num_rows)))
     launches, num_splits = [], 0
     for part in parts:
         packed = part.nbits == 4
+        sizes = tiles or choose_tiles(num_rows, width, query.element_size(), part.nbits, query.device)
         stored, rope_stored = ((rank + 1) // 2, (rope + 1) // 2) if packed else (rank, rope)
-        most = MAX_ACCUMULATORS // block_m // (2 if packed else 1)
+        most = MAX_ACCUMULATORS // sizes.block_m // (2 if packed else 1)
         block_c = max(16, min(triton.next_power_of_2(stored), most))
         fused = block_c >= stored and block_c <= 512 and rope_stored <= 128
         block_rope = max(16, min(triton.next_power_of_2(rope_stored), 128))
         slices = -(-stored // block_c)
-        programs = -(-num_rows // block_m) * slices
+        programs = -(-num_rows // sizes.block_m) * slices
         num_tokens = part.entries.shape[1]
-        splits = tiles.num_splits or choose_splits(programs * batch, num_tokens, tiles.block_n, query.device)
-        launches.append((part, block_c, block_rope, fused, slices, programs, splits, num_splits))
+        splits = sizes.num_splits or choose_splits(programs * batch, num_tokens, sizes.block_n, query.device)
+        launches.append((part, sizes, block_c, block_rope, fused, slices, programs, splits, num_splits))
         num_splits += splits
     partial = torch.empty(batch, num_rows, num_splits, rank, dtype=torch.float32, device=query.device)
     log_sums = torch.empty(batch, num_rows, num_splits, dtype=torch.float32, device=query.device)
-    for part, block_c, block_rope, fused, slices, programs, splits, first_split in launches:
+    for part, sizes, block_c, block_rope, fused, slices, programs, splits, first_split in launches:
         mask, kind, strides = _mask_arguments(part.mask, query)
         scales = query if part.scales is None else part.scales
         length = query if part.length is None else part.length
@@ -313,10 +339,10 @@ def decode_attention(
             part.entries.shape[1], first_split, num_splits, query.stride(0), query.stride(1),
             part.entries.stride(0), part.entries.stride(1), scales.stride(0), scales.stride(1), *strides,
             RANK=rank, ROPE=rope, GROUP=part.group_size, ROPE_GROUP=part.rope_group_size, BITS=part.nbits, MASK=kind,
-            HAS_LENGTH=part.length is not None, FUSED=fused, NUM_SLICES=slices, BLOCK_M=block_m, BLOCK_N=tiles.block_n,
+            HAS_LENGTH=part.length is not None, FUSED=fused, NUM_SLICES=slices, BLOCK_M=sizes.block_m, BLOCK_N=sizes.block_n,
             BLOCK_C=block_c, BLOCK_K=128, BLOCK_ROPE=block_rope,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+            num_warps=sizes.num_warps, num_stages=sizes.num_stages,
         )  # fmt: skip
     output = torch.empty(batch, num_rows, rank, dtype=query.dtype, device=query.device)
     block = min(256, triton.next_power_of_2(rank))
@@ -333,3 +359,23 @@ def _mask_arguments(mask: torch.Tensor | None, query: torch.Tensor) -> tuple[tor
     kind = 1 if mask.dtype == torch.bool else 2
     strides = (mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(2), mask.stride(3))
     return (mask.view(torch.uint8) if kind == 1 else mask), kind, strides
+
+
+# One node in a compiled graph, so that neither dynamo nor inductor has to understand the launches.
+@torch.library.custom_op("mha2mla::decode_attention", mutates_args=())
+def decode_attention_op(
+    query: torch.Tensor,
+    entries: torch.Tensor,
+    mask: torch.Tensor | None,
+    length: torch.Tensor | None,
+    rank: int,
+    num_queries: int,
+    scaling: float,
+) -> torch.Tensor:
+    """[`decode_attention`] over one part, for `torch.compile`."""
+    return decode_attention(query, [Part(entries, mask, length)], rank, num_queries, scaling)
+
+
+@decode_attention_op.register_fake
+def _(query, entries, mask, length, rank, num_queries, scaling):
+    return query.new_empty(*query.shape[:2], rank)

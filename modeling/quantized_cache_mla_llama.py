@@ -19,6 +19,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer, HQQQuantizedLayer, QuantizedLayer, QuantoQuantizedLayer
 
 from .cache_mla_llama import GrowingBuffer
+from .decode_mla_llama import Part
 
 # Measured on SmolLM2-135M-Instruct at -68.75 %: the best power lies between 0.5 (noise spread evenly over the weights)
 # and 1.0 (docs/performance.md).
@@ -172,10 +173,34 @@ class LatentQuantizedLayer(DynamicLayer):
         self.codes.append(torch.cat([pack(codes, self.nbits) for codes, _ in made], dim=-1))
         self.scales.append(torch.cat([scales for _, scales in made], dim=-1))
 
-    def window(self) -> torch.Tensor:
-        """The tokens in full precision, rotated and without the mean: the first one, then the recent ones."""
+    def meet(self, query: torch.Tensor) -> torch.Tensor:
+        """Absorbed queries [B, rows, R + n*r] in the basis of the entries as they lie here."""
+        parts = query.split(self.sizes, dim=-1)
+        matrices = zip(parts, self.from_rotated, strict=True)
+        return torch.cat([part @ matrix.T for part, matrix in matrices], dim=-1)
+
+    def leave(self, context: torch.Tensor) -> torch.Tensor:
+        """What was seen of the latents, [B, rows, R], in the model's basis."""
+        return context @ self.from_rotated[0]
+
+    def parts(self, mask: torch.Tensor | None) -> list[Part]:
+        """The entries as the decode kernel reads them, all without the mean: that adds the same to all scores of a
+        query, which the softmax does not feel. `mask` is in the order of the tokens, [B or 1, 1, T, S]."""
         window = torch.cat((self.first, self.recent), dim=2)
-        return window if self.mean is None else window - self.mean
+        cut = 1 + self.codes.length
+        if self.codes.length == 0:
+            return [Part(window.squeeze(1), mask)]
+        if mask is None:
+            # Queries behind the packed tokens see all of those; only one may come without a mask, and it sees all.
+            packed_mask = window_mask = None
+        else:
+            packed_mask = mask[..., 1:cut]
+            window_mask = torch.cat((mask[..., :1], mask[..., cut : self.get_seq_length()]), dim=-1)
+        codes, scales = self.codes.view().squeeze(1), self.scales.view().squeeze(1)
+        return [
+            Part(codes, packed_mask, None, scales, self.nbits, *self.group_sizes),
+            Part((window - self.mean).squeeze(1), window_mask),
+        ]
 
     def dequantized(self) -> torch.Tensor:
         """All entries as they are remembered, [batch, 1, tokens, R + n*r]."""
@@ -196,10 +221,11 @@ class LatentQuantizedLayer(DynamicLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Shapes as in [`LatentDynamicLayer.update`]. What is returned holds the new entries as they were given, behind
         the history as it is remembered, so that a prompt attends to itself in full precision."""
-        entries = key_states
-        if self.is_initialized:
-            entries = torch.cat((self.dequantized(), key_states), dim=2)
         self.append(key_states)
+        entries = key_states
+        if self.get_seq_length() > key_states.shape[2]:
+            history = self.dequantized()[:, :, : -key_states.shape[2]]
+            entries = torch.cat((history, key_states), dim=2)
         return entries, entries[..., : self.sizes[0]]
 
     def get_seq_length(self) -> int:

@@ -8,6 +8,7 @@ import torch
 from mha2mla.modeling import decode_mla_llama as decode
 from mha2mla.modeling.decode_mla_llama import Part, Tiles, decode_attention
 from mha2mla.modeling.quantized_cache_mla_llama import dequantize, pack, quantize, unpack
+from pico import LAYOUTS, make_mla, tokens
 
 triton = pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -52,7 +53,7 @@ def visible(num_rows: int, num_queries: int, num_tokens: int, length: int) -> to
     return (torch.arange(num_tokens)[None, :] <= (length - num_queries + query_token)[:, None])[None]
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(20))
 def test_any_shape_gives_the_reference(seed):
     """Random heads, query tokens, sizes, lengths, strides, masks and tiles, from dtypes of all kinds."""
     draw = random.Random(seed)
@@ -124,3 +125,78 @@ def test_every_split_count_wastes_little_of_the_last_wave():
         splits = decode.choose_splits(programs, 16384, 64, torch.device("cpu"))  # 4 processors
         waves = -(-programs * splits // 4)
         assert programs * splits / (4 * waves) > 0.9
+
+
+MODES = {
+    "dynamic": {},
+    "static": dict(cache_implementation="static", disable_compile=True),
+    "beam": dict(num_beams=2),
+    "prompt-lookup": dict(prompt_lookup_num_tokens=3),  # several query tokens in a step
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mode", MODES)
+def test_generation_through_the_kernel(monkeypatch, layout, mode):
+    """The same tokens as without a cache; on the CPU the model is told that the interpreter is a GPU."""
+    model = make_mla(layout).to(DEVICE)
+    modeling = __import__("sys").modules[type(model).__module__]
+    calls = []
+    monkeypatch.setattr(modeling, "kernel_can_run", lambda tensor: True)
+    monkeypatch.setattr(modeling, "decode_attention", lambda *a: calls.append(1) or decode_attention(*a))
+    ids = tokens(1, 4).repeat(1, 3).to(DEVICE) if mode == "prompt-lookup" else tokens(2, 9).to(DEVICE)
+    settings = dict(max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    if mode != "prompt-lookup":
+        settings["attention_mask"] = torch.ones_like(ids)
+        settings["attention_mask"][0, :4] = 0
+    beams = {name: value for name, value in MODES[mode].items() if name == "num_beams"}
+    expected = model.generate(ids, use_cache=False, **beams, **settings)
+    assert model.generate(ids, **MODES[mode], **settings).tolist() == expected.tolist()
+    assert calls
+
+
+def test_quantised_cache_through_the_kernel(monkeypatch):
+    """What the kernel reads packed is what torch makes numbers of first."""
+    model = make_mla("shared").to(DEVICE)
+    modeling = __import__("sys").modules[type(model).__module__]
+    ids = tokens(2, 12).to(DEVICE)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+
+    def logits():
+        cache = modeling.quantized_cache(model, nbits=4, residual_length=4)
+        steps = []
+        with torch.no_grad():
+            for end in range(8, 13):
+                given = ids[:, :8] if end == 8 else ids[:, end - 1 : end]
+                out = model(given, attention_mask=mask[:, :end], **{modeling.CACHE_ARGUMENT: cache})
+                steps.append(out.logits[:, -1])
+        assert cache.layers[0].codes.length > 0
+        return torch.stack(steps)
+
+    expected = logits()
+    monkeypatch.setattr(modeling, "kernel_can_run", lambda tensor: True)
+    torch.testing.assert_close(logits(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_compiled_step_is_one_graph(monkeypatch):
+    """The kernel is a node of the graph, whatever the length."""
+    from transformers import StaticCache
+
+    torch._dynamo.reset()
+    model = make_mla("shared").to(DEVICE)
+    modeling = __import__("sys").modules[type(model).__module__]
+    monkeypatch.setattr(modeling, "kernel_can_run", lambda tensor: True)
+    ids = tokens(2, 10).to(DEVICE)
+    graphs = []
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    with torch.no_grad():
+        model(ids[:, :6], **{modeling.CACHE_ARGUMENT: cache})
+        compiled = torch.compile(model, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
+        for i in range(6, 10):
+            position = torch.full((2, 1), i, device=DEVICE)
+            got = compiled(ids[:, i : i + 1], position_ids=position, **{modeling.CACHE_ARGUMENT: cache}).logits
+        expected = model(ids, use_cache=False).logits[:, -1:]
+    assert len(graphs) == 1
+    assert sum("mha2mla.decode_attention" in str(node.target) for node in graphs[0].graph.nodes) == 2
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
