@@ -3,9 +3,9 @@
 import logging
 import sys
 
-from . import convert, eval, report
+from . import bench, convert, eval, report
 
-COMMANDS = {"convert": convert, "report": report, "eval": eval}
+COMMANDS = {"convert": convert, "report": report, "eval": eval, "bench": bench}
 
 
 def main(argv: list[str] | None = None) -> int:
