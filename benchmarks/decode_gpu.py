@@ -2,10 +2,10 @@
 
     python benchmarks/decode_gpu.py                   # on one GPU; about ten minutes
     python benchmarks/decode_gpu.py --only kernel,step
-    python benchmarks/decode_gpu.py --tiny            # tries the script on a CPU (Triton's interpreter does the kernel)
+    python benchmarks/decode_gpu.py --tiny            # tries the script on a CPU, in Triton's interpreter
 
-Results go to $OUT/decode_gpu.json (or ./decode_gpu.json) after every case, so that a run that is cut off leaves what it
-has. Every correctness check draws fresh inputs and compares with fp64.
+Results go to $OUT/decode_gpu.json (or ./decode_gpu.json) after every case, so that a run that is cut off leaves what
+it has. Every correctness check draws fresh inputs and compares with fp64.
 """
 
 import argparse
@@ -39,7 +39,9 @@ from mha2mla.modeling.decode_mla_llama import Part, Tiles, decode_attention
 from mha2mla.modeling.quantized_cache_mla_llama import dequantize, pack, quantize, unpack
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-FULL = dict(batch=16, context=16384, step_batch=16, step_context=4096, steps=20, name="llama-2-7b", dtype=torch.bfloat16)
+FULL = dict(
+    batch=16, context=16384, step_batch=16, step_context=4096, steps=20, name="llama-2-7b", dtype=torch.bfloat16
+)
 TINY = dict(batch=2, context=200, step_batch=2, step_context=24, steps=2, name="pico", dtype=torch.float32)
 
 # heads, R, rotary columns, bits, target in microseconds (the issue's, or the prediction of docs/performance.md)
@@ -51,7 +53,15 @@ KERNEL_CASES = [
     ("9 heads, R=80 + 40", 9, 80, 40, 16, 40),
 ]
 # block_m, block_n, num_warps, num_stages: which are tried is decided here, not on the machine
-SWEEP = [(64, 64, 8, 2), (64, 32, 8, 3), (64, 32, 8, 2), (32, 64, 8, 3), (32, 32, 8, 3), (32, 32, 4, 3), (16, 32, 8, 3)]
+SWEEP = [
+    (64, 64, 8, 2),
+    (64, 32, 8, 3),
+    (64, 32, 8, 2),
+    (32, 64, 8, 3),
+    (32, 32, 8, 3),
+    (32, 32, 4, 3),
+    (16, 32, 8, 3),
+]
 TINY_SWEEP = [(16, 16, 4, 1)]
 
 
@@ -60,7 +70,7 @@ def error(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def make_part(batch: int, tokens: int, rank: int, rope: int, nbits: int, dtype) -> tuple[Part, torch.Tensor]:
-    """Random entries for the kernel, and the numbers they stand for (a few tokens at a time: packing is not frugal)."""
+    """Random entries for the kernel, and the numbers they stand for (made a few tokens at a time)."""
     numbers = torch.randn(batch, tokens, rank + rope, device=DEVICE).to(dtype)
     if nbits == 16:
         return Part(numbers), numbers
@@ -88,7 +98,9 @@ def kernel_case(name, heads, rank, rope, nbits, target, sizes, sweep, bandwidth)
     )
     variants = []
     for tiles in [None, *(Tiles(m, n, w, s) for m, n, w, s in sweep)]:
-        label = "default" if tiles is None else f"{tiles.block_m}/{tiles.block_n}/{tiles.num_warps}w/{tiles.num_stages}s"
+        label = (
+            "default" if tiles is None else f"{tiles.block_m}/{tiles.block_n}/{tiles.num_warps}w/{tiles.num_stages}s"
+        )
         try:
             got = decode_attention(query, [part], rank, 1, scaling, tiles)
             seconds = time_calls(lambda t=tiles: decode_attention(query, [part], rank, 1, scaling, t), DEVICE, 0.2)
@@ -97,7 +109,9 @@ def kernel_case(name, heads, rank, rope, nbits, target, sizes, sweep, bandwidth)
             variants.append(dict(tiles=label, us=float("inf"), failed=str(problem)[:300]))
 
     def absorbed() -> torch.Tensor:
-        return (query @ numbers.transpose(1, 2) * scaling).softmax(-1, dtype=torch.float32).to(dtype) @ numbers[..., :rank]
+        return (query @ numbers.transpose(1, 2) * scaling).softmax(-1, dtype=torch.float32).to(dtype) @ numbers[
+            ..., :rank
+        ]
 
     best = min(variants, key=lambda v: v["us"])
     read = part.entries.numel() * part.entries.element_size() + (0 if part.scales is None else part.scales.numel())
@@ -122,7 +136,7 @@ def check_shapes(count: int) -> dict:
         return choices[torch.randint(len(choices), (1,), generator=generator).item()]
 
     for _ in range(count):
-        dtype = draw(torch.bfloat16, torch.float16, torch.float32)
+        dtype = draw(torch.float16, torch.float32, *([torch.bfloat16] if DEVICE.type == "cuda" else []))
         batch, heads, queries = draw(1, 3), draw(1, 9, 12, 32), draw(1, 1, 4)
         rank, rope, tokens = draw(16, 80, 100, 512, 700), draw(6, 40, 64, 200), draw(64, 333, 1500)
         entries = torch.randn(batch, tokens + 5, rank + rope, device=DEVICE).to(dtype)[:, :tokens]
@@ -140,13 +154,15 @@ def check_shapes(count: int) -> dict:
 
 
 def step_case(sizes) -> list[dict]:
-    """One decoding step of stock and converted model, static cache and compiled; MHA dimensions to -68.75 % and 512+64."""
+    """One decoding step of stock and converted model, static cache and compiled; at 512 + 64 and at -68.75 %."""
     rows = []
     per_token = numbers_per_token(random_config(sizes["name"]))
     ranks = [(512, 64), (per_token * 5 // 16 - 128, 128)] if DEVICE.type == "cuda" else [(8, 4)]
     makers = {"stock": random_models(sizes["name"], sizes["dtype"], DEVICE.type, 8, 4, 1)["original"]}
     for rank, rope in ranks:
-        makers[f"R={rank} + {rope}"] = random_models(sizes["name"], sizes["dtype"], DEVICE.type, rank, rope, 1)["converted"]
+        makers[f"R={rank} + {rope}"] = random_models(sizes["name"], sizes["dtype"], DEVICE.type, rank, rope, 1)[
+            "converted"
+        ]
     for name, make in makers.items():
         model = make()
         for kind in ("dynamic", "static-compiled") if DEVICE.type == "cuda" else ("dynamic", "static"):
@@ -180,7 +196,9 @@ def recompiles() -> int:
 def batch_case(sizes) -> list[dict]:
     """The largest batch at the context that memory holds, found by halving, and the tokens per second there."""
     context, rows = sizes["step_context"], []
-    makers = random_models(sizes["name"], sizes["dtype"], DEVICE.type, *((512, 64) if DEVICE.type == "cuda" else (8, 4)), 1)
+    makers = random_models(
+        sizes["name"], sizes["dtype"], DEVICE.type, *((512, 64) if DEVICE.type == "cuda" else (8, 4)), 1
+    )
     for name, kinds in (("original", ["static"]), ("converted", ["static", "int4"])):
         model = makers[name]()
         for kind in kinds:
@@ -240,7 +258,10 @@ def main() -> None:
     device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     bandwidth = copy_bandwidth(DEVICE)
     results: dict = dict(device=device, torch=torch.__version__, transformers=transformers.__version__, copy=bandwidth)
-    print(f"{device}, torch {torch.__version__}, transformers {transformers.__version__}, copy {bandwidth / 1e9:,.0f} GB/s")
+    print(
+        f"{device}, torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"copy {bandwidth / 1e9:,.0f} GB/s"
+    )
 
     def run(name: str, case) -> None:
         started = time.perf_counter()
@@ -265,7 +286,8 @@ def main() -> None:
                 print(
                     f"{row['case']}: target {row['target_us']}, floor {row['floor_us']:.0f}, default "
                     f"{row['default']['us']:.0f} (error {row['default'].get('error', float('nan')):.1e}), best "
-                    f"{row['best']['us']:.0f} us with {row['best']['tiles']}, {row['share_of_copy_bandwidth']:.0%} of copy; "
+                    f"{row['best']['us']:.0f} us with {row['best']['tiles']}, "
+                    f"{row['share_of_copy_bandwidth']:.0%} of copy; "
                     f"torch {row['torch_us']:.0f}"
                 )
             else:
@@ -275,7 +297,11 @@ def main() -> None:
             run(name, lambda case=case: case(sizes))
             rows = results[name]
             for row in rows if isinstance(rows, list) else [rows]:
-                print(row[-600:] if isinstance(row, str) else {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
+                print(
+                    row[-600:]
+                    if isinstance(row, str)
+                    else {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
+                )
     print(f"Wrote {path}")
 
 

@@ -58,7 +58,9 @@ def main() -> None:
 
     cache = DynamicCache(config=model.config)
     exact = log_probabilities(model, blocks, cache, arguments.piece)
-    print(f"{'cache':42} perplexity  ratio   KL      bytes a token and layer of the last block, of the original's bf16")
+    print(
+        f"{'cache':42} perplexity  ratio   KL      bytes a token and layer of the last block, of the original's bf16"
+    )
     numbers = model.config.latent_cache_dim
     print(f"{'full precision':42} {math.exp(loss(exact)):10.3f}  1.0000  0.0000  {2 * numbers:.1f} (bf16)")
     for settings in SETTINGS:

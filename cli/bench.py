@@ -14,6 +14,7 @@ import platform
 import shlex
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -53,7 +54,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--num-rope-key-heads", type=int, default=1)
     parser.add_argument("--caches", default="dynamic", help=f"Some of {', '.join(CACHES)}, with commas.")
     parser.add_argument("--batch-sizes", type=numbers, default=[1], help="With commas.")
-    parser.add_argument("--contexts", type=numbers, default=[512], help="Tokens before the measured ones, with commas.")
+    parser.add_argument(
+        "--contexts", type=numbers, default=[512], help="Tokens before the measured ones, with commas."
+    )
     parser.add_argument("--steps", type=int, default=16, help="Decoding steps a repetition, of three.")
     parser.add_argument("--no-prefill", action="store_true", help="Fill caches with random numbers: no first token.")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
@@ -71,7 +74,7 @@ def main(argv: list[str]) -> None:
         sizes = (args.kv_lora_rank, args.qk_rope_head_dim, args.num_rope_key_heads)
         makers = random_models(args.random, dtype, args.device, *sizes)
     else:
-        makers = {Path(folder).name: lambda folder=folder: load(folder, dtype, args.device) for folder in args.models}
+        makers = {Path(folder).name: partial(load, folder, dtype, args.device) for folder in args.models}
 
     device = torch.device(args.device)
     bandwidth = copy_bandwidth(device)
@@ -79,7 +82,8 @@ def main(argv: list[str]) -> None:
     shares = []
     for name, make in makers.items():
         model = make()
-        latent = isinstance(model.config, MLALlamaConfig)
+        config = model.config
+        latent = isinstance(config, MLALlamaConfig)
         for batch in args.batch_sizes:
             for context in args.contexts:
                 for cache in caches:
@@ -87,8 +91,8 @@ def main(argv: list[str]) -> None:
                         measured.append(
                             measure_speed(model, name, cache, batch, context, args.steps, prefill=not args.no_prefill)
                         )
-                if latent:
-                    reached = attention_bandwidth(model.config, batch, context, dtype, device)
+                if isinstance(config, MLALlamaConfig):
+                    reached = attention_bandwidth(config, batch, context, dtype, device)
                     shares.append(dict(model=name, batch=batch, context=context, bytes_per_s=reached))
         del model  # the next one may need its memory
         gc.collect()

@@ -11,7 +11,15 @@ from matplotlib.figure import Figure
 from torch import nn
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from mha2mla.modeling import CACHE_ARGUMENT, MLALlamaConfig, MLALlamaForCausalLM, cache_nbytes, quantized_cache
+from mha2mla.modeling import (
+    CACHE_ARGUMENT,
+    LatentQuantizedLayer,
+    MLALlamaConfig,
+    MLALlamaForCausalLM,
+    cache_nbytes,
+    quantized_cache,
+)
+from mha2mla.modeling.decode_mla_llama import Part, decode_attention, kernel_can_run
 
 from .tables import Table
 
@@ -123,7 +131,9 @@ def make_cache(model, kind: str, length: int) -> Cache:
     if kind == "dynamic":
         return DynamicCache(config=model.config)
     if not isinstance(model.config, MLALlamaConfig):
-        raise ValueError(f"The cache {kind!r} is for converted models; the original's are transformers' quanto and hqq.")
+        raise ValueError(
+            f"The cache {kind!r} is for converted models; the original's are transformers' quanto and hqq."
+        )
     return quantized_cache(model, nbits=8 if kind == "int8" else 4)
 
 
@@ -150,17 +160,21 @@ def allocated_nbytes(cache: Cache) -> int:
 
 @torch.no_grad()
 def fill(model, cache: Cache, batch: int, context: int) -> None:
-    """Put `context` random tokens in the cache, as a prompt would, without the time of a prompt."""
+    """Put `context` random tokens in the cache, as a prompt would, without the time and the memory of a prompt."""
     config = model.config
-    like = dict(dtype=model.dtype, device=model.device)
-    for layer in range(config.num_hidden_layers):
-        if isinstance(config, MLALlamaConfig):
-            keys = torch.randn(batch, 1, context, config.latent_cache_dim, **like)
-            values = keys[..., : config.kv_lora_rank]
-        else:
-            shape = (batch, config.num_key_value_heads, context, numbers_per_token(config) // 2 // config.num_key_value_heads)
-            keys, values = torch.randn(shape, **like), torch.randn(shape, **like)
-        cache.update(keys, values, layer)
+    for index, layer in enumerate(cache.layers):
+        for start in range(0, context, 512):
+            count = min(512, context - start)
+            if isinstance(config, MLALlamaConfig):
+                shape = (batch, 1, count, config.latent_cache_dim)
+            else:
+                heads = config.num_key_value_heads
+                shape = (batch, heads, count, numbers_per_token(config) // 2 // heads)
+            keys = torch.randn(shape, dtype=model.dtype, device=model.device)
+            if isinstance(layer, LatentQuantizedLayer):
+                layer.append(keys)  # update() would make numbers of the whole history each time
+            else:
+                cache.update(keys, keys[..., : getattr(config, "kv_lora_rank", shape[-1])], index)
 
 
 def synchronize(device: torch.device) -> None:
@@ -176,8 +190,8 @@ def measure_speed(
     Greedy decoding of `batch` sequences behind `context` tokens.
 
     Args:
-        kind (`str`): One of [`CACHES`]. "static-compiled" compiles the step with mode "reduce-overhead", which on a GPU
-            is one CUDA graph.
+        kind (`str`): One of [`CACHES`]. "static-compiled" compiles the step with mode "reduce-overhead", which on a
+            GPU is one CUDA graph.
         steps (`int`): Tokens a repetition.
         prefill (`bool`): Make the history from a random prompt, and time that; or fill the cache with random numbers.
     """
@@ -224,7 +238,11 @@ def measure_speed(
         first_token_s=first_token,
         step_ms=seconds * 1000,
         tokens_per_s=batch / seconds,
-        formula_bytes=numbers_per_token(model.config) * tokens * batch * model.config.num_hidden_layers * model.dtype.itemsize,
+        formula_bytes=numbers_per_token(model.config)
+        * tokens
+        * batch
+        * model.config.num_hidden_layers
+        * model.dtype.itemsize,
         cache_bytes=cache_nbytes(cache),
         allocated_bytes=allocated_nbytes(cache),
         peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
@@ -264,8 +282,6 @@ def copy_bandwidth(device: torch.device) -> float:
 def attention_bandwidth(config: MLALlamaConfig, batch: int, context: int, dtype, device: torch.device) -> float:
     """Bytes of entries that one layer's decoding attention gets through in a second: by the kernel where it runs, else
     by torch's absorbed attention."""
-    from mha2mla.modeling.decode_mla_llama import Part, decode_attention, kernel_can_run
-
     entries = torch.randn(batch, context, config.latent_cache_dim, dtype=dtype, device=device)
     query = torch.randn(batch, config.num_attention_heads, config.latent_cache_dim, dtype=dtype, device=device)
     rank, scaling = config.kv_lora_rank, config.head_dim**-0.5
@@ -291,11 +307,11 @@ def speed_table(measured: list[Speed], title: str) -> Table:
     rows = [
         [
             *(m.model, m.cache, str(m.batch), str(m.context)),
-            "–" if m.first_token_s is None else f"{m.first_token_s:.3f}",
+            "-" if m.first_token_s is None else f"{m.first_token_s:.3f}",
             f"{m.step_ms:.2f}",
             f"{m.tokens_per_s:,.1f}",
             *map(megabytes, (m.formula_bytes, m.cache_bytes, m.allocated_bytes)),
-            "–" if m.peak_bytes is None else f"{m.peak_bytes / 1e9:.2f}",
+            "-" if m.peak_bytes is None else f"{m.peak_bytes / 1e9:.2f}",
         ]
         for m in measured
     ]

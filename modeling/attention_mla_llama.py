@@ -127,7 +127,11 @@ def add_mask(scores: torch.Tensor, attention_mask: torch.Tensor | None) -> torch
 
 
 def absorb_query(
-    q_nope: torch.Tensor, q_rope: torch.Tensor, kv_b_weight: torch.Tensor, num_rope_key_heads: int, num_nope_key_heads: int
+    q_nope: torch.Tensor,
+    q_rope: torch.Tensor,
+    kv_b_weight: torch.Tensor,
+    num_rope_key_heads: int,
+    num_nope_key_heads: int,
 ) -> torch.Tensor:
     """
     Queries that meet the cache as it lies.

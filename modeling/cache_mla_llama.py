@@ -78,6 +78,7 @@ class LatentLayerMixin(CacheLayerMixin):
 
     is_initialized: bool
     kv_lora_rank: int
+    keys: torch.Tensor  # None before the first update, as in the base classes
 
     @property
     def values(self) -> torch.Tensor:
@@ -185,7 +186,6 @@ class LatentStaticLayer(LatentLayerMixin, StaticLayer):
     """Allocated once for `max_cache_len` tokens and written in place, for `torch.compile` and CUDA graphs."""
 
     _layer_type = LATENT_LAYER_TYPE
-    keys: torch.Tensor  # None before the first update, as in the base classes
     cumulative_length: torch.Tensor
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:

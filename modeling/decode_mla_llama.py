@@ -4,7 +4,7 @@ All query heads share one key, so a program takes a tile of entries and all head
 tensor-core tile: an entry comes from memory once. Programs share the sequence; each leaves a partial output and the
 logarithm of its softmax sum, and a second kernel weighs them together.
 
-- Entries are [B, S, W] in any row strides, W = R + n*r. Columns are padded to a power of two in registers, not in memory.
+- Entries are [B, S, W] in any row strides, W = R + n*r. Columns are padded to a power of two in registers only.
 - The number of entries may be a tensor on the device (static cache): nothing here waits for the device, the grid
   depends on shapes only, and a CUDA graph of the step holds for every length.
 - Masks are read as transformers gives them, boolean or additive, [B, 1, T, S]: left padding, several query tokens.
@@ -150,12 +150,16 @@ if triton is not None:
                 raw = _load(entries, token_rows, ok, columns, 0, STORED)
                 values = _decode(raw, scales, scale_rows, ok, columns, 0, RANK, GROUP, BITS, False, dtype)
                 rope_raw = _load(entries, token_rows, ok, rope_columns, STORED, ROPE_STORED)
-                rope = _decode(rope_raw, scales, scale_rows, ok, rope_columns, GROUPS, ROPE, ROPE_GROUP, BITS, False, dtype)
+                rope = _decode(
+                    rope_raw, scales, scale_rows, ok, rope_columns, GROUPS, ROPE, ROPE_GROUP, BITS, False, dtype
+                )
                 scores = tl.dot(q_low, tl.trans(values), scores, input_precision=PRECISION)
                 scores = tl.dot(q_rope, tl.trans(rope), scores, input_precision=PRECISION)
                 if BITS == 4:
                     values_high = _decode(raw, scales, scale_rows, ok, columns, 0, RANK, GROUP, BITS, True, dtype)
-                    rope = _decode(rope_raw, scales, scale_rows, ok, rope_columns, GROUPS, ROPE, ROPE_GROUP, BITS, True, dtype)
+                    rope = _decode(
+                        rope_raw, scales, scale_rows, ok, rope_columns, GROUPS, ROPE, ROPE_GROUP, BITS, True, dtype
+                    )
                     scores = tl.dot(q_high, tl.trans(values_high), scores, input_precision=PRECISION)
                     scores = tl.dot(q_rope_high, tl.trans(rope), scores, input_precision=PRECISION)
             else:
@@ -265,22 +269,25 @@ def choose_tiles(num_rows: int, width: int, element_size: int, nbits: int, devic
     """
     Tiles whose operands fit the device's shared memory.
 
-    On Hopper, 64 rows (padded, if there are fewer) let the matrix units read both operands from shared memory; with 16
-    or 32 rows the queries pass through registers. Compiled for sm_90, 32 heads with R = 512 and r = 64 in bf16 take 252
-    registers and 224 KB of shared memory, without spills.
+    On Hopper, 64 rows (padded, if there are fewer) let the matrix units read both operands from shared memory; with
+    16 or 32 rows the queries pass through registers. Compiled for sm_90, 32 heads with R = 512 and r = 64 in bf16
+    take 252 registers and 224 KB of shared memory, without spills.
     """
     block_m = min(64, max(16, triton.next_power_of_2(num_rows)))
     if device.type != "cuda":
         return Tiles(block_m)
     properties = torch.cuda.get_device_properties(device)
-    if properties.major >= 9 and element_size == 2 and 16 < num_rows and width <= 768:
+    hopper = properties.major >= 9 and element_size == 2
+    if hopper and num_rows > 16 and width <= 768:
         block_m = 64
-    columns = min(width, MAX_ACCUMULATORS // block_m)
-    for block_n, num_stages in ((64, 2), (32, 2), (16, 2), (16, 1)):
-        buffers = num_stages if nbits == 16 else 2  # packed entries become numbers in a buffer of their own
-        needed = element_size * columns * (block_m + buffers * block_n)
-        if needed <= properties.shared_memory_per_block_optin and (nbits == 16 or block_n <= 32):
+    columns = min(width, MAX_ACCUMULATORS // block_m + 128)
+    shared_memory = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    for block_n, buffers in ((64, 2), (32, 2), (16, 2), (16, 1)):
+        needed = element_size * (columns * (block_m + buffers * block_n) + block_m * block_n)
+        if needed <= shared_memory and (nbits == 16 or block_n <= 32):
             break
+    # Hopper's units read a tile while the next one arrives; without them the compiler keeps one buffer less.
+    num_stages = buffers if hopper and block_m == 64 else buffers + 1
     return Tiles(block_m, block_n, num_stages=num_stages)
 
 
@@ -339,8 +346,8 @@ def decode_attention(
             part.entries.shape[1], first_split, num_splits, query.stride(0), query.stride(1),
             part.entries.stride(0), part.entries.stride(1), scales.stride(0), scales.stride(1), *strides,
             RANK=rank, ROPE=rope, GROUP=part.group_size, ROPE_GROUP=part.rope_group_size, BITS=part.nbits, MASK=kind,
-            HAS_LENGTH=part.length is not None, FUSED=fused, NUM_SLICES=slices, BLOCK_M=sizes.block_m, BLOCK_N=sizes.block_n,
-            BLOCK_C=block_c, BLOCK_K=128, BLOCK_ROPE=block_rope,
+            HAS_LENGTH=part.length is not None, FUSED=fused, NUM_SLICES=slices,
+            BLOCK_M=sizes.block_m, BLOCK_N=sizes.block_n, BLOCK_C=block_c, BLOCK_K=128, BLOCK_ROPE=block_rope,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             num_warps=sizes.num_warps, num_stages=sizes.num_stages,
         )  # fmt: skip

@@ -220,7 +220,13 @@ class MLALlamaAttention(nn.Module):
         )
 
     def _attend_in_kernel(
-        self, cache: Cache, layer, entry: torch.Tensor, query: torch.Tensor, num_queries: int, mask: torch.Tensor | None
+        self,
+        cache: Cache,
+        layer,
+        entry: torch.Tensor,
+        query: torch.Tensor,
+        num_queries: int,
+        mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """Put the new entries [B, 1, T, W] in the cache; what the absorbed queries [B, H*T, W] see of its latents,
         [B, H*T, R]."""
@@ -237,8 +243,8 @@ class MLALlamaAttention(nn.Module):
         return decode_attention(query, [Part(entries, mask, length)], rank, num_queries, self.scaling)
 
     def channel_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """How finely a quantised cache has to tell apart the channels of an entry, from the weights that read them: [R]
-        and [n*r], see [`importance`]. The two dims of a rotary pair share a factor, as rotation mixes them."""
+        """How finely a quantised cache has to tell apart the channels of an entry, from the weights that read them:
+        [R] and [n*r], see [`importance`]. The two dims of a rotary pair share a factor, as rotation mixes them."""
         config = self.config
         r, n = config.qk_rope_head_dim, config.num_rope_key_heads
         latent = importance(self._kv_b_weight(self.o_proj.weight.dtype).detach().float().norm(dim=0))

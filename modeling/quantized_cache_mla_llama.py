@@ -8,9 +8,9 @@ What is quantised is the entry (latent and rotary keys) of a token, never an exp
   whenever their window is full.
 
 Why a rotation: with one scale a token, a loud channel takes the resolution of all others. Channels are first
-scaled to what an error in them does to the output (a power of the norm of the weights that read them), then mixed by an
-orthogonal matrix, after which all are alike. The first token, on which attention rests wherever it has nothing to look
-at, stays in full precision, as does a window of recent tokens.
+scaled to what an error in them does to the output (a power of the norm of the weights that read them), then mixed by
+an orthogonal matrix, after which all are alike. The first token, on which attention rests wherever it has nothing to
+look at, stays in full precision, as does a window of recent tokens.
 """
 
 import functools
@@ -26,6 +26,8 @@ from .decode_mla_llama import Part
 IMPORTANCE_POWER = 0.7
 # Tokens, counted from the newest, whose mean is taken off the rotary keys. Left padding, if any, is not among them.
 MEAN_TOKENS = 128
+# Numbers quantised at once: a long prompt takes a few buffers of 64 MB, whatever its length.
+MAX_NUMBERS = 2**24
 
 
 @functools.lru_cache(maxsize=8)
@@ -99,6 +101,9 @@ class LatentQuantizedLayer(DynamicLayer):
     """
 
     is_croppable = True
+    first: torch.Tensor  # rotated entries in full precision, [batch, 1, tokens, R + n*r]: the first token,
+    recent: torch.Tensor  # and those not yet quantised
+    mean: torch.Tensor  # of the rotated entries, [batch, 1, 1, R + n*r]; None until something is quantised
 
     def __init__(
         self,
@@ -124,9 +129,8 @@ class LatentQuantizedLayer(DynamicLayer):
     def _clear(self) -> None:
         self.keys = self.values = None
         self.is_initialized = False
-        self.first = self.recent = None  # rotated entries in full precision, [batch, 1, tokens, R + n*r]
         self.codes, self.scales = GrowingBuffer(), GrowingBuffer()
-        self.mean: torch.Tensor | None = None  # [batch, 1, 1, R + n*r], of the rotated entries; set when first needed
+        self.mean = None  # type: ignore[assignment]
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -168,10 +172,14 @@ class LatentQuantizedLayer(DynamicLayer):
             # makes no difference to latents, whose mean would have to be given back to every output.
             mean = leaving[:, :, -MEAN_TOKENS:].float().mean(dim=2, keepdim=True)
             self.mean = torch.nn.functional.pad(mean[..., self.sizes[0] :], (self.sizes[0], 0)).to(self.dtype)
-        parts = (leaving - self.mean).split(self.sizes, dim=-1)
-        made = [quantize(part, self.nbits, group) for part, group in zip(parts, self.group_sizes, strict=True)]
-        self.codes.append(torch.cat([pack(codes, self.nbits) for codes, _ in made], dim=-1))
-        self.scales.append(torch.cat([scales for _, scales in made], dim=-1))
+        codes, scales = [], []
+        for piece in leaving.split(max(1, MAX_NUMBERS // (leaving.shape[0] * leaving.shape[3])), dim=2):
+            parts = (piece - self.mean).split(self.sizes, dim=-1)
+            made = [quantize(part, self.nbits, group) for part, group in zip(parts, self.group_sizes, strict=True)]
+            codes.append(torch.cat([pack(code, self.nbits) for code, _ in made], dim=-1))
+            scales.append(torch.cat([scale for _, scale in made], dim=-1))
+        self.codes.append(torch.cat(codes, dim=2))
+        self.scales.append(torch.cat(scales, dim=2))
 
     def meet(self, query: torch.Tensor) -> torch.Tensor:
         """Absorbed queries [B, rows, R + n*r] in the basis of the entries as they lie here."""
@@ -219,8 +227,8 @@ class LatentQuantizedLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Shapes as in [`LatentDynamicLayer.update`]. What is returned holds the new entries as they were given, behind
-        the history as it is remembered, so that a prompt attends to itself in full precision."""
+        """Shapes as in [`LatentDynamicLayer.update`]. What is returned holds the new entries as they were given,
+        behind the history as it is remembered, so that a prompt attends to itself in full precision."""
         self.append(key_states)
         entries = key_states
         if self.get_seq_length() > key_states.shape[2]:
@@ -289,7 +297,9 @@ class LatentBackendMixin(QuantizedLayer):
             self.lazy_initialization(key_states, value_states)
             self.keys = key_states[:, :, :0]
             self._quantized_keys = None
-        history = [] if self._quantized_keys is None else [self._dequantize(self._quantized_keys)]
+        history: list[torch.Tensor] = []
+        if self._quantized_keys is not None:
+            history.append(self._dequantize(self._quantized_keys))
         entries = torch.cat([*history, self.keys, key_states], dim=-2)
         self.keys = torch.cat([self.keys, key_states], dim=-2)
         if self.keys.shape[-2] >= self.residual_length:
@@ -300,10 +310,12 @@ class LatentBackendMixin(QuantizedLayer):
     def reset(self) -> None:
         self.cumulative_length = 0
         self.is_initialized = False
-        self.keys = self.values = self._quantized_keys = None
+        self.keys = self.values = self._quantized_keys = None  # type: ignore[assignment]
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise ValueError("This backend cannot forget tokens (assisted decoding); use cache_config={'backend': 'latent'}.")
+        raise ValueError(
+            "This backend cannot forget tokens (assisted decoding); use cache_config={'backend': 'latent'}."
+        )
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         raise ValueError("This backend cannot reorder beams without loss; use cache_config={'backend': 'latent'}.")

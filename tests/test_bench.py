@@ -64,7 +64,9 @@ def test_a_filled_cache_is_what_a_prompt_makes(model):
 def test_compiled_steps_do_not_recompile(monkeypatch):
     """Graphs are counted; what a backend makes of them takes a minute on a CPU and is not at issue."""
     compile_graphs = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model, mode, fullgraph: compile_graphs(model, fullgraph=fullgraph, backend="eager"))
+    monkeypatch.setattr(
+        torch, "compile", lambda model, mode, fullgraph: compile_graphs(model, fullgraph=fullgraph, backend="eager")
+    )
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()

@@ -99,7 +99,10 @@ def test_packed_entries_and_a_window(nbits, rank, rope, group):
     codes = torch.cat([pack(c, nbits) for c, _ in made], -1)
     scales = torch.cat([s for _, s in made], -1)
     remembered = torch.cat(
-        [dequantize(unpack(pack(c, nbits), nbits, c.shape[-1]), s, nbits, g) for (c, s), g in zip(made, groups, strict=True)],
+        [
+            dequantize(unpack(pack(c, nbits), nbits, c.shape[-1]), s, nbits, g)
+            for (c, s), g in zip(made, groups, strict=True)
+        ],
         -1,
     )
     assert (remembered - numbers).abs().max() < (0.05 if nbits == 8 else 0.7)
