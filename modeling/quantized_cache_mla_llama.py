@@ -24,7 +24,10 @@ from .decode_mla_llama import Part
 # Measured on SmolLM2-135M-Instruct at -68.75 %: the best power lies between 0.5 (noise spread evenly over the weights)
 # and 1.0 (docs/performance.md).
 IMPORTANCE_POWER = 0.7
-# Tokens, counted from the newest, whose mean is taken off the rotary keys. Left padding, if any, is not among them.
+# Ranges tried for a group in 4 bits, as shares of its own: to clip a little often costs less than coarser steps.
+CLIPPING = (1.0, 0.93, 0.86)
+# Tokens whose mean is taken off the rotary keys: the newest there are when quantisation begins, as left padding is old.
+# A mean of few tokens is a bad one: nothing is quantised before there are so many.
 MEAN_TOKENS = 128
 # Numbers quantised at once: a long prompt takes a few buffers of 64 MB, whatever its length.
 MAX_NUMBERS = 2**24
@@ -66,11 +69,18 @@ def quantize(x: torch.Tensor, nbits: int, group_size: int) -> tuple[torch.Tensor
     levels = 2**nbits - 1
     groups = torch.nn.functional.pad(x.float(), (0, -x.shape[-1] % group_size)).unflatten(-1, (-1, group_size))
     low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
-    exponents = (8 * ((high - low) / levels).clamp(min=1e-20).log2() + 160).ceil().clamp(0, 255)
-    scales = torch.exp2(exponents / 8 - 20)
-    zeros = (-low / scales * (255 / levels)).round().clamp(0, 255)
-    codes = (groups / scales + zeros * (levels / 255)).round().clamp(0, levels).to(torch.uint8)
-    return codes.flatten(-2)[..., : x.shape[-1]], torch.cat((exponents, zeros), dim=-1).to(torch.uint8).flatten(-2)
+    best: list[torch.Tensor] = []  # codes, exponents, zeros and errors
+    for share in CLIPPING if nbits < 8 else CLIPPING[:1]:
+        exponents = (8 * ((high - low) * (share / levels)).clamp(min=1e-20).log2() + 160).ceil().clamp(0, 255)
+        scales = torch.exp2(exponents / 8 - 20)
+        zeros = (-low / scales * (share * 255 / levels)).round().clamp(0, 255)
+        codes = (groups / scales + zeros * (levels / 255)).round().clamp(0, levels)
+        errors = ((codes - zeros * (levels / 255)) * scales - groups).square().sum(-1, keepdim=True)
+        made = [codes, exponents, zeros, errors]
+        best = [torch.where(errors < best[3], new, old) for new, old in zip(made, best, strict=True)] if best else made
+    codes, exponents, zeros, _ = best
+    codes = codes.flatten(-2)[..., : x.shape[-1]].to(torch.uint8)
+    return codes, torch.cat((exponents, zeros), dim=-1).flatten(-2).to(torch.uint8)
 
 
 def dequantize(codes: torch.Tensor, scales: torch.Tensor, nbits: int, group_size: int) -> torch.Tensor:
@@ -97,7 +107,8 @@ class LatentQuantizedLayer(DynamicLayer):
         q_group_size (`int`, *optional*): Columns that share a scale; by default all of the latent do, and all of the
             rotary keys.
         residual_length (`int`): At most that many recent tokens are in full precision. When there are more, all but
-            half of them are quantised, so that decoding does so once in `residual_length / 2` steps.
+            half of them are quantised, so that decoding does so once in `residual_length / 2` steps. Sequences of up
+            to 128 tokens are not quantised.
     """
 
     is_croppable = True
@@ -161,7 +172,7 @@ class LatentQuantizedLayer(DynamicLayer):
         if self.first.shape[2] == 0:
             self.first, rotated = rotated[:, :, :1], rotated[:, :, 1:]
         self.recent = torch.cat((self.recent, rotated), dim=2)
-        if self.recent.shape[2] > self.residual_length:
+        if self.recent.shape[2] > max(self.residual_length, 0 if self.mean is not None else MEAN_TOKENS):
             self._quantize_all_but(self.residual_length // 2)
 
     def _quantize_all_but(self, num_kept: int) -> None:

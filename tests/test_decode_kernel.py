@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mha2mla.modeling import decode_mla_llama as decode
+from mha2mla.modeling import quantized_cache_mla_llama
 from mha2mla.modeling.decode_mla_llama import Part, Tiles, decode_attention
 from mha2mla.modeling.quantized_cache_mla_llama import dequantize, pack, quantize, unpack
 from pico import LAYOUTS, make_mla, tokens
@@ -165,6 +166,8 @@ def test_quantised_cache_through_the_kernel(monkeypatch):
     ids = tokens(2, 12).to(DEVICE)
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
+
+    monkeypatch.setattr(quantized_cache_mla_llama, "MEAN_TOKENS", 2)
 
     def logits():
         cache = modeling.quantized_cache(model, nbits=4, residual_length=4)

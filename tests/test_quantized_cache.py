@@ -6,11 +6,22 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from mha2mla.modeling import CACHE_ARGUMENT, LatentQuantizedLayer, cache_nbytes, quantized_cache
+from mha2mla.modeling import (
+    CACHE_ARGUMENT,
+    LatentQuantizedLayer,
+    cache_nbytes,
+    quantized_cache,
+    quantized_cache_mla_llama,
+)
 from mha2mla.modeling.quantized_cache_mla_llama import dequantize, pack, quantize, random_rotation, unpack
 from pico import LAYOUTS, make_mla, tokens
 
 NEW = 10
+
+
+@pytest.fixture(autouse=True)
+def quantise_short_sequences(monkeypatch):
+    monkeypatch.setattr(quantized_cache_mla_llama, "MEAN_TOKENS", 2)
 
 
 @pytest.fixture(params=LAYOUTS)
@@ -42,7 +53,8 @@ def test_packing_is_exact(columns, nbits):
 @pytest.mark.parametrize("nbits", [4, 8])
 @pytest.mark.parametrize("offset", [0.0, 3.0, -3.0])
 def test_error_is_at_most_half_a_step(nbits, offset):
-    """The step of a group is its range over 2**nbits - 1, up to the rounding of the scale to eighths of an octave."""
+    """The step of a group is its range over 2**nbits - 1, up to the rounding of the scale to eighths of an octave, and
+    to what clipping cuts off."""
     torch.manual_seed(0)
     x = torch.randn(50, 23) * torch.logspace(-4, 3, 50)[:, None] * (1 + abs(offset)) + offset
     codes, scales = quantize(x, nbits, 8)
@@ -50,7 +62,7 @@ def test_error_is_at_most_half_a_step(nbits, offset):
     groups = torch.nn.functional.pad(x, (0, 1)).unflatten(-1, (3, 8))
     span = groups.amax(-1).clamp(min=0) - groups.amin(-1).clamp(max=0)
     step = (span / (2**nbits - 1) * 2**0.125).repeat_interleave(8, -1)[:, :23]
-    assert ((dequantize(codes, scales, nbits, 8) - x).abs() <= step * 0.6).all()
+    assert ((dequantize(codes, scales, nbits, 8) - x).abs() <= step * (0.6 if nbits == 8 else 1.6)).all()
 
 
 def test_zeros_stay_zeros():
@@ -113,7 +125,7 @@ def test_select_repeat_reorder_crop_copy_and_reset(model):
         rows = ids[[0, 2]]
         got = model(rows[:, 10:], **{CACHE_ARGUMENT: cache}).logits
         expected = model(rows, use_cache=False).logits[:, 10:]
-        torch.testing.assert_close(got, expected, rtol=0.05, atol=0.05)
+        torch.testing.assert_close(got, expected, rtol=0.1, atol=0.1)
         assert twin.get_seq_length() == 10
         torch.testing.assert_close(model(rows[:, 10:], **{CACHE_ARGUMENT: twin}).logits, got)
         cache.reset()
