@@ -26,7 +26,7 @@ from .decode_mla_llama import Part
 IMPORTANCE_POWER = 0.7
 # Ranges tried for a group in 4 bits, as shares of its own: to clip a little often costs less than coarser steps.
 CLIPPING = (1.0, 0.93, 0.86)
-# Tokens whose mean is taken off the rotary keys: the newest there are when quantisation begins, as left padding is old.
+# Tokens whose mean is taken off the rotary keys: the newest when quantisation begins, as left padding is the oldest.
 # A mean of few tokens is a bad one: nothing is quantised before there are so many.
 MEAN_TOKENS = 128
 # Numbers quantised at once: a long prompt takes a few buffers of 64 MB, whatever its length.
