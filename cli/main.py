@@ -3,9 +3,9 @@
 import logging
 import sys
 
-from . import convert, eval, push, report, train
+from . import bench, convert, eval, push, report, train
 
-COMMANDS = {"convert": convert, "report": report, "eval": eval, "train": train, "push": push}
+COMMANDS = {"convert": convert, "report": report, "eval": eval, "bench": bench, "train": train, "push": push}
 
 
 def main(argv: list[str] | None = None) -> int:

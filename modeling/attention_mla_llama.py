@@ -126,6 +126,48 @@ def add_mask(scores: torch.Tensor, attention_mask: torch.Tensor | None) -> torch
     return scores
 
 
+def absorb_query(
+    q_nope: torch.Tensor,
+    q_rope: torch.Tensor,
+    kv_b_weight: torch.Tensor,
+    num_rope_key_heads: int,
+    num_nope_key_heads: int,
+) -> torch.Tensor:
+    """
+    Queries that meet the cache as it lies.
+
+    Args:
+        q_nope (`torch.Tensor`): Un-rotated queries, [B, H, T, nope].
+        q_rope (`torch.Tensor`): Rotated queries, [B, H, T, r].
+        kv_b_weight (`torch.Tensor`): Up-projections, [N*nope + G*v, R].
+
+    Returns:
+        [B, H*T, W].
+    """
+    batch, num_heads, num_queries, nope_dim = q_nope.shape
+    w_uk = kv_b_weight[: num_nope_key_heads * nope_dim].unflatten(0, (num_nope_key_heads, nope_dim))  # [N, nope, R]
+    q_latent = (
+        q_nope.unflatten(1, (num_nope_key_heads, -1)).flatten(2, 3).matmul(w_uk)  # [B, N, H/N * T, R]
+    ).view(batch, num_heads, num_queries, -1)
+    if num_rope_key_heads > 1:
+        # Every query head sees all rotary keys of an entry: its own slot holds the query, the others zeros.
+        slots = torch.eye(num_rope_key_heads, dtype=q_rope.dtype, device=q_rope.device)
+        q_rope = q_rope.unflatten(1, (num_rope_key_heads, -1)).unsqueeze(-2) * slots[:, None, None, :, None]
+        q_rope = q_rope.flatten(-2).flatten(1, 2)  # [B, H, T, n*r]
+    return torch.cat((q_latent, q_rope), dim=-1).flatten(1, 2)
+
+
+def expand_output(
+    context: torch.Tensor, kv_b_weight: torch.Tensor, num_heads: int, num_key_value_heads: int, value_rows: int
+) -> torch.Tensor:
+    """Values [B, T, H, v] from what heads see of the latents, [B, H*T, R]; the last `value_rows` = G*v rows of
+    `kv_b_weight` are the values' up-projections."""
+    batch, rows, rank = context.shape
+    w_uv = kv_b_weight[-value_rows:].unflatten(0, (num_key_value_heads, -1))  # [G, v, R]
+    context = context.view(batch, num_key_value_heads, -1, rank)  # [B, G, H/G * T, R]
+    return context.matmul(w_uv.transpose(1, 2)).view(batch, num_heads, rows // num_heads, -1).transpose(1, 2)
+
+
 def absorbed_attention(
     q_nope: torch.Tensor,
     q_rope: torch.Tensor,
@@ -151,25 +193,10 @@ def absorbed_attention(
     Returns:
         Output [B, T, H, v] and attention probabilities [B, H, T, S].
     """
-    batch, num_heads, num_queries, nope_dim = q_nope.shape
-    key_width = num_nope_key_heads * nope_dim
-    w_uk = kv_b_weight[:key_width].unflatten(0, (num_nope_key_heads, nope_dim))  # [N, nope, R]
-    w_uv = kv_b_weight[key_width:].unflatten(0, (num_key_value_heads, -1))  # [G, v, R]
-    rank = kv_b_weight.shape[-1]
-
-    q_latent = (
-        q_nope.unflatten(1, (num_nope_key_heads, -1)).flatten(2, 3).matmul(w_uk)  # [B, N, H/N * T, R]
-    ).view(batch, num_heads, num_queries, rank)
-    if num_rope_key_heads > 1:
-        # Every query head sees all rotary keys of an entry: its own slot holds the query, the others zeros.
-        slots = torch.eye(num_rope_key_heads, dtype=q_rope.dtype, device=q_rope.device)
-        q_rope = q_rope.unflatten(1, (num_rope_key_heads, -1)).unsqueeze(-2) * slots[:, None, None, :, None]
-        q_rope = q_rope.flatten(-2).flatten(1, 2)  # [B, H, T, n*r]
-    query = torch.cat((q_latent, q_rope), dim=-1).flatten(1, 2)  # [B, H*T, W]
-
+    _, num_heads, num_queries, nope_dim = q_nope.shape
+    value_rows, rank = kv_b_weight.shape[0] - num_nope_key_heads * nope_dim, kv_b_weight.shape[1]
+    query = absorb_query(q_nope, q_rope, kv_b_weight, num_rope_key_heads, num_nope_key_heads)
     scores = query.matmul(entries.transpose(1, 2)).unflatten(1, (num_heads, num_queries)) * scaling  # [B, H, T, S]
     weights = add_mask(scores, attention_mask).softmax(dim=-1, dtype=torch.float32).to(q_nope.dtype)
     context = weights.flatten(1, 2).matmul(entries[..., :rank])  # [B, H*T, R]
-    context = context.view(batch, num_key_value_heads, -1, rank)  # [B, G, H/G * T, R]
-    output = context.matmul(w_uv.transpose(1, 2)).view(batch, num_heads, num_queries, -1)
-    return output.transpose(1, 2), weights
+    return expand_output(context, kv_b_weight, num_heads, num_key_value_heads, value_rows), weights

@@ -9,6 +9,7 @@ attention with the buffer as its keys and the latents as its values, without cop
 """
 
 import inspect
+from collections.abc import Callable
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
@@ -21,12 +22,63 @@ from .configuration_mla_llama import LATENT_LAYER_TYPE
 CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 
-class LatentLayerMixin(CacheLayerMixin):
-    """What the dynamic and the static latent layer share: one buffer, `values` derived from it."""
+class GrowingBuffer:
+    """
+    Entries [batch, 1, tokens, width] that grow in place: the memory keeps room behind the last token, and is copied
+    into a larger one only when that is used up. The room is 1/16 of the tokens (at least 64), so that a token is
+    copied 16 times in all, however long the text becomes, and at most a sixteenth of the memory lies idle.
+    """
 
-    keys: torch.Tensor  # None before the first update, as in the base classes
+    MIN_ROOM = 64
+    ROOM_SHARE = 16
+
+    def __init__(self) -> None:
+        self.data: torch.Tensor | None = None  # [batch, 1, length + room, width]
+        self.length = 0  # cropping is setting it
+
+    def view(self) -> torch.Tensor:
+        """The entries, [batch, 1, length, width], without a copy."""
+        assert self.data is not None
+        return self.data[:, :, : self.length]
+
+    def append(self, entries: torch.Tensor) -> None:
+        """Write entries [batch, 1, new tokens, width] behind those already there."""
+        end = self.length + entries.shape[2]
+        if torch.is_grad_enabled():
+            # The backward pass may need the history as it is now, so nothing may be written behind its back.
+            self.data = entries if self.data is None else torch.cat([self.view(), entries], dim=2)
+        else:
+            if self.data is None or end > self.data.shape[2] or _is_locked(self.data):
+                room = max(self.MIN_ROOM, end // self.ROOM_SHARE)
+                grown = entries.new_empty((entries.shape[0], 1, end + room, entries.shape[3]))
+                if self.data is not None:
+                    grown[:, :, : self.length] = self.view()
+                self.data = grown
+            self.data[:, :, self.length : end] = entries
+        self.length = end
+
+    def change(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace the memory, room included, by what `function` (a move, a choice of rows) makes of it."""
+        if self.data is not None:
+            self.data = function(self.data)
+
+    @property
+    def allocated_nbytes(self) -> int:
+        """Bytes of the memory, room included."""
+        return 0 if self.data is None else self.data.untyped_storage().nbytes()
+
+
+def _is_locked(tensor: torch.Tensor) -> bool:
+    """Whether torch forbids writing: made in inference mode, and used outside it."""
+    return tensor.is_inference() and not torch.is_inference_mode_enabled()
+
+
+class LatentLayerMixin(CacheLayerMixin):
+    """What the dynamic and the static latent layer share: `keys` is all there is, `values` a view of it."""
+
     is_initialized: bool
     kv_lora_rank: int
+    keys: torch.Tensor  # None before the first update, as in the base classes
 
     @property
     def values(self) -> torch.Tensor:
@@ -41,38 +93,55 @@ class LatentLayerMixin(CacheLayerMixin):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of this layer's buffer: batch * tokens * (R + n*r) * element size."""
+        """Bytes of this layer's entries: batch * tokens * (R + n*r) * element size."""
         return 0 if self.keys is None else self.keys.numel() * self.keys.element_size()
+
+    def _change(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace the buffer by what `function` (a move, a choice of rows) makes of it."""
+        if self.is_initialized:
+            self.keys = function(self.keys)
+
+    def offload(self) -> None:
+        self._change(lambda x: x.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
         if self.is_initialized and self.keys.device != self.device:
             # transformers 5.17 calls this on a side stream that does not wait for the main one, where the copy to the
             # CPU may still be under way and the memory handed out here still be read (mended there by 5.23).
             torch.cuda.current_stream(self.device).wait_stream(torch.cuda.default_stream(self.device))
-        super().prefetch()
+            self._change(lambda x: x.to(self.device, non_blocking=True))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        if self.is_initialized:
-            self.keys = self.keys.index_select(0, beam_idx.to(self.keys.device))
+        self._change(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.is_initialized:
-            self.keys = self.keys.repeat_interleave(repeats, dim=0)
+        self._change(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        if self.is_initialized:
-            self.keys = self.keys[indices, ...]
+        self._change(lambda x: x[indices, ...])
 
 
 class LatentDynamicLayer(LatentLayerMixin, DynamicLayer):
-    """Grows by the tokens it is given."""
+    """Grows by the tokens it is given, without copying those already there (see [`GrowingBuffer`])."""
 
     _layer_type = LATENT_LAYER_TYPE
+
+    def __init__(self, **kwargs):
+        self.buffer = GrowingBuffer()
+        super().__init__(**kwargs)
+
+    @property
+    def keys(self) -> torch.Tensor:
+        """View of the entries, [batch, 1, tokens, R + n*r]; None before the first update, as in the base classes."""
+        return None if self.buffer.data is None else self.buffer.view()  # type: ignore[return-value]
+
+    @keys.setter
+    def keys(self, entries: torch.Tensor | None) -> None:
+        self.buffer.data, self.buffer.length = entries, 0 if entries is None else entries.shape[2]
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.kv_lora_rank = value_states.shape[-1]
-        self.keys = key_states[:, :, :0]
         self.is_initialized = True
 
     def update(
@@ -86,12 +155,27 @@ class LatentDynamicLayer(LatentLayerMixin, DynamicLayer):
             value_states (`torch.Tensor`): The latents in them, [batch, 1, new tokens, R]; only their width is used.
 
         Returns:
-            The buffer [batch, 1, tokens, R + n*r] and its view of the latents [batch, 1, tokens, R].
+            The entries [batch, 1, tokens, R + n*r] and their view of the latents [batch, 1, tokens, R]. They lie in
+            memory that the layer writes to after a `crop`; clone what has to outlive that.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys = torch.cat([self.keys, key_states], dim=-2)
+        self.buffer.append(key_states)
         return self.keys, self.values
+
+    @property
+    def allocated_nbytes(self) -> int:
+        """Bytes held on the device: `nbytes`, and the room for the next tokens."""
+        return self.buffer.allocated_nbytes
+
+    def _change(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.buffer.change(function)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        memory = self.buffer.data
+        if memory is not None:
+            super().crop(tokens_to_remove)
+            self.buffer.data = memory  # super() gave the length; the room behind it is still there
 
     def reset(self) -> None:
         self.keys = None  # type: ignore[assignment]  # dropped, not zeroed: the next update starts from nothing
@@ -132,14 +216,15 @@ class LatentStaticLayer(LatentLayerMixin, StaticLayer):
 
 def cache_nbytes(cache: Cache) -> int:
     """
-    Bytes that a cache's tensors occupy, for latent caches and for transformers' own dynamic and static ones alike.
+    Bytes that a cache's tensors occupy, for latent caches, dynamic, static or quantised, and for transformers' own
+    dynamic and static ones.
 
-    For a latent cache this is exactly layers * tokens * batch * (R + n*r) * element size, `tokens` being
-    `max_cache_len` for a static one.
+    For a latent cache that is not quantised this is exactly layers * tokens * batch * (R + n*r) * element size,
+    `tokens` being `max_cache_len` for a static one. A quantised one counts scales, zeros and its window.
     """
     total = 0
     for layer in cache.layers:
-        if isinstance(layer, LatentLayerMixin):
+        if hasattr(layer, "nbytes"):
             total += layer.nbytes
         elif layer.keys is not None:
             total += layer.keys.numel() * layer.keys.element_size()

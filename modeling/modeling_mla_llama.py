@@ -31,14 +31,18 @@ from transformers.models.llama.modeling_llama import (
 
 from .attention_mla_llama import (
     MAX_ABSORBED_QUERY_TOKENS,
+    absorb_query,
     absorbed_attention,
     absorbed_costs_less,
     expand_keys_values,
+    expand_output,
     rotate,
     select_frequencies,
 )
 from .cache_mla_llama import CACHE_ARGUMENT, LatentDynamicLayer, LatentStaticLayer, cache_nbytes
 from .configuration_mla_llama import MLALlamaConfig
+from .decode_mla_llama import Part, decode_attention, decode_attention_op, kernel_can_run
+from .quantized_cache_mla_llama import LatentQuantizedLayer, importance, quantized_cache
 
 
 def default_rope_frequencies(config: MLALlamaConfig) -> torch.Tensor:
@@ -122,6 +126,20 @@ class MLALlamaAttention(nn.Module):
 
         if cache is not None:
             entry = torch.cat((latent, k_rope.transpose(1, 2).flatten(2)), dim=-1).unsqueeze(1)  # [B, 1, T, W]
+            layer = cache.layers[self.layer_idx]
+            if self._use_kernel(layer, entry, attention_mask, kwargs):
+                query = absorb_query(
+                    q_nope, q_rope, self._kv_b_weight(entry.dtype), config.num_rope_key_heads, self.num_nope_key_heads
+                )
+                context = self._attend_in_kernel(cache, layer, entry, query, num_queries, attention_mask)
+                output = expand_output(
+                    context,
+                    self._kv_b_weight(entry.dtype),
+                    self.num_heads,
+                    config.num_key_value_heads,
+                    config.num_key_value_heads * config.v_head_dim,
+                )
+                return self.o_proj(output.flatten(2)), None
             entries, _ = cache.update(entry, entry[..., : config.kv_lora_rank], self.layer_idx)
             entries = entries.squeeze(1)  # [B, S, W]
             if self._use_absorbed(num_queries, entries.shape[1], attention_mask):
@@ -184,6 +202,59 @@ class MLALlamaAttention(nn.Module):
             config.v_head_dim,
         )
 
+    def _use_kernel(self, layer, entry: torch.Tensor, attention_mask, kwargs: dict) -> bool:
+        """The decode kernel serves steps on a GPU that absorbed attention would serve, unless probabilities are asked
+        for (transformers then switches to eager attention) or a backward pass may follow."""
+        static, num_queries = isinstance(layer, LatentStaticLayer), entry.shape[2]
+        if attention_mask is None and num_queries > 1 and isinstance(layer, LatentQuantizedLayer):
+            return False  # flash attention's missing mask; the packed part alone does not say where the queries are
+        num_cached = layer.max_cache_len if static else layer.get_seq_length() + num_queries
+        return (
+            kernel_can_run(entry)
+            and not torch.is_grad_enabled()
+            and self.config._attn_implementation != "eager"
+            and not kwargs.get("output_attentions")
+            and isinstance(layer, (LatentDynamicLayer, LatentStaticLayer, LatentQuantizedLayer))
+            and (attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4))
+            and self._use_absorbed(num_queries, num_cached, attention_mask)
+        )
+
+    def _attend_in_kernel(
+        self,
+        cache: Cache,
+        layer,
+        entry: torch.Tensor,
+        query: torch.Tensor,
+        num_queries: int,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Put the new entries [B, 1, T, W] in the cache; what the absorbed queries [B, H*T, W] see of its latents,
+        [B, H*T, R]."""
+        rank = self.config.kv_lora_rank
+        if isinstance(layer, LatentQuantizedLayer):
+            layer.append(entry)
+            context = decode_attention(layer.meet(query), layer.parts(mask), rank, num_queries, self.scaling)
+            return layer.leave(context)
+        entries, _ = cache.update(entry, entry[..., :rank], self.layer_idx)
+        entries = entries.squeeze(1)
+        length = layer.cumulative_length if isinstance(layer, LatentStaticLayer) else None
+        if torch.compiler.is_compiling():
+            return decode_attention_op(query, entries, mask, length, rank, num_queries, self.scaling)
+        return decode_attention(query, [Part(entries, mask, length)], rank, num_queries, self.scaling)
+
+    def channel_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """How finely a quantised cache has to tell apart the channels of an entry, from the weights that read them:
+        [R] and [n*r], see [`importance`]. The two dims of a rotary pair share a factor, as rotation mixes them."""
+        config = self.config
+        r, n = config.qk_rope_head_dim, config.num_rope_key_heads
+        latent = importance(self._kv_b_weight(self.o_proj.weight.dtype).detach().float().norm(dim=0))
+        rope = torch.ones(n * r, device=latent.device)
+        if is_plain_linear(self.q_proj):
+            rows = self.q_proj.weight.detach().unflatten(0, (n, -1, config.qk_head_dim))[:, :, -r:]  # [n, H/n, r, hid]
+            pairs = rows.float().square().sum((1, 3)).view(n, 2, r // 2).sum(1, keepdim=True).sqrt()
+            rope = importance(pairs.expand(-1, 2, -1).flatten())
+        return latent, rope
+
     def _kv_b_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """The up-projection as a matrix [N*nope + G*v, R]. Reading `.weight` of a wrapped layer would skip its LoRA
         adapter without a word, so anything but a plain `nn.Linear` is asked what it does to the unit vectors."""
@@ -214,6 +285,14 @@ class MLALlamaPreTrainedModel(LlamaPreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, MLALlamaAttention):
             init.copy_(module.rope_frequencies, default_rope_frequencies(self.config))
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args, **kwargs) -> None:
+        """`generate` would build a cache that quantises keys and values; ours quantises latents."""
+        wanted = generation_config.cache_implementation == "quantized" and generation_config.use_cache is not False
+        if wanted and model_kwargs.get(CACHE_ARGUMENT) is None:
+            model_kwargs[CACHE_ARGUMENT] = quantized_cache(self, **(generation_config.cache_config or {}))
+        else:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     @staticmethod
     def create_masks_for_generate(

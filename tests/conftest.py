@@ -10,6 +10,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the import of the model family defines the decode kernel
+
 from pico import VOCAB, make_source
 
 torch.set_num_threads(1)  # pico models are faster so, and two test workers share two cores

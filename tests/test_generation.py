@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from mha2mla.modeling import CACHE_ARGUMENT, LatentDynamicLayer, LatentStaticLayer, cache_nbytes
+from mha2mla.modeling import CACHE_ARGUMENT, GrowingBuffer, LatentDynamicLayer, LatentStaticLayer, cache_nbytes
 from pico import LAYOUTS, make_mla, tokens
 
 NEW = 10
@@ -121,8 +121,9 @@ def test_cache_size_is_exactly_latents_and_rotary_keys(model, dtype):
     assert type(out) is DynamicCache and type(out.layers[0]) is LatentDynamicLayer
     cached = 9 + NEW - 1  # the last token is never fed back
     assert cache_nbytes(out) == config.num_hidden_layers * cached * 3 * width * dtype.itemsize
-    for layer in out.layers:  # and nothing hides behind the views
-        assert layer.keys.untyped_storage().nbytes() == layer.nbytes
+    for layer in out.layers:  # and nothing hides behind the views but the room for the next tokens
+        assert layer.keys.untyped_storage().nbytes() == layer.allocated_nbytes
+        assert layer.allocated_nbytes - layer.nbytes <= GrowingBuffer.MIN_ROOM * 3 * width * dtype.itemsize
         assert layer.values.untyped_storage().data_ptr() == layer.keys.untyped_storage().data_ptr()
 
     static = StaticCache(config=config, max_cache_len=20)

@@ -88,7 +88,9 @@ def test_modeling_folder_needs_torch_and_transformers_only(tmp_path):
         "attention_mla_llama.py",
         "cache_mla_llama.py",
         "configuration_mla_llama.py",
+        "decode_mla_llama.py",
         "modeling_mla_llama.py",
+        "quantized_cache_mla_llama.py",
     ]
     for name in code:
         for line in (tmp_path / name).read_text().splitlines():

@@ -1,0 +1,378 @@
+"""Latents in 8 or 4 bits: the cache behind `generate(..., cache_implementation="quantized")`.
+
+What is quantised is the entry (latent and rotary keys) of a token, never an expanded key or value.
+
+- Backend "latent" (default): entries are rotated and quantised token by token, so that a token is quantised once and
+  never touched again; codes and scales lie in two buffers that the decode kernel reads as they are.
+- Backends "quanto" and "hqq": transformers' own, applied to the same entries. They quantise the whole history anew
+  whenever their window is full.
+
+Why a rotation: with one scale a token, a loud channel takes the resolution of all others. Channels are first
+scaled to what an error in them does to the output (a power of the norm of the weights that read them), then mixed by
+an orthogonal matrix, after which all are alike. The first token, on which attention rests wherever it has nothing to
+look at, stays in full precision, as does a window of recent tokens.
+"""
+
+import functools
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer, HQQQuantizedLayer, QuantizedLayer, QuantoQuantizedLayer
+
+from .cache_mla_llama import GrowingBuffer
+from .decode_mla_llama import Part
+
+# Measured on SmolLM2-135M-Instruct at -68.75 %: the best power lies between 0.5 (noise spread evenly over the weights)
+# and 1.0 (docs/performance.md).
+IMPORTANCE_POWER = 0.7
+# Ranges tried for a group in 4 bits, as shares of its own: to clip a little often costs less than coarser steps.
+CLIPPING = (1.0, 0.93, 0.86)
+# Tokens whose mean is taken off the rotary keys: the newest when quantisation begins, as left padding is the oldest.
+# A mean of few tokens is a bad one: nothing is quantised before there are so many.
+MEAN_TOKENS = 128
+# Numbers quantised at once: a long prompt takes a few buffers of 64 MB, whatever its length.
+MAX_NUMBERS = 2**24
+
+
+@functools.lru_cache(maxsize=8)
+def random_rotation(size: int) -> torch.Tensor:
+    """A fixed orthogonal matrix, [size, size], fp32 on the CPU."""
+    gaussian = torch.randn(size, size, generator=torch.Generator().manual_seed(size), device="cpu")
+    return torch.linalg.qr(gaussian)[0]
+
+
+def pack(codes: torch.Tensor, nbits: int) -> torch.Tensor:
+    """Codes [..., C], uint8 below 2**nbits, to bytes: with 4 bits [..., ceil(C/2)], of which byte j holds column j in
+    its low half and column j + ceil(C/2) in its high half."""
+    if nbits == 8:
+        return codes
+    half = (codes.shape[-1] + 1) // 2
+    low, high = codes[..., :half], torch.nn.functional.pad(codes[..., half:], (0, codes.shape[-1] % 2))
+    return low | (high << 4)
+
+
+def unpack(packed: torch.Tensor, nbits: int, columns: int) -> torch.Tensor:
+    """The inverse of [`pack`]: codes [..., columns], uint8."""
+    return packed if nbits == 8 else torch.cat((packed & 15, packed >> 4), dim=-1)[..., :columns]
+
+
+def quantize(x: torch.Tensor, nbits: int, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Codes with a scale and a zero for `group_size` consecutive columns. With L = 2**nbits - 1, code c means
+    (c - zero * L / 255) * 2 ** (scale / 8 - 20): a byte each is enough, as codes are made with the rounded ones.
+
+    Args:
+        x (`torch.Tensor`): [..., C]; the last group is smaller if `group_size` does not divide C.
+
+    Returns:
+        Codes [..., C] and scales and zeros [..., 2 * ceil(C / group_size)], scale before zero; all uint8.
+    """
+    levels = 2**nbits - 1
+    groups = torch.nn.functional.pad(x.float(), (0, -x.shape[-1] % group_size)).unflatten(-1, (-1, group_size))
+    low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
+    best: list[torch.Tensor] = []  # codes, exponents, zeros and errors
+    for share in CLIPPING if nbits < 8 else CLIPPING[:1]:
+        exponents = (8 * ((high - low) * (share / levels)).clamp(min=1e-20).log2() + 160).ceil().clamp(0, 255)
+        scales = torch.exp2(exponents / 8 - 20)
+        zeros = (-low / scales * (share * 255 / levels)).round().clamp(0, 255)
+        codes = (groups / scales + zeros * (levels / 255)).round().clamp(0, levels)
+        errors = ((codes - zeros * (levels / 255)) * scales - groups).square().sum(-1, keepdim=True)
+        made = [codes, exponents, zeros, errors]
+        best = [torch.where(errors < best[3], new, old) for new, old in zip(made, best, strict=True)] if best else made
+    codes, exponents, zeros, _ = best
+    codes = codes.flatten(-2)[..., : x.shape[-1]].to(torch.uint8)
+    return codes, torch.cat((exponents, zeros), dim=-1).flatten(-2).to(torch.uint8)
+
+
+def dequantize(codes: torch.Tensor, scales: torch.Tensor, nbits: int, group_size: int) -> torch.Tensor:
+    """Numbers [..., C], fp32, that the two results of [`quantize`] stand for."""
+    exponents, zeros = scales.float().unflatten(-1, (-1, 2)).repeat_interleave(group_size, dim=-2).unbind(-1)
+    columns = codes.shape[-1]
+    shifted = codes.float() - zeros[..., :columns] * ((2**nbits - 1) / 255)
+    return shifted * torch.exp2(exponents[..., :columns] / 8 - 20)
+
+
+def importance(weight_norms: torch.Tensor) -> torch.Tensor:
+    """Factors for channels [C] from the norms of the weights that read them; their geometric mean is 1."""
+    logarithm = weight_norms.float().clamp(min=weight_norms.max().item() * 1e-6 + 1e-30).log() * IMPORTANCE_POWER
+    return (logarithm - logarithm.mean()).exp()
+
+
+class LatentQuantizedLayer(DynamicLayer):
+    """
+    One layer's entries: the first token and the recent ones in full precision, those between in `nbits`.
+
+    Args:
+        latent_factors, rope_factors (`torch.Tensor`): From [`importance`], [R] and [n*r].
+        nbits (`int`): 4 or 8.
+        q_group_size (`int`, *optional*): Columns that share a scale; by default all of the latent do, and all of the
+            rotary keys.
+        residual_length (`int`): At most that many recent tokens are in full precision. When there are more, all but
+            half of them are quantised, so that decoding does so once in `residual_length / 2` steps. Sequences of up
+            to 128 tokens are not quantised.
+    """
+
+    is_croppable = True
+    first: torch.Tensor  # rotated entries in full precision, [batch, 1, tokens, R + n*r]: the first token,
+    recent: torch.Tensor  # and those not yet quantised
+    mean: torch.Tensor  # of the rotated entries, [batch, 1, 1, R + n*r]; None until something is quantised
+
+    def __init__(
+        self,
+        latent_factors: torch.Tensor,
+        rope_factors: torch.Tensor,
+        nbits: int = 4,
+        q_group_size: int | None = None,
+        residual_length: int = 32,
+    ):
+        super().__init__()
+        if nbits not in (4, 8):
+            raise ValueError(f"nbits must be 4 or 8 for the backend 'latent', got {nbits}.")
+        if q_group_size is not None and q_group_size < 1:
+            raise ValueError(f"q_group_size must be at least 1, or None for one scale a token, got {q_group_size}.")
+        if residual_length < 1:
+            raise ValueError(f"residual_length must be at least 1, got {residual_length}.")
+        self.nbits, self.residual_length = nbits, residual_length
+        self.sizes = [len(latent_factors), len(rope_factors)]
+        self.group_sizes = [min(q_group_size or size, size) for size in self.sizes]
+        self.factors = [latent_factors, rope_factors]
+        self._clear()
+
+    def _clear(self) -> None:
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.codes, self.scales = GrowingBuffer(), GrowingBuffer()
+        self.mean = None  # type: ignore[assignment]
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        to, back = [], []
+        for factors in self.factors:
+            factors, rotation = factors.to(self.device), random_rotation(len(factors)).to(self.device)
+            to.append((factors[:, None] * rotation).to(self.dtype))
+            back.append((rotation.T / factors).to(self.dtype))
+        self.to_rotated, self.from_rotated = to, back
+        self.first = self.recent = key_states[:, :, :0]
+        self.is_initialized = True
+
+    def rotate(self, entries: torch.Tensor) -> torch.Tensor:
+        """Entries in the basis in which they are quantised; latents and rotary keys each by themselves."""
+        parts = entries.split(self.sizes, dim=-1)
+        return torch.cat([part @ matrix for part, matrix in zip(parts, self.to_rotated, strict=True)], dim=-1)
+
+    def unrotate(self, entries: torch.Tensor) -> torch.Tensor:
+        """The inverse of [`rotate`]."""
+        parts = entries.split(self.sizes, dim=-1)
+        return torch.cat([part @ matrix for part, matrix in zip(parts, self.from_rotated, strict=True)], dim=-1)
+
+    def append(self, entries: torch.Tensor) -> None:
+        """Take in new entries, [batch, 1, new tokens, R + n*r], and quantise what no longer fits the window."""
+        if not self.is_initialized:
+            self.lazy_initialization(entries, entries)
+        rotated = self.rotate(entries.detach())
+        if self.first.shape[2] == 0:
+            self.first, rotated = rotated[:, :, :1], rotated[:, :, 1:]
+        self.recent = torch.cat((self.recent, rotated), dim=2)
+        if self.recent.shape[2] > max(self.residual_length, 0 if self.mean is not None else MEAN_TOKENS):
+            self._quantize_all_but(self.residual_length // 2)
+
+    def _quantize_all_but(self, num_kept: int) -> None:
+        cut = self.recent.shape[2] - num_kept
+        leaving, self.recent = self.recent[:, :, :cut], self.recent[:, :, cut:].clone()
+        if self.mean is None:
+            # Some rotary keys are the same for all tokens but for little: the little is what has to be told apart. It
+            # makes no difference to latents, whose mean would have to be given back to every output.
+            mean = leaving[:, :, -MEAN_TOKENS:].float().mean(dim=2, keepdim=True)
+            self.mean = torch.nn.functional.pad(mean[..., self.sizes[0] :], (self.sizes[0], 0)).to(self.dtype)
+        codes, scales = [], []
+        for piece in leaving.split(max(1, MAX_NUMBERS // (leaving.shape[0] * leaving.shape[3])), dim=2):
+            parts = (piece - self.mean).split(self.sizes, dim=-1)
+            made = [quantize(part, self.nbits, group) for part, group in zip(parts, self.group_sizes, strict=True)]
+            codes.append(torch.cat([pack(code, self.nbits) for code, _ in made], dim=-1))
+            scales.append(torch.cat([scale for _, scale in made], dim=-1))
+        self.codes.append(torch.cat(codes, dim=2))
+        self.scales.append(torch.cat(scales, dim=2))
+
+    def meet(self, query: torch.Tensor) -> torch.Tensor:
+        """Absorbed queries [B, rows, R + n*r] in the basis of the entries as they lie here."""
+        parts = query.split(self.sizes, dim=-1)
+        matrices = zip(parts, self.from_rotated, strict=True)
+        return torch.cat([part @ matrix.T for part, matrix in matrices], dim=-1)
+
+    def leave(self, context: torch.Tensor) -> torch.Tensor:
+        """What was seen of the latents, [B, rows, R], in the model's basis."""
+        return context @ self.from_rotated[0]
+
+    def parts(self, mask: torch.Tensor | None) -> list[Part]:
+        """The entries as the decode kernel reads them, all without the mean: that adds the same to all scores of a
+        query, which the softmax does not feel. `mask` is in the order of the tokens, [B or 1, 1, T, S]."""
+        window = torch.cat((self.first, self.recent), dim=2)
+        cut = 1 + self.codes.length
+        if self.codes.length == 0:
+            return [Part(window.squeeze(1), mask)]
+        if mask is None:
+            # Queries behind the packed tokens see all of those; only one may come without a mask, and it sees all.
+            packed_mask = window_mask = None
+        else:
+            packed_mask = mask[..., 1:cut]
+            window_mask = torch.cat((mask[..., :1], mask[..., cut : self.get_seq_length()]), dim=-1)
+        codes, scales = self.codes.view().squeeze(1), self.scales.view().squeeze(1)
+        return [
+            Part(codes, packed_mask, None, scales, self.nbits, *self.group_sizes),
+            Part((window - self.mean).squeeze(1), window_mask),
+        ]
+
+    def dequantized(self) -> torch.Tensor:
+        """All entries as they are remembered, [batch, 1, tokens, R + n*r]."""
+        pieces = [self.first, self.recent]
+        if self.codes.length > 0:
+            widths = [size if self.nbits == 8 else (size + 1) // 2 for size in self.sizes]
+            counts = [2 * -(-size // group) for size, group in zip(self.sizes, self.group_sizes, strict=True)]
+            codes, scales = self.codes.view().split(widths, dim=-1), self.scales.view().split(counts, dim=-1)
+            numbers = [
+                dequantize(unpack(c, self.nbits, size), s, self.nbits, group)
+                for c, s, size, group in zip(codes, scales, self.sizes, self.group_sizes, strict=True)
+            ]
+            pieces.insert(1, torch.cat(numbers, dim=-1).to(self.dtype) + self.mean)
+        return self.unrotate(torch.cat(pieces, dim=2))
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Shapes as in [`LatentDynamicLayer.update`]. What is returned holds the new entries as they were given,
+        behind the history as it is remembered, so that a prompt attends to itself in full precision."""
+        self.append(key_states)
+        entries = key_states
+        if self.get_seq_length() > key_states.shape[2]:
+            history = self.dequantized()[:, :, : -key_states.shape[2]]
+            entries = torch.cat((history, key_states), dim=2)
+        return entries, entries[..., : self.sizes[0]]
+
+    def get_seq_length(self) -> int:
+        return 0 if not self.is_initialized else self.first.shape[2] + self.codes.length + self.recent.shape[2]
+
+    def _change_rows(self, change) -> None:
+        if self.is_initialized:
+            self.first, self.recent = change(self.first), change(self.recent)
+            self.mean = None if self.mean is None else change(self.mean)
+            self.codes.change(change)
+            self.scales.change(change)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._change_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._change_rows(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._change_rows(lambda x: x[indices, ...])
+
+    def offload(self) -> None:
+        self._change_rows(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        self._change_rows(lambda x: x.to(self.device, non_blocking=True))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens (transformers' sign)."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop wants minus the number of tokens to forget, got {tokens_to_remove}.")
+        if not self.is_initialized or tokens_to_remove == 0:
+            return
+        keep = max(0, self.get_seq_length() + tokens_to_remove)
+        self.first = self.first[:, :, :keep]
+        self.codes.length = self.scales.length = min(self.codes.length, max(0, keep - 1))
+        self.recent = self.recent[:, :, : max(0, keep - 1 - self.codes.length)]
+
+    def reset(self) -> None:
+        self._clear()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales, the mean and the tokens in full precision."""
+        if not self.is_initialized:
+            return 0
+        parts = [self.first, self.recent, *([] if self.mean is None else [self.mean])]
+        parts += [buffer.view() for buffer in (self.codes, self.scales) if buffer.data is not None]
+        return sum(part.numel() * part.element_size() for part in parts)
+
+
+class LatentBackendMixin(QuantizedLayer):
+    """transformers' quantised layers, given one tensor of entries instead of keys and values."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Shapes as in [`LatentDynamicLayer.update`]."""
+        self.cumulative_length += key_states.shape[-2]
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys = key_states[:, :, :0]
+            self._quantized_keys = None
+        history: list[torch.Tensor] = []
+        if self._quantized_keys is not None:
+            history.append(self._dequantize(self._quantized_keys))
+        entries = torch.cat([*history, self.keys, key_states], dim=-2)
+        self.keys = torch.cat([self.keys, key_states], dim=-2)
+        if self.keys.shape[-2] >= self.residual_length:
+            self.keys = entries[:, :, :0]
+            self._quantized_keys = self._quantize(entries.contiguous(), axis=self.axis_key)
+        return entries, entries[..., : value_states.shape[-1]]
+
+    def reset(self) -> None:
+        self.cumulative_length = 0
+        self.is_initialized = False
+        self.keys = self.values = self._quantized_keys = None  # type: ignore[assignment]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise ValueError(
+            "This backend cannot forget tokens (assisted decoding); use cache_config={'backend': 'latent'}."
+        )
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        raise ValueError("This backend cannot reorder beams without loss; use cache_config={'backend': 'latent'}.")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the quantised tensor with its scales and zeros, and of the window."""
+        if not self.is_initialized:
+            return 0
+        return tensor_bytes(self._quantized_keys) + self.keys.numel() * self.keys.element_size()
+
+
+def tensor_bytes(holder) -> int:
+    """Bytes of the tensors in a tensor, a quanto tensor, or the (codes, dict of scales and zeros) of hqq."""
+    if isinstance(holder, torch.Tensor):
+        inner = [getattr(holder, name, None) for name in ("_data", "_scale", "_shift")]
+        if isinstance(inner[0], torch.Tensor):
+            return sum(tensor_bytes(part) for part in inner)
+        return holder.numel() * holder.element_size()
+    if isinstance(holder, dict):
+        holder = list(holder.values())
+    return sum(tensor_bytes(part) for part in holder) if isinstance(holder, (list, tuple)) else 0
+
+
+class LatentQuantoLayer(LatentBackendMixin, QuantoQuantizedLayer):
+    """Entries in optimum-quanto's format."""
+
+
+class LatentHQQLayer(LatentBackendMixin, HQQQuantizedLayer):
+    """Entries in HQQ's format."""
+
+
+def quantized_cache(model, backend: str = "latent", **settings) -> Cache:
+    """
+    A quantised cache for `model`, as `generate(cache_implementation="quantized", cache_config=...)` builds it.
+
+    Args:
+        model (`MLALlamaForCausalLM` or `MLALlamaModel`): Its weights tell how much each channel of an entry matters.
+        backend (`str`): "latent" (ours), "quanto" or "hqq" (transformers' layers; the packages must be installed).
+        settings: `nbits`, `q_group_size` and `residual_length` of [`LatentQuantizedLayer`], or the arguments of
+            transformers' layers.
+    """
+    layers = model.base_model.layers
+    if backend == "latent":
+        return Cache(layers=[LatentQuantizedLayer(*layer.self_attn.channel_factors(), **settings) for layer in layers])
+    if backend not in ("quanto", "hqq"):
+        raise ValueError(f"The backend of a quantised cache must be 'latent', 'quanto' or 'hqq', got {backend!r}.")
+    layer_class = LatentQuantoLayer if backend == "quanto" else LatentHQQLayer
+    return Cache(layers=[layer_class(**settings) for _ in layers])

@@ -1,0 +1,76 @@
+"""`mha2mla bench` at sizes of a CPU: what it measures is there and true."""
+
+import json
+
+import pytest
+import torch
+
+from mha2mla.cli.main import main
+from mha2mla.evaluation.speed import allocated_nbytes, fill, make_cache, measure_speed, numbers_per_token
+from mha2mla.modeling import cache_nbytes
+from pico import make_mla, make_source
+
+
+def test_random_weights_original_against_converted(tmp_path, capsys):
+    command = "bench --random pico --kv-lora-rank 8 --qk-rope-head-dim 4 --batch-sizes 1,2 --contexts 16 --steps 2"
+    assert main([*command.split(), "--caches", "dynamic,static,int4", "--output", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "Copy bandwidth" in printed and "% of it" in printed
+    results = json.loads((tmp_path / "speed.json").read_text())
+    found = {(m["model"], m["cache"], m["batch"]) for m in results["speed"]}
+    assert found == {("original", c, b) for c in ("dynamic", "static") for b in (1, 2)} | {
+        ("converted", c, b) for c in ("dynamic", "static", "int4") for b in (1, 2)
+    }
+    for m in results["speed"]:
+        assert m["step_ms"] > 0 and m["first_token_s"] > 0
+        assert m["tokens_per_s"] == pytest.approx(m["batch"] / m["step_ms"] * 1000)
+        assert m["cache_bytes"] <= m["allocated_bytes"]
+        if m["cache"] != "int4":
+            assert m["cache_bytes"] == m["formula_bytes"]
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_saved_models(save_source, tmp_path):
+    converted = tmp_path / "converted"
+    make_mla().save_pretrained(converted)
+    arguments = ["bench", str(save_source()), str(converted), "--steps", "1", "--contexts", "8"]
+    assert main([*arguments, "--no-prefill", "--output", str(tmp_path / "out")]) == 0
+    results = json.loads((tmp_path / "out" / "speed.json").read_text())
+    assert [m["first_token_s"] for m in results["speed"]] == [None, None]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--random", "huge"], "Dimensions are known for"),
+        (["--random", "pico", "--caches", "paged"], "--caches may name"),
+        ([], "Name models, or dimensions"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(arguments, message, capsys):
+    assert main(["bench", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", [make_mla(), make_source()], ids=["converted", "original"])
+def test_a_filled_cache_is_what_a_prompt_makes(model):
+    cache = make_cache(model, "dynamic", 20)
+    fill(model, cache, 3, 11)
+    assert cache.get_seq_length() == 11
+    assert cache_nbytes(cache) == numbers_per_token(model.config) * 11 * 3 * 2 * 4
+    assert allocated_nbytes(cache) >= cache_nbytes(cache)
+
+
+def test_compiled_steps_do_not_recompile(monkeypatch):
+    """Graphs are counted; what a backend makes of them takes a minute on a CPU and is not at issue."""
+    compile_graphs = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda model, mode, fullgraph: compile_graphs(model, fullgraph=fullgraph, backend="eager")
+    )
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        measured = measure_speed(make_mla(), "pico", "static-compiled", 2, 8, steps=4, repetitions=2)
+    assert measured.step_ms > 0
+    assert counters["stats"]["unique_graphs"] == 1

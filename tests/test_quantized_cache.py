@@ -1,0 +1,181 @@
+"""The quantised cache: transformers' words, latents only, exact bytes, and what every way to generate does to it."""
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from mha2mla.modeling import (
+    CACHE_ARGUMENT,
+    LatentQuantizedLayer,
+    cache_nbytes,
+    quantized_cache,
+    quantized_cache_mla_llama,
+)
+from mha2mla.modeling.quantized_cache_mla_llama import dequantize, pack, quantize, random_rotation, unpack
+from pico import LAYOUTS, make_mla, tokens
+
+NEW = 10
+
+
+@pytest.fixture(autouse=True)
+def quantise_short_sequences(monkeypatch):
+    monkeypatch.setattr(quantized_cache_mla_llama, "MEAN_TOKENS", 2)
+
+
+@pytest.fixture(params=LAYOUTS)
+def model(request):
+    return make_mla(request.param)
+
+
+def generate(model, ids, nbits=8, residual_length=4, **kwargs):
+    return model.generate(
+        ids,
+        max_new_tokens=NEW,
+        min_new_tokens=NEW,
+        do_sample=False,
+        cache_implementation="quantized",
+        cache_config=dict(nbits=nbits, residual_length=residual_length),
+        **kwargs,
+    )
+
+
+@pytest.mark.parametrize("columns", [1, 7, 12])
+@pytest.mark.parametrize("nbits", [4, 8])
+def test_packing_is_exact(columns, nbits):
+    codes = torch.randint(0, 2**nbits, (3, columns), dtype=torch.uint8)
+    packed = pack(codes, nbits)
+    assert packed.shape[-1] == (columns if nbits == 8 else (columns + 1) // 2)
+    assert torch.equal(unpack(packed, nbits, columns), codes)
+
+
+@pytest.mark.parametrize("nbits", [4, 8])
+@pytest.mark.parametrize("offset", [0.0, 3.0, -3.0])
+def test_error_is_at_most_half_a_step(nbits, offset):
+    """The step of a group is its range over 2**nbits - 1, up to the rounding of the scale to eighths of an octave, and
+    to what clipping cuts off."""
+    torch.manual_seed(0)
+    x = torch.randn(50, 23) * torch.logspace(-4, 3, 50)[:, None] * (1 + abs(offset)) + offset
+    codes, scales = quantize(x, nbits, 8)
+    assert scales.shape == (50, 6)
+    groups = torch.nn.functional.pad(x, (0, 1)).unflatten(-1, (3, 8))
+    span = groups.amax(-1).clamp(min=0) - groups.amin(-1).clamp(max=0)
+    step = (span / (2**nbits - 1) * 2**0.125).repeat_interleave(8, -1)[:, :23]
+    assert ((dequantize(codes, scales, nbits, 8) - x).abs() <= step * (0.6 if nbits == 8 else 1.6)).all()
+
+
+def test_zeros_stay_zeros():
+    codes, scales = quantize(torch.zeros(2, 8), 4, 8)
+    assert dequantize(codes, scales, 4, 8).abs().max() < 1e-5
+
+
+def test_rotation_is_orthogonal():
+    torch.testing.assert_close(random_rotation(10) @ random_rotation(10).T, torch.eye(10))
+
+
+@pytest.mark.parametrize("mode", [{}, dict(num_beams=3), dict(prefill_chunk_size=4), dict(prompt_lookup_num_tokens=3)])
+def test_eight_bits_give_the_tokens_of_the_run_without_cache(model, mode):
+    """Beams reorder the cache and prompt lookup crops it."""
+    ids = tokens(1, 4).repeat(1, 3) if "prompt_lookup_num_tokens" in mode else tokens(2, 12)
+    beams = {name: value for name, value in mode.items() if name == "num_beams"}
+    settings = dict(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
+    expected = model.generate(ids, use_cache=False, **beams, **settings)
+    assert generate(model, ids, **mode).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("nbits", [4, 8])
+def test_history_is_remembered_within_the_error_of_its_codes(model, nbits):
+    ids = tokens(2, 30)
+    exact, quantised = DynamicCache(config=model.config), quantized_cache(model, nbits=nbits, residual_length=4)
+    with torch.no_grad():
+        model(ids, **{CACHE_ARGUMENT: exact})
+        model(ids, **{CACHE_ARGUMENT: quantised})
+    layer, entries = quantised.layers[0], exact.layers[0].keys
+    remembered = layer.dequantized()
+    for part in (slice(0, 1), slice(28, 30)):  # the first token and the recent ones
+        torch.testing.assert_close(remembered[:, :, part], entries[:, :, part])
+    error = (remembered - entries).norm() / entries.norm()
+    assert 0 < error < (0.1 if nbits == 4 else 0.006)
+
+
+def test_bytes_count_codes_scales_mean_and_window(model):
+    config = model.config
+    rank, rope = config.kv_lora_rank, config.num_rope_key_heads * config.qk_rope_head_dim
+    cache = quantized_cache(model.bfloat16(), nbits=4, residual_length=4)
+    with torch.no_grad():
+        model(tokens(3, 25), **{CACHE_ARGUMENT: cache})
+    full, packed = 1 + 2, 25 - 1 - 2  # the first and half a window
+    per_token = rank // 2 + rope // 2 + 4  # a scale and a zero for the latent, and for the rotary keys
+    width = rank + rope
+    assert cache_nbytes(cache) == config.num_hidden_layers * 3 * (packed * per_token + full * width * 2 + width * 2)
+
+
+def test_select_repeat_reorder_crop_copy_and_reset(model):
+    ids = tokens(3, 14)
+    cache = quantized_cache(model, nbits=8, residual_length=4)
+    with torch.no_grad():
+        model(ids, **{CACHE_ARGUMENT: cache})
+        cache.crop(-4)  # beyond the window
+        assert cache.get_seq_length() == 10
+        cache.batch_select_indices(torch.tensor([2, 0]))
+        cache.batch_repeat_interleave(2)  # rows 2, 2, 0, 0
+        cache.reorder_cache(torch.tensor([3, 0]))  # rows 0, 2
+        twin = copy.deepcopy(cache)
+        rows = ids[[0, 2]]
+        got = model(rows[:, 10:], **{CACHE_ARGUMENT: cache}).logits
+        expected = model(rows, use_cache=False).logits[:, 10:]
+        torch.testing.assert_close(got, expected, rtol=0.1, atol=0.1)
+        assert twin.get_seq_length() == 10
+        torch.testing.assert_close(model(rows[:, 10:], **{CACHE_ARGUMENT: twin}).logits, got)
+        cache.reset()
+        assert cache.get_seq_length() == 0 and cache_nbytes(cache) == 0
+        again = model(ids, **{CACHE_ARGUMENT: cache}).logits
+    torch.testing.assert_close(again, model(ids, use_cache=False).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_generate_takes_the_same_cache_config_twice_and_defaults_to_ours(model):
+    settings = dict(nbits=8)
+    ids = tokens(1, 6)
+    for _ in range(2):
+        out = model.generate(
+            ids,
+            max_new_tokens=3,
+            cache_implementation="quantized",
+            cache_config=settings,
+            return_dict_in_generate=True,
+        )
+        assert type(out.past_key_values.layers[0]) is LatentQuantizedLayer
+    assert settings == dict(nbits=8)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(nbits=2), "nbits must be 4 or 8"),
+        (dict(q_group_size=0), "q_group_size must be at least 1"),
+        (dict(residual_length=0), "residual_length must be at least 1"),
+        (dict(backend="gguf"), "'latent', 'quanto' or 'hqq', got 'gguf'"),
+    ],
+)
+def test_errors_name_the_setting(settings, message):
+    with pytest.raises(ValueError, match=message):
+        quantized_cache(make_mla(), **settings)
+
+
+@pytest.mark.parametrize("backend, package", [("quanto", "optimum.quanto"), ("hqq", "hqq")])
+def test_backends_of_transformers_hold_entries_only(model, backend, package):
+    pytest.importorskip(package)
+    cache = quantized_cache(model, backend=backend, nbits=4, residual_length=4, q_group_size=2)
+    ids = tokens(2, 12)
+    with torch.no_grad():
+        model(ids[:, :8], **{CACHE_ARGUMENT: cache})
+        got = model(ids[:, 8:], **{CACHE_ARGUMENT: cache}).logits
+        expected = model(ids, use_cache=False).logits[:, 8:]
+    assert (got - expected).norm() / expected.norm() < 0.4
+    assert cache.get_seq_length() == 12
+    assert 0 < cache_nbytes(cache)
+    with pytest.raises(ValueError, match="'latent'"):
+        cache.reorder_cache(torch.tensor([1, 0]))
+    with pytest.raises(ValueError, match="'latent'"):
+        cache.crop(-1)
