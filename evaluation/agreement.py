@@ -8,6 +8,7 @@ import torch
 from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .caches import PIECE, PLAIN, CacheKind
 from .multiple_choice import mean_stderr
 from .perplexity import CHUNK, chunked_logits, text_tokens
 from .scoring import inference
@@ -37,7 +38,11 @@ class Agreement:
 
 
 def kl_divergence(
-    original: PreTrainedModel, model: PreTrainedModel, ids: torch.Tensor, chunk: int = CHUNK
+    original: PreTrainedModel,
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    chunk: int = CHUNK,
+    cache_kind: CacheKind = PLAIN,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Compare the next-token distributions behind every token of a text, a chunk at a time.
@@ -49,7 +54,8 @@ def kl_divergence(
         KL(original || model) in nats and whether the likeliest tokens are the same, both [tokens], on the CPU.
     """
     divergences, same = [], []
-    pairs = zip(chunked_logits(original, ids, chunk), chunked_logits(model, ids, chunk), strict=True)
+    chunk = chunk if cache_kind.nbits is None else PIECE
+    pairs = zip(chunked_logits(original, ids, chunk), chunked_logits(model, ids, chunk, cache_kind), strict=True)
     for reference, logits in pairs:
         p = reference.log_softmax(-1)
         q = logits.to(p.device).log_softmax(-1)
@@ -58,12 +64,15 @@ def kl_divergence(
     return torch.cat(divergences), torch.cat(same)
 
 
-def greedy_continuation(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int) -> list[int]:
+def greedy_continuation(
+    model: PreTrainedModel, ids: torch.Tensor, new_tokens: int, cache_kind: CacheKind = PLAIN
+) -> list[int]:
     """Greedy tokens behind a prompt [tokens], up to and with an end-of-sequence token."""
     prompt = ids[None].to(model.device)
     # The checkpoint's own sampling settings, such as a temperature, mean nothing to greedy search.
-    sampling = dict(do_sample=False, temperature=None, top_p=None, top_k=None)
-    output = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens, **sampling)
+    greedy = dict(do_sample=False, temperature=None, top_p=None, top_k=None, max_new_tokens=new_tokens)
+    arguments = greedy | cache_kind.generate_arguments(model.config)
+    output = model.generate(prompt, attention_mask=torch.ones_like(prompt), **arguments)
     return output[0, len(ids) :].tolist()
 
 
@@ -81,6 +90,7 @@ def measure_agreement(
     length: int = 512,
     prompt_length: int = 64,
     new_tokens: int = 64,
+    cache_kind: CacheKind = PLAIN,
 ) -> Agreement:
     """
     Agreement with the original on texts: the KL divergence over the first tokens of each text, and greedy
@@ -91,6 +101,7 @@ def measure_agreement(
         length (`int`, *optional*, defaults to 512): Tokens of each text for the KL divergence.
         prompt_length (`int`, *optional*, defaults to 64): Tokens of each text that are continued.
         new_tokens (`int`, *optional*, defaults to 64): Greedy tokens at most.
+        cache_kind (`CacheKind`): Of the model; the original's is plain.
 
     Raises:
         ValueError: If the vocabularies differ, the models' context is too short, or there is no text.
@@ -110,11 +121,12 @@ def measure_agreement(
     with inference(original), inference(model):
         for text in tqdm(texts, desc="Agreement", unit="text"):
             ids = text_tokens(tokenizer, text)[:length]
-            divergence, equal = kl_divergence(original, model, ids)
+            divergence, equal = kl_divergence(original, model, ids, cache_kind=cache_kind)
             divergences.append(divergence)
             same.append(equal)
             prompt = ids[:prompt_length]
-            expected, written = (greedy_continuation(m, prompt, new_tokens) for m in (original, model))
+            expected = greedy_continuation(original, prompt, new_tokens)
+            written = greedy_continuation(model, prompt, new_tokens, cache_kind)
             matched.append(float(matching_prefix(expected, written)))
             identical.append(float(expected == written))
     all_divergences = torch.cat(divergences)

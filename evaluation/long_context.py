@@ -8,6 +8,7 @@ import torch
 from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .caches import PLAIN, CacheKind
 from .items import Item
 from .multiple_choice import mean_stderr
 from .perplexity import Perplexity, text_tokens, token_losses
@@ -53,7 +54,11 @@ class Retrieval:
 
 
 def measure_retrieval(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], batch_size: int = 1
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[Item],
+    batch_size: int = 1,
+    cache_kind: CacheKind = PLAIN,
 ) -> Retrieval:
     """
     Whether greedy decoding completes each context with its target. One forward pass tells: it does if every token of
@@ -62,6 +67,7 @@ def measure_retrieval(
     Args:
         items (`Sequence[dict]`): `{"context", "target"}`, and "length" and "depth" (0 to 1) for the map of cells.
         batch_size (`int`, *optional*, defaults to 1): Contexts at a time; long ones leave no room for more.
+        cache_kind (`CacheKind`): In what cache the target finds the context.
 
     Raises:
         ValueError: If no item fits into the model's context.
@@ -77,7 +83,7 @@ def measure_retrieval(
                 raise
     if not requests:
         raise ValueError(f"None of the {len(items)} items fits into the model's context of {limit} tokens.")
-    scores = score_requests(model, requests, batch_size, "Retrieval")
+    scores = score_requests(model, requests, batch_size, "Retrieval", cache_kind)
     hits = [float(scored[0].greedy) for scored in scores]
     return Retrieval(mean(hits), mean_stderr(hits), len(hits), len(items) - len(hits), group_cells(fitting, hits))
 
@@ -105,7 +111,11 @@ class PositionRange:
 
 
 def measure_position_perplexity(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    length: int,
+    cache_kind: CacheKind = PLAIN,
 ) -> list[PositionRange]:
     """
     Perplexity by position over the first tokens of long documents, in ranges that double: [1, 128), [128, 256), ...
@@ -114,6 +124,7 @@ def measure_position_perplexity(
 
     Args:
         length (`int`): Tokens of each document, the prefix token included.
+        cache_kind (`CacheKind`): Through what cache a document is read.
 
     Raises:
         ValueError: If the model's context is shorter, or all documents are.
@@ -125,7 +136,8 @@ def measure_position_perplexity(
     if not documents:
         raise ValueError(f"None of the {len(texts)} documents has {length} tokens. Lower the length.")
     bar = tqdm(documents, desc="Perplexity by position", unit="document")
-    losses = torch.stack([token_losses(model, ids) for ids in bar]).double()  # [documents, length - 1], position 1 on
+    per_document = [token_losses(model, ids, cache_kind=cache_kind) for ids in bar]
+    losses = torch.stack(per_document).double()  # [documents, length - 1], position 1 on
     ranges = []
     begin, end = 1, min(128, length)
     while begin < length:

@@ -7,6 +7,7 @@ from statistics import mean, stdev
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .caches import PLAIN, CacheKind
 from .items import Item, check_choices
 from .scoring import encode_request, score_requests
 
@@ -57,7 +58,11 @@ def mean_stderr(values: Sequence[float]) -> float:
 
 
 def measure_multiple_choice(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], batch_size: int = 8
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[Item],
+    batch_size: int = 8,
+    cache_kind: CacheKind = PLAIN,
 ) -> MultipleChoice:
     """
     Accuracy on multiple-choice items, each choice scored as `" " + choice` after the context.
@@ -68,6 +73,7 @@ def measure_multiple_choice(
         items (`Sequence[dict]`): `{"id", "context", "choices", "answer"}`, as [`read_items`] gives them; the number
             of choices may differ from item to item.
         batch_size (`int`, *optional*, defaults to 8): Items at a time; their choices go through the model together.
+        cache_kind (`CacheKind`): In what cache choices find the context.
 
     Raises:
         ValueError: If an item is malformed or longer than the model's context.
@@ -81,7 +87,7 @@ def measure_multiple_choice(
         choices = [" " + choice for choice in item["choices"]]
         limit = model.config.max_position_embeddings
         requests.append(encode_request(tokenizer, name, item["context"], choices, limit))
-    scores = score_requests(model, requests, batch_size, "Multiple choice")
+    scores = score_requests(model, requests, batch_size, "Multiple choice", cache_kind)
     return MultipleChoice.from_scores(
         [[score.log_likelihood for score in scored] for scored in scores],
         [[len(choice.encode()) for choice in item["choices"]] for item in items],

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from huggingface_hub.utils import tqdm
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mha2mla.modeling import CACHE_ARGUMENT
 
+from .caches import PIECE, PLAIN, CacheKind
 from .scoring import inference, prefix_token, score_targets
 
 # Tokens that go through a model at a time where only the losses are kept: its logits are the largest tensor there is.
@@ -98,6 +99,7 @@ def measure_text_perplexity(
     texts: Sequence[str],
     length: int,
     stride: int | None = None,
+    cache_kind: CacheKind = PLAIN,
 ) -> Perplexity:
     """
     Perplexity of whole texts, each on its own behind the tokenizer's bos (or eos) token. Every token of every text is
@@ -107,6 +109,7 @@ def measure_text_perplexity(
         length (`int`): Tokens in the model at a time.
         stride (`int`, *optional*): Tokens predicted by each window behind the first: a small stride gives every token
             a long context and costs more. Defaults to `length`: blocks, as in lm-evaluation-harness.
+        cache_kind (`CacheKind`): If quantised, a window is read through it piece by piece, as decoding would.
 
     Raises:
         ValueError: If length or stride are out of range, or there is no text.
@@ -123,7 +126,11 @@ def measure_text_perplexity(
             ids = text_tokens(tokenizer, text).to(model.device)
             for begin, end, first in text_windows(len(ids), length, stride):
                 keep = end + 1 - first
-                logits = model(ids[None, begin:end], use_cache=False, logits_to_keep=keep).logits[0]
+                if cache_kind.nbits is None:
+                    logits = model(ids[None, begin:end], use_cache=False, logits_to_keep=keep).logits[0]
+                else:
+                    pieces = chunked_logits(model, ids[begin:end], cache_kind=cache_kind)
+                    logits = torch.cat(list(pieces))[-keep:]
                 log_likelihoods, _ = score_targets(logits, ids[first : end + 1])
                 sums.append(-log_likelihoods.double().sum().item())
                 counts.append(keep)
@@ -137,26 +144,33 @@ def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
     return torch.tensor([prefix_token(tokenizer), *tokenizer.encode(text, add_special_tokens=False)])
 
 
-def chunked_logits(model: PreTrainedModel, ids: torch.Tensor, chunk: int = CHUNK) -> Iterator[torch.Tensor]:
+def chunked_logits(
+    model: PreTrainedModel, ids: torch.Tensor, chunk: int = CHUNK, cache_kind: CacheKind = PLAIN
+) -> Iterator[torch.Tensor]:
     """
     Logits of a text, a chunk at a time over a growing cache, so that memory never holds those of the whole text.
 
     Args:
         ids (`torch.Tensor`): Token ids, [tokens].
+        chunk (`int`): Tokens of a chunk; over a quantised cache, `PIECE`.
 
     Yields:
         fp32 logits [<= chunk, V] of the next chunk's tokens.
     """
-    cache = DynamicCache(config=model.config)
-    for part in ids.to(model.device).split(chunk):
+    cache = cache_kind.make(model)
+    for part in ids.to(model.device).split(chunk if cache_kind.nbits is None else PIECE):
         yield model(part[None], **{CACHE_ARGUMENT: cache}).logits[0].float()
 
 
-def token_losses(model: PreTrainedModel, ids: torch.Tensor, chunk: int = CHUNK) -> torch.Tensor:
+def token_losses(
+    model: PreTrainedModel, ids: torch.Tensor, chunk: int = CHUNK, cache_kind: CacheKind = PLAIN
+) -> torch.Tensor:
     """Loss in nats of each token but the first given those before it, [tokens - 1], fp32."""
     targets = ids[1:].to(model.device)
     losses = []
     with inference(model):
-        for logits, target in zip(chunked_logits(model, ids[:-1], chunk), targets.split(chunk), strict=True):
-            losses.append(-score_targets(logits, target)[0])
+        done = 0
+        for logits in chunked_logits(model, ids[:-1], chunk, cache_kind):
+            losses.append(-score_targets(logits, targets[done : done + len(logits)])[0])
+            done += len(logits)
     return torch.cat(losses)

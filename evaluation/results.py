@@ -31,7 +31,7 @@ class ModelResult:
         name (`str`): "original", or the folder's name.
         path (`str`): Folder, or name on the Hub.
         preset (`str`): Of the conversion, or "original"; "other" where there is no record of it.
-        cache (`str`): How the cache is held; "plain" is as the model computes it. A place for quantised ones.
+        cache (`str`): Name of the [`CacheKind`]: "plain", "int4", ...
         digest (`str`): Of the checkpoint, by which a continued run sees that it changed.
         cache_bytes_per_token (`float`): Measured on a real cache.
         dtype (`str`): Of the weights.
@@ -48,6 +48,11 @@ class ModelResult:
     dtype: str
     num_parameters: int
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """Name in tables and pictures."""
+        return self.name if self.cache == "plain" else f"{self.name}, {self.cache}"
 
 
 @dataclass
@@ -134,13 +139,15 @@ def preset_of(path: str) -> str:
     return json.loads(record.read_text())["options"]["preset"] if record.is_file() else "other"
 
 
-def describe_model(path: str, model: PreTrainedModel, cache_bytes_per_token: float, is_original: bool) -> ModelResult:
+def describe_model(
+    path: str, model: PreTrainedModel, cache: str, cache_bytes_per_token: float, is_original: bool
+) -> ModelResult:
     """A row without tasks."""
     return ModelResult(
         name=ORIGINAL if is_original else Path(path).name,
         path=path,
         preset=ORIGINAL if is_original else preset_of(path),
-        cache="plain",
+        cache=cache,
         digest=checkpoint_digest(path, model),
         cache_bytes_per_token=cache_bytes_per_token,
         dtype=str(model.dtype).removeprefix("torch."),

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 import torch
 from huggingface_hub.utils import tqdm
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mha2mla.modeling import CACHE_ARGUMENT
+
+from .caches import PLAIN, CacheKind
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,9 @@ def encode_request(
     return Request(name, prefix, encoded)
 
 
-def score_requests(model: PreTrainedModel, requests: list[Request], batch_size: int, desc: str) -> list[list[Score]]:
+def score_requests(
+    model: PreTrainedModel, requests: list[Request], batch_size: int, desc: str, cache_kind: CacheKind = PLAIN
+) -> list[list[Score]]:
     """
     Scores of all continuations, in the order of the requests.
 
@@ -104,21 +108,28 @@ def score_requests(model: PreTrainedModel, requests: list[Request], batch_size: 
         batch_size (`int`): Contexts at a time. They are sorted by length, the longest first, so that little is padded
             and lack of memory shows at once.
         desc (`str`): Of the progress bar.
+        cache_kind (`CacheKind`): How continuations find their context.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    if not cache_kind.can_select(model.config):
+        # Each continuation reads the context anew.
+        requests, shared = [Request(r.name, r.context, [ids]) for r in requests for ids in r.continuations], requests
     order = sorted(range(len(requests)), key=lambda i: -len(requests[i].context))
     scores: dict[int, list[Score]] = {}
     with inference(model), tqdm(total=len(requests), desc=desc, unit="item") as bar:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            for index, scored in zip(batch, score_batch(model, [requests[i] for i in batch]), strict=True):
+            for index, scored in zip(batch, score_batch(model, [requests[i] for i in batch], cache_kind), strict=True):
                 scores[index] = scored
             bar.update(len(batch))
+    if not cache_kind.can_select(model.config):
+        flat = (scores[i][0] for i in range(len(requests)))
+        return [[next(flat) for _ in r.continuations] for r in shared]
     return [scores[i] for i in range(len(requests))]
 
 
-def score_batch(model: PreTrainedModel, requests: list[Request]) -> list[list[Score]]:
+def score_batch(model: PreTrainedModel, requests: list[Request], cache_kind: CacheKind) -> list[list[Score]]:
     """Score a batch: contexts go through the model once, left-padded; then their cache is repeated for each of their
     continuations (C in all), which go through it right-padded."""
     device = model.device
@@ -126,7 +137,7 @@ def score_batch(model: PreTrainedModel, requests: list[Request]) -> list[list[Sc
     longest = int(lengths.max())
     context = torch.tensor([[0] * (longest - len(r.context)) + r.context for r in requests], device=device)
     context_mask = (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()  # [Q, L]
-    cache = DynamicCache(config=model.config)
+    cache = cache_kind.make(model)
     logits = model(
         context,
         attention_mask=context_mask,
@@ -145,7 +156,8 @@ def score_batch(model: PreTrainedModel, requests: list[Request]) -> list[list[Sc
     values, best = score_targets(logits.squeeze(1)[owner], targets[:, 0])
     log_likelihoods, greedy = [values[:, None]], [best[:, None]]
     if widest > 1:
-        cache.batch_select_indices(owner)
+        if len(owner) > len(requests):
+            cache.batch_select_indices(owner)
         steps = torch.arange(widest - 1, device=device)
         logits = model(
             targets[:, :-1],

@@ -72,12 +72,11 @@ def tasks_with(results: Results, kinds: Sequence[str], key: str) -> list[str]:
 def model_cells(results: Results, model: ModelResult) -> list[str]:
     """Name, cache per token, and how much smaller it is than the original's."""
     original = next((m for m in results.models if m.preset == ORIGINAL), None)
-    name = model.name if model.cache == "plain" else f"{model.name}, {model.cache}"
     if original is None or model is original:
         change = "-"
     else:
         change = f"{100 * (model.cache_bytes_per_token / original.cache_bytes_per_token - 1):+.2f} %"
-    return [name, show(model.cache_bytes_per_token, digits=0), change]
+    return [model.label, show(model.cache_bytes_per_token, digits=0), change]
 
 
 def make_table(results: Results, title: str, columns: dict[str, Callable[[ModelResult], str]]) -> Table:
@@ -189,7 +188,7 @@ def plot_positions(results: Results, name: str) -> Figure:
         ranges = task_numbers(model, name).get("ranges", [])
         if ranges:
             ends, values = [r["end"] for r in ranges], [r["perplexity"] for r in ranges]
-            axes.plot(ends, values, marker="o", markersize=3, label=model.name)
+            axes.plot(ends, values, marker="o", markersize=3, label=model.label)
     axes.set(xlabel="position in the document (end of the range)", ylabel="perplexity", title=name)
     axes.set(xscale="log", yscale="log")
     axes.grid(alpha=0.3, which="both")
@@ -208,7 +207,7 @@ def plot_retrieval(model: ModelResult, name: str) -> Figure:
     drawn = axes.imshow(image, aspect="auto", cmap="RdYlGn", vmin=0, vmax=1, interpolation="nearest")
     axes.set_xticks(range(len(lengths)), [f"{length:g}" for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
-    axes.set(xlabel="length (tokens)", ylabel="depth", title=f"{name}: {model.name}")
+    axes.set(xlabel="length (tokens)", ylabel="depth", title=f"{name}: {model.label}")
     figure.colorbar(drawn, label="retrieved")
     return figure
 
@@ -222,7 +221,7 @@ def measured_points(
         quality = numbers_of(model)
         if quality is not None:
             value, stderr = quality
-            points.append(Measured(model.name, model.preset, model.cache_bytes_per_token, value, stderr))
+            points.append(Measured(model.label, model.preset, model.cache_bytes_per_token, value, stderr))
     return points
 
 
@@ -249,7 +248,7 @@ def make_figures(results: Results) -> Iterator[tuple[str, Figure]]:
     for name in tasks_with(results, ("retrieval",), "cells"):
         for model in results.models:
             if task_numbers(model, name).get("cells"):
-                yield f"{name}-{model.name}", plot_retrieval(model, name)
+                yield f"{name}-{model.label}", plot_retrieval(model, name)
     for name in tasks_with(results, ("positions",), "ranges"):
         yield name, plot_positions(results, name)
 

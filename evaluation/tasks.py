@@ -10,6 +10,7 @@ from accelerate.utils import find_executable_batch_size
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .agreement import measure_agreement
+from .caches import PLAIN, CacheKind
 from .harness import measure_harness, require_harness_task
 from .items import Item, item_kind, read_items
 from .long_context import measure_position_perplexity, measure_retrieval
@@ -137,6 +138,7 @@ def measure_task(
     original: PreTrainedModel,
     settings: EvaluationSettings,
     batch_size: int | None,
+    cache_kind: CacheKind = PLAIN,
 ) -> dict[str, Any]:
     """
     Run a task; gives its numbers by name.
@@ -144,6 +146,7 @@ def measure_task(
     Args:
         original (`PreTrainedModel`): What agreement is measured with.
         batch_size (`int`, *optional*): Items at a time; None looks for a size that fits into memory.
+        cache_kind (`CacheKind`): How the model's cache is held; tasks of lm-evaluation-harness use none.
     """
 
     def sized(measure: Callable[[int], Any]) -> Any:
@@ -159,20 +162,21 @@ def measure_task(
             )
         )
     if task.kind == "choice":
-        return asdict(sized(lambda size: measure_multiple_choice(model, tokenizer, task.items, size)))
+        return asdict(sized(lambda size: measure_multiple_choice(model, tokenizer, task.items, size, cache_kind)))
     if task.kind == "retrieval":
         if "length" in task.items[0]:
-            return asdict(measure_retrieval(model, tokenizer, task.items))
-        return asdict(sized(lambda size: measure_retrieval(model, tokenizer, task.items, size)))
+            return asdict(measure_retrieval(model, tokenizer, task.items, cache_kind=cache_kind))
+        return asdict(sized(lambda size: measure_retrieval(model, tokenizer, task.items, size, cache_kind)))
     texts = [item["text"] for item in task.items]
     if task.kind == "perplexity":
-        return perplexity_numbers(measure_text_perplexity(model, tokenizer, texts, settings.length, settings.stride))
+        window = (settings.length, settings.stride)
+        return perplexity_numbers(measure_text_perplexity(model, tokenizer, texts, *window, cache_kind))
     if task.kind == "positions":
-        ranges = measure_position_perplexity(model, tokenizer, texts, settings.long_length)
+        ranges = measure_position_perplexity(model, tokenizer, texts, settings.long_length, cache_kind)
         return {"ranges": [{"begin": r.begin, "end": r.end} | perplexity_numbers(r.perplexity) for r in ranges]}
     assert task.kind == "agreement"
     sizes = (settings.agreement_length, settings.prompt_length, settings.new_tokens)
-    return asdict(measure_agreement(original, model, tokenizer, texts, *sizes))
+    return asdict(measure_agreement(original, model, tokenizer, texts, *sizes, cache_kind))
 
 
 def perplexity_numbers(perplexity: Perplexity) -> dict[str, Any]:
