@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+os.environ["MLA_DECODE_KERNEL"] = "1"
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 

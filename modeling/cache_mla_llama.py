@@ -214,10 +214,21 @@ class LatentStaticLayer(LatentLayerMixin, StaticLayer):
         return self.keys, self.values
 
 
+def tensor_bytes(holder) -> int:
+    """Bytes of the tensors in a tensor, a quanto tensor, or the (codes, dict of scales and zeros) of hqq."""
+    if isinstance(holder, torch.Tensor):
+        inner = [getattr(holder, name, None) for name in ("_data", "_scale", "_shift")]
+        if isinstance(inner[0], torch.Tensor):
+            return sum(tensor_bytes(part) for part in inner)
+        return holder.numel() * holder.element_size()
+    if isinstance(holder, dict):
+        holder = list(holder.values())
+    return sum(tensor_bytes(part) for part in holder) if isinstance(holder, (list, tuple)) else 0
+
+
 def cache_nbytes(cache: Cache) -> int:
     """
-    Bytes that a cache's tensors occupy, for latent caches, dynamic, static or quantised, and for transformers' own
-    dynamic and static ones.
+    Bytes that a cache's tensors occupy, for latent caches and for transformers' own, dynamic, static or quantised.
 
     For a latent cache that is not quantised this is exactly layers * tokens * batch * (R + n*r) * element size,
     `tokens` being `max_cache_len` for a static one. A quantised one counts scales, zeros and its window.
@@ -226,7 +237,7 @@ def cache_nbytes(cache: Cache) -> int:
     for layer in cache.layers:
         if hasattr(layer, "nbytes"):
             total += layer.nbytes
-        elif layer.keys is not None:
-            total += layer.keys.numel() * layer.keys.element_size()
-            total += layer.values.numel() * layer.values.element_size()
+        else:
+            held = ("keys", "values", "_quantized_keys", "_quantized_values")
+            total += sum(tensor_bytes(getattr(layer, name, None)) for name in held)
     return total

@@ -11,9 +11,10 @@ logarithm of its softmax sum, and a second kernel weighs them together.
   A query that may see nothing gets zeros.
 - Packed 4 and 8 bit entries (`LatentQuantizedLayer`) are read as they lie and become numbers in registers.
 
-Without Triton or a GPU the module imports all the same; [`kernel_can_run`] then says no.
+Without Triton or a GPU the module imports all the same; [`kernel_can_run`] then says no, and torch does the work.
 """
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,9 @@ try:  # within a try block, so that transformers does not ask the user of a chec
 except ImportError:
     triton = None
 
+# The kernel is right in Triton's interpreter and compiles for sm_90, but has not run on a GPU yet: until it has, it is
+# used on demand only.
+KERNEL_WANTED = os.environ.get("MLA_DECODE_KERNEL") == "1"
 # Numbers of output that one program can accumulate in registers (fp32, 256 threads, half of the file).
 MAX_ACCUMULATORS = 32 * 1024
 
@@ -292,8 +296,13 @@ def choose_tiles(num_rows: int, width: int, element_size: int, nbits: int, devic
 
 
 def kernel_can_run(tensor: torch.Tensor) -> bool:
-    """Whether Triton is there and the tensor on a GPU it serves."""
-    return triton is not None and tensor.is_cuda and torch.cuda.get_device_properties(tensor.device).major >= 8
+    """Whether Triton is there, the tensor on a GPU it serves, and the kernel asked for by MLA_DECODE_KERNEL=1."""
+    return (
+        KERNEL_WANTED
+        and triton is not None
+        and tensor.is_cuda
+        and torch.cuda.get_device_properties(tensor.device).major >= 8
+    )
 
 
 def choose_splits(num_programs: int, num_tokens: int, block_n: int, device: torch.device) -> int:

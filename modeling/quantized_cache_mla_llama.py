@@ -18,7 +18,7 @@ import functools
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, HQQQuantizedLayer, QuantizedLayer, QuantoQuantizedLayer
 
-from .cache_mla_llama import GrowingBuffer
+from .cache_mla_llama import GrowingBuffer, tensor_bytes
 from .decode_mla_llama import Part
 
 # Measured on SmolLM2-135M-Instruct at -68.75 %: the best power lies between 0.5 (noise spread evenly over the weights)
@@ -337,18 +337,6 @@ class LatentBackendMixin(QuantizedLayer):
         if not self.is_initialized:
             return 0
         return tensor_bytes(self._quantized_keys) + self.keys.numel() * self.keys.element_size()
-
-
-def tensor_bytes(holder) -> int:
-    """Bytes of the tensors in a tensor, a quanto tensor, or the (codes, dict of scales and zeros) of hqq."""
-    if isinstance(holder, torch.Tensor):
-        inner = [getattr(holder, name, None) for name in ("_data", "_scale", "_shift")]
-        if isinstance(inner[0], torch.Tensor):
-            return sum(tensor_bytes(part) for part in inner)
-        return holder.numel() * holder.element_size()
-    if isinstance(holder, dict):
-        holder = list(holder.values())
-    return sum(tensor_bytes(part) for part in holder) if isinstance(holder, (list, tuple)) else 0
 
 
 class LatentQuantoLayer(LatentBackendMixin, QuantoQuantizedLayer):

@@ -7,14 +7,16 @@ import torch
 from conftest import pico_tokenizer
 from test_eval_command import arguments, models, sets  # noqa: F401 (fixtures)
 from test_evaluation import random_texts
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mha2mla.cli.main import main
 from mha2mla.evaluation import caches
 from mha2mla.evaluation.caches import PLAIN, CacheKind
 from mha2mla.evaluation.perplexity import measure_text_perplexity, text_tokens
+from mha2mla.evaluation.run import measure_cache
 from mha2mla.evaluation.scoring import Request, score_requests
 from mha2mla.modeling import CACHE_ARGUMENT, quantized_cache
-from pico import make_mla, make_source, tokens
+from pico import BASE, make_mla, make_source, tokens
 
 TOKENIZER = pico_tokenizer()
 REQUESTS = [
@@ -28,6 +30,8 @@ def small_window(monkeypatch):
     """The pico models' context is no longer than the usual window."""
     monkeypatch.setattr(caches, "RESIDUAL_LENGTH", 4)
     monkeypatch.setattr("mha2mla.evaluation.perplexity.PIECE", 2)
+    monkeypatch.setattr("mha2mla.evaluation.agreement.PIECE", 2)
+    monkeypatch.setattr("mha2mla.modeling.quantized_cache_mla_llama.MEAN_TOKENS", 4)
 
 
 def test_names():
@@ -110,10 +114,13 @@ def test_missing_backend_is_said_before_anything_is_measured(models, sets, tmp_p
 def test_the_original_with_a_quantised_cache(backend):
     if not caches.is_installed(caches.BACKEND_MODULES[backend]):
         pytest.skip(f"{backend} is not installed")
-    model = make_source()
+    # Both want groups of 64 numbers.
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**BASE, num_key_value_heads=2, head_dim=32)).eval()
     kind = CacheKind.parse(f"{backend}-int4")
     plain = measure_text_perplexity(model, TOKENIZER, random_texts(20), 32)
     assert measure_text_perplexity(model, TOKENIZER, random_texts(20), 32, None, kind).loss == pytest.approx(
         plain.loss, rel=0.2
     )
     score_requests(model, REQUESTS, 2, "test", kind)
+    # Codes, scales and zeros: less than 16 bits of the 32.
+    assert measure_cache(model, 1, kind) < measure_cache(model, 1) / 2
