@@ -32,11 +32,11 @@ class ConversionConfig:
         metadata={"help": "calibrated: one rotary key for all heads, or one per key/value head (paper: always)."},
     )
     refine_steps: int = field(
-        default=144, metadata={"help": "calibrated: gradient steps on each layer against the original's; 0: none."}
+        default=120, metadata={"help": "calibrated: gradient steps on each layer against the original's; 0: none."}
     )
     refine_batch_size: int = field(default=2, metadata={"help": "calibrated: blocks of text a refinement step."})
     refine_learning_rate: float = field(
-        default=0.012, metadata={"help": "calibrated: relative to the root mean square of each matrix."}
+        default=0.03, metadata={"help": "calibrated: relative to the root mean square of each matrix."}
     )
     score_samples: int = field(
         default=8, metadata={"help": "calibrated: blocks from which the cost of un-rotating is measured."}
