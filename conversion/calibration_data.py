@@ -9,8 +9,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 # Builder of the `datasets` library for each kind of local file.
 FILE_BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-# Short pieces bring many documents into few blocks. At equal cost they convert better than long ones, also where a model
-# is measured over longer contexts (docs/conversion.md).
+# Short pieces bring many documents into few blocks. At equal cost they convert better than long ones, also where a
+# model is measured over longer contexts (docs/conversion.md).
 PIECE_LENGTH = 128
 SHUFFLE_BUFFER = 40_000  # pieces
 CHARACTERS_PER_TOKEN = 4  # roughly, in English
@@ -105,8 +105,8 @@ def load_blocks(
     seed: int | None = 0,
 ) -> torch.Tensor:
     """
-    Token blocks [num_blocks, length] from [`iterate_texts`], with the tokenizer of the checkpoint: of short pieces from
-    all over the text, or, without a seed, of pieces of a block's length in the order of the text.
+    Token blocks [num_blocks, length] from [`iterate_texts`], with the tokenizer of the checkpoint: of short pieces
+    from all over the text, or, without a seed, of pieces of a block's length in the order of the text.
     """
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     piece_length = length if seed is None else PIECE_LENGTH
