@@ -15,7 +15,8 @@ from mha2mla.training.publish import plan_upload, push_folder
 from pico import make_mla
 
 PROJECTIONS = ["q_proj", "kv_a_proj", "kv_b_proj", "o_proj"]
-CODE = {f"{part}_mla_llama.py" for part in ("attention", "cache", "configuration", "modeling")}
+PARTS = ("attention", "cache", "configuration", "decode", "modeling", "quantized_cache")
+CODE = {f"{part}_mla_llama.py" for part in PARTS}
 RUN_FILES = ("trainer_state.json", "training_args.bin", "optimizer.pt", "rng_state.pth", "scheduler.pt")
 
 
@@ -137,7 +138,7 @@ def test_what_would_not_load_is_not_pushed(model, tmp_path, capsys):
     with pytest.raises(ValueError, match=r"lacks cache_mla_llama\.py"):
         plan_upload(model)
     (model / "modeling_mla_llama.py").unlink()
-    with pytest.raises(ValueError, match=r"lacks modeling_mla_llama\.py"):
+    with pytest.raises(ValueError, match=r"lacks cache_mla_llama\.py, modeling_mla_llama\.py"):
         plan_upload(model)
     (model / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"no \.safetensors weights"):
