@@ -101,7 +101,8 @@ def main() -> None:
     for preset in ("paper", "calibrated"):
         output = args.output / f"SmolLM2-135M-Instruct-MLA-{preset}"
         # Far fewer refinement steps than the default, to keep the demo short; more text and steps give a better model.
-        options = ConversionConfig(preset=preset, cache_ratio=args.cache_ratio, refine_steps=24, **text)
+        few = dict(refine_steps=24, refine_learning_rate=0.012)  # few steps want a lower rate
+        options = ConversionConfig(preset=preset, cache_ratio=args.cache_ratio, **few, **text)
         convert(str(source), output, options)
         rows.append(measure(preset, output, blocks))
 
