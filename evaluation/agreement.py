@@ -8,7 +8,7 @@ import torch
 from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .caches import PIECE, PLAIN, CacheKind
+from .caches import PLAIN, CacheKind
 from .multiple_choice import mean_stderr
 from .perplexity import CHUNK, chunked_logits, text_tokens
 from .scoring import inference
@@ -54,7 +54,7 @@ def kl_divergence(
         KL(original || model) in nats and whether the likeliest tokens are the same, both [tokens], on the CPU.
     """
     divergences, same = [], []
-    chunk = chunk if cache_kind.nbits is None else PIECE
+    chunk = cache_kind.piece(chunk)
     pairs = zip(chunked_logits(original, ids, chunk), chunked_logits(model, ids, chunk, cache_kind), strict=True)
     for reference, logits in pairs:
         p = reference.log_softmax(-1)

@@ -80,6 +80,10 @@ class CacheKind:
         """Whether rows can be chosen from the cache; transformers' quantised ones forget how."""
         return self.backend_for(config) in (None, LATENT)
 
+    def piece(self, chunk: int) -> int:
+        """Tokens of a text that go through a model at a time, where they would be `chunk` over a plain cache."""
+        return chunk if self.nbits is None else PIECE
+
     def generate_arguments(self, config: PreTrainedConfig) -> dict:
         """For `model.generate`."""
         if self.nbits is None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mha2mla.modeling import CACHE_ARGUMENT
 
-from .caches import PIECE, PLAIN, CacheKind
+from .caches import PLAIN, CacheKind
 from .scoring import inference, prefix_token, score_targets
 
 # Tokens that go through a model at a time where only the losses are kept: its logits are the largest tensor there is.
@@ -129,7 +129,7 @@ def measure_text_perplexity(
                 if cache_kind.nbits is None:
                     logits = model(ids[None, begin:end], use_cache=False, logits_to_keep=keep).logits[0]
                 else:
-                    pieces = chunked_logits(model, ids[begin:end], cache_kind=cache_kind)
+                    pieces = chunked_logits(model, ids[begin:end], cache_kind.piece(CHUNK), cache_kind)
                     logits = torch.cat(list(pieces))[-keep:]
                 log_likelihoods, _ = score_targets(logits, ids[first : end + 1])
                 sums.append(-log_likelihoods.double().sum().item())
@@ -152,13 +152,13 @@ def chunked_logits(
 
     Args:
         ids (`torch.Tensor`): Token ids, [tokens].
-        chunk (`int`): Tokens of a chunk; over a quantised cache, `PIECE`.
+        chunk (`int`): Tokens of a chunk.
 
     Yields:
         fp32 logits [<= chunk, V] of the next chunk's tokens.
     """
     cache = cache_kind.make(model)
-    for part in ids.to(model.device).split(chunk if cache_kind.nbits is None else PIECE):
+    for part in ids.to(model.device).split(chunk):
         yield model(part[None], **{CACHE_ARGUMENT: cache}).logits[0].float()
 
 
@@ -168,9 +168,9 @@ def token_losses(
     """Loss in nats of each token but the first given those before it, [tokens - 1], fp32."""
     targets = ids[1:].to(model.device)
     losses = []
+    chunk = cache_kind.piece(chunk)
     with inference(model):
-        done = 0
-        for logits in chunked_logits(model, ids[:-1], chunk, cache_kind):
-            losses.append(-score_targets(logits, targets[done : done + len(logits)])[0])
-            done += len(logits)
+        chunks = chunked_logits(model, ids[:-1], chunk, cache_kind)
+        for logits, target in zip(chunks, targets.split(chunk), strict=True):
+            losses.append(-score_targets(logits, target)[0])
     return torch.cat(losses)

@@ -26,14 +26,16 @@ from .tasks import EvaluationSettings, Task, measure_task
 
 logger = logging.getLogger(__name__)
 
-CACHE_TOKENS = 1024  # many, so that the window of a quantised cache weighs what it does in use
+PLAIN_TOKENS = 16  # a plain cache takes the same for each
+QUANTISED_TOKENS = 1024  # many, so that the window weighs what it does in use
 MEASURE_PIECE = 128
 
 
 def measure_cache(model: PreTrainedModel, token: int, kind: CacheKind = PLAIN) -> float:
-    """Bytes of cache per token, of a real cache after real forward passes over `CACHE_TOKENS` tokens."""
+    """Bytes of cache per token, of a real cache after real forward passes."""
     cache = kind.make(model)
-    num_tokens = min(CACHE_TOKENS, model.config.max_position_embeddings)
+    num_tokens = PLAIN_TOKENS if kind.nbits is None else QUANTISED_TOKENS
+    num_tokens = min(num_tokens, model.config.max_position_embeddings)
     ids = torch.full((1, num_tokens), token, device=model.device)
     with inference(model):
         for part in ids.split(MEASURE_PIECE, dim=1):

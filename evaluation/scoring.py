@@ -112,9 +112,11 @@ def score_requests(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-    if not cache_kind.can_select(model.config):
+    if not cache_kind.can_select(model.config) and any(len(r.continuations) > 1 for r in requests):
         # Each continuation reads the context anew.
-        requests, shared = [Request(r.name, r.context, [ids]) for r in requests for ids in r.continuations], requests
+        singles = [Request(r.name, r.context, [ids]) for r in requests for ids in r.continuations]
+        flat = iter(score_requests(model, singles, batch_size, desc, cache_kind))
+        return [[next(flat)[0] for _ in r.continuations] for r in requests]
     order = sorted(range(len(requests)), key=lambda i: -len(requests[i].context))
     scores: dict[int, list[Score]] = {}
     with inference(model), tqdm(total=len(requests), desc=desc, unit="item") as bar:
@@ -123,9 +125,6 @@ def score_requests(
             for index, scored in zip(batch, score_batch(model, [requests[i] for i in batch], cache_kind), strict=True):
                 scores[index] = scored
             bar.update(len(batch))
-    if not cache_kind.can_select(model.config):
-        flat = (scores[i][0] for i in range(len(requests)))
-        return [[next(flat) for _ in r.continuations] for r in shared]
     return [scores[i] for i in range(len(requests))]
 
 

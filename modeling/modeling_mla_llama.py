@@ -128,13 +128,12 @@ class MLALlamaAttention(nn.Module):
             entry = torch.cat((latent, k_rope.transpose(1, 2).flatten(2)), dim=-1).unsqueeze(1)  # [B, 1, T, W]
             layer = cache.layers[self.layer_idx]
             if self._use_kernel(layer, entry, attention_mask, kwargs):
-                query = absorb_query(
-                    q_nope, q_rope, self._kv_b_weight(entry.dtype), config.num_rope_key_heads, self.num_nope_key_heads
-                )
+                kv_b_weight = self._kv_b_weight(entry.dtype)
+                query = absorb_query(q_nope, q_rope, kv_b_weight, config.num_rope_key_heads, self.num_nope_key_heads)
                 context = self._attend_in_kernel(cache, layer, entry, query, num_queries, attention_mask)
                 output = expand_output(
                     context,
-                    self._kv_b_weight(entry.dtype),
+                    kv_b_weight,
                     self.num_heads,
                     config.num_key_value_heads,
                     config.num_key_value_heads * config.v_head_dim,

@@ -8,6 +8,17 @@ from mha2mla.conversion.paper import convert_attention
 from mha2mla.conversion.source import head_dim, rope_attention_scaling
 from mha2mla.modeling import MLALlamaConfig, MLALlamaForCausalLM
 
+# Begins a script in which the package cannot be imported, as on a machine of a checkpoint's user. An editable install
+# resolves it through a finder and a wheel through site-packages: this blocks both.
+BLOCK_PACKAGE = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "mha2mla":
+            raise ImportError("mha2mla is blocked")
+sys.meta_path.insert(0, Block())
+"""
+
 VOCAB = 96
 BASE = dict(
     vocab_size=VOCAB,

@@ -29,8 +29,7 @@ REQUESTS = [
 def small_window(monkeypatch):
     """The pico models' context is no longer than the usual window."""
     monkeypatch.setattr(caches, "RESIDUAL_LENGTH", 4)
-    monkeypatch.setattr("mha2mla.evaluation.perplexity.PIECE", 2)
-    monkeypatch.setattr("mha2mla.evaluation.agreement.PIECE", 2)
+    monkeypatch.setattr(caches, "PIECE", 2)
     monkeypatch.setattr("mha2mla.modeling.quantized_cache_mla_llama.MEAN_TOKENS", 4)
 
 

@@ -10,16 +10,12 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from mha2mla.modeling import MLALlamaConfig, MLALlamaForCausalLM, MLALlamaModel
-from pico import LAYOUTS, make_mla, tokens
+from pico import BLOCK_PACKAGE, LAYOUTS, make_mla, tokens
 
-CLEAN_LOAD = """
-import sys, json
-# An editable install resolves mha2mla through a finder and a wheel through site-packages: block both.
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "mha2mla":
-            raise ImportError("mha2mla is blocked")
-sys.meta_path.insert(0, Block())
+CLEAN_LOAD = (
+    BLOCK_PACKAGE
+    + """
+import json
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 folder, ids = sys.argv[1], torch.tensor(json.loads(sys.argv[2]))
@@ -36,6 +32,7 @@ torch.save({"logits": logits, "tokens": new.sequences, "bytes": sum(l.nbytes for
            sys.argv[3] + "/result.pt")
 assert "mha2mla" not in sys.modules
 """
+)
 
 
 def load_in_clean_process(folder, ids, tmp_path):

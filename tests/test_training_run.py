@@ -19,15 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mha2mla.cli.main import main
 from mha2mla.training import parse_arguments, run
 from mha2mla.training.checks import newest_checkpoint
-from pico import VOCAB, make_mla, make_source, tokens
+from pico import BLOCK_PACKAGE, VOCAB, make_mla, make_source, tokens
 
-CLEAN_LOAD = """
-import sys
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "mha2mla":
-            raise ImportError("mha2mla is blocked")
-sys.meta_path.insert(0, Block())
+CLEAN_LOAD = (
+    BLOCK_PACKAGE
+    + """
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
@@ -36,6 +32,7 @@ ids = AutoTokenizer.from_pretrained(sys.argv[1])("w5 w6 w7", return_tensors="pt"
 with torch.no_grad():
     torch.save(model(ids).logits, sys.argv[2])
 """
+)
 
 
 @pytest.fixture(autouse=True)
