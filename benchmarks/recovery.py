@@ -18,6 +18,7 @@ import argparse
 import gzip
 import json
 import math
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -132,9 +133,14 @@ def train(run: Run, folder: str, args: argparse.Namespace, output: str) -> Recov
         attention = model_args.attn_implementation
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
 
-    teacher = load(args.source, "bfloat16" if training.bf16 else model_args.dtype) if distil else None
+    student, teacher = load(folder, model_args.dtype), None
+    if distil:
+        teacher = load(args.source, "bfloat16" if training.bf16 else model_args.dtype)
+    if args.compile_layers:
+        for layer in (*student.model.layers, *(teacher.model.layers if distil else ())):
+            layer.compile()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return recover(load(folder, model_args.dtype), tokenizer, rows, eval_rows, model_args, loss, training, teacher)
+    return recover(student, tokenizer, rows, eval_rows, model_args, loss, training, teacher)
 
 
 def throughput(history: list[dict]) -> float:
@@ -153,11 +159,14 @@ def measure_accuracy(trainer: RecoveryTrainer, folder: Path, limit: int | None) 
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
     del model.forward  # the loss's; the model's own is needed now
+    for layer in model.model.layers:
+        layer._compiled_call_impl = None  # what --compile-layers set: batches of many lengths follow
+    model.set_attn_implementation("sdpa")
     model = model.to(torch.bfloat16 if trainer.args.bf16 else model.dtype).eval()
     accuracies = {}
     for name in SETS:
         result = measure_multiple_choice(
-            model, trainer.processing_class, read_items(folder / f"{name}.jsonl")[:limit], batch_size=32
+            model, trainer.processing_class, read_items(folder / f"{name}.jsonl")[:limit], batch_size=128
         )
         accuracies[name] = [result.accuracy_norm, result.stderr_norm]
     values, errors = zip(*accuracies.values(), strict=True)
@@ -168,7 +177,7 @@ def measure_accuracy(trainer: RecoveryTrainer, folder: Path, limit: int | None) 
 def run_all(args: argparse.Namespace) -> None:
     done = {Run(**row["run"]).key for row in read_results(args.results)} if args.results.is_file() else set()
     for run, folder in plan_runs(args):
-        if run.key in done:
+        if run.key in done or not re.search(args.only, run.model):
             continue
         print(run, flush=True)
         with tempfile.TemporaryDirectory() as output:
@@ -180,7 +189,7 @@ def run_all(args: argparse.Namespace) -> None:
                 "steps": trainer.state.global_step if run.tokens else 0,
                 "eval_perplexity": [last["eval_perplexity"], last["eval_perplexity_stderr"]],
                 "tokens_per_second": throughput(history),
-                "accuracy": measure_accuracy(trainer, args.sets, args.limit),
+                "accuracy": measure_accuracy(trainer, args.sets, args.limit) if args.sets else None,
                 "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
                 "arguments": args.arguments,
             }
@@ -249,7 +258,11 @@ def main() -> None:
     run.add_argument("--model", action="append", required=True, metavar="NAME=FOLDER", help="A conversion.")
     run.add_argument("--rows", type=Path, required=True)
     run.add_argument("--eval-rows", type=Path, required=True)
-    run.add_argument("--sets", type=Path, required=True, help=f"Folder of {', '.join(SETS)}.jsonl.")
+    run.add_argument("--sets", type=Path, help=f"Folder of {', '.join(SETS)}.jsonl; by default no accuracy.")
+    run.add_argument(
+        "--compile-layers", action="store_true", help="Compile the decoder layer once, for all layers: seconds."
+    )
+    run.add_argument("--only", default="", help="Models whose name this is found in, `original` among them.")
     run.add_argument("--limit", type=int, help="Items of each set at most.")
     run.add_argument("--trainable", nargs="+", default=["all", "attention", "lora"])
     run.add_argument("--distillation", nargs="+", type=float, default=[0.0, 0.5], help="Weights of the teacher.")

@@ -14,8 +14,9 @@ logarithm of its softmax sum, and a second kernel weighs them together.
 Without Triton or a GPU the module imports all the same; [`kernel_can_run`] then says no, and torch does the work.
 """
 
-import os
+import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -25,9 +26,8 @@ try:  # within a try block, so that transformers does not ask the user of a chec
 except ImportError:
     triton = None
 
-# The kernel is right in Triton's interpreter and compiles for sm_90, but has not run on a GPU yet: until it has, it is
-# used on demand only.
-KERNEL_WANTED = os.environ.get("MLA_DECODE_KERNEL") == "1"
+# Of a wider latent a program cannot hold the output, and torch, which reads the entries twice, is faster.
+MAX_RANK = 1024
 # Numbers of output that one program can accumulate in registers (fp32, 256 threads, half of the file).
 MAX_ACCUMULATORS = 32 * 1024
 
@@ -41,34 +41,35 @@ if triton is not None:
         return tl.load(entries + rows[:, None] + (first + columns)[None, :], mask=inside, other=0)
 
     @triton.jit
-    def _decode(raw, scales, rows, ok, columns, group, SIZE: tl.constexpr, GROUP: tl.constexpr,
-                BITS: tl.constexpr, HIGH: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
-        """Numbers from what `_load` gave (see `quantize`). With 4 bits a byte holds two columns of SIZE, of which HIGH
-        says which; `group` is where the section's scales begin."""
-        if BITS == 16:
-            return raw
-        logical = columns
+    def _centre(raw, BITS: tl.constexpr, HIGH: tl.constexpr):
+        """Codes less half their range, in fp32. A code becomes the low bits of 2^23's mantissa: an exact conversion
+        that spares the conversion unit, which is several times slower. With 4 bits a byte holds two codes."""
         codes = raw
         if BITS == 4:
-            codes = raw & 15
-            if HIGH:
-                codes = raw >> 4
-                logical = columns + (SIZE + 1) // 2
-        if GROUP >= SIZE:  # one scale for the whole section
-            exponents = tl.load(scales + rows + 2 * group, mask=ok, other=0).to(tl.float32)[:, None]
-            zeros = tl.load(scales + rows + 2 * group + 1, mask=ok, other=0).to(tl.float32)[:, None]
-        else:
-            at = scales + rows[:, None] + 2 * (group + logical // GROUP)[None, :]
-            inside = ok[:, None] & (logical < SIZE)[None, :]
-            exponents = tl.load(at, mask=inside, other=0).to(tl.float32)
-            zeros = tl.load(at + 1, mask=inside, other=0).to(tl.float32)
-        step: tl.constexpr = (1.0 if BITS == 8 else 15.0) / (1.0 if BITS == 8 else 255.0)
-        numbers = (codes.to(tl.float32) - zeros * step) * tl.exp2(exponents * 0.125 - 20.0)
-        return tl.where((logical < SIZE)[None, :], numbers, 0.0).to(dtype)
+            codes = raw >> 4 if HIGH else raw & 15
+        half: tl.constexpr = 8.0 if BITS == 4 else 128.0
+        return (codes.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + half)
+
+    @triton.jit
+    def _scale_and_zero(exponents, zeros, BITS: tl.constexpr):
+        """Scales, and zeros less half the range of the codes, from their bytes (see `quantize`)."""
+        step: tl.constexpr = 1.0 if BITS == 8 else 15.0 / 255.0
+        half: tl.constexpr = 8.0 if BITS == 4 else 128.0
+        return tl.exp2(exponents.to(tl.float32) * 0.125 - 20.0), zeros.to(tl.float32) * step - half
+
+    @triton.jit
+    def _decode(raw, scales, rows, ok, columns, group, SIZE: tl.constexpr, GROUP: tl.constexpr,
+                BITS: tl.constexpr, HIGH: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
+        """Numbers from packed ones whose scales differ from column to column; `group`: where the section's begin."""
+        logical = columns + (SIZE + 1) // 2 if HIGH else columns
+        at = scales + rows[:, None] + 2 * (group + logical // GROUP)[None, :]
+        inside = ok[:, None] & (logical < SIZE)[None, :]
+        scale, zero = _scale_and_zero(tl.load(at, mask=inside, other=0), tl.load(at + 1, mask=inside, other=0), BITS)
+        return tl.where(inside, (_centre(raw, BITS, HIGH) - zero) * scale, 0.0).to(dtype)
 
     @triton.jit
     def _query(query, rows, ok, columns, SIZE: tl.constexpr, BITS: tl.constexpr, HIGH: tl.constexpr):
-        """Columns of the query that meet those of `_decode`, [rows, columns]; `query` points to the section."""
+        """Columns of the query that meet those of an entry, [rows, columns]; `query` points to the section."""
         if HIGH:
             columns = columns + (SIZE + 1) // 2
         inside = columns < SIZE
@@ -76,49 +77,36 @@ if triton is not None:
             inside = columns < (SIZE + 1) // 2
         return tl.load(query + rows[:, None] + columns[None, :], mask=ok[:, None] & inside[None, :], other=0.0)
 
-    @triton.jit
-    def _section_scores(scores, query, query_rows, row_ok, entries, token_rows, scales, scale_rows, ok, first, group,
-                        SIZE: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
-                        PRECISION: tl.constexpr):  # fmt: skip
-        """Add to the scores [rows, tokens] what one section of the entries contributes, BLOCK columns at a time."""
-        STORED: tl.constexpr = (SIZE + 1) // 2 if BITS == 4 else SIZE
-        for start in range(0, STORED, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            raw = _load(entries, token_rows, ok, columns, first, STORED)
-            part = _query(query, query_rows, row_ok, columns, SIZE, BITS, False)
-            keys = _decode(raw, scales, scale_rows, ok, columns, group, SIZE, GROUP, BITS, False, part.dtype)
-            scores = tl.dot(part, tl.trans(keys), scores, input_precision=PRECISION)
-            if BITS == 4:
-                part = _query(query, query_rows, row_ok, columns, SIZE, BITS, True)
-                keys = _decode(raw, scales, scale_rows, ok, columns, group, SIZE, GROUP, BITS, True, part.dtype)
-                scores = tl.dot(part, tl.trans(keys), scores, input_precision=PRECISION)
-        return scores
-
     @triton.jit(do_not_specialize=["num_rows", "num_queries", "num_tokens", "first_split", "num_splits"])
     def _attend_split(
         query, entries, scales, mask, length, partial, log_sums, scaling, num_rows, num_queries, num_tokens,
         first_split, num_splits, stride_qb, stride_qm, stride_eb, stride_es, stride_sb, stride_ss,
         stride_mb, stride_mt, stride_ms,
-        RANK: tl.constexpr, ROPE: tl.constexpr, GROUP: tl.constexpr, ROPE_GROUP: tl.constexpr, BITS: tl.constexpr,
-        MASK: tl.constexpr, HAS_LENGTH: tl.constexpr, FUSED: tl.constexpr, NUM_SLICES: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-        BLOCK_ROPE: tl.constexpr, PRECISION: tl.constexpr,
+        ALIGN: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, GROUP: tl.constexpr, ROPE_GROUP: tl.constexpr,
+        BITS: tl.constexpr, MASK: tl.constexpr, ONE_QUERY: tl.constexpr, HAS_LENGTH: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_ROPE: tl.constexpr,
+        PRECISION: tl.constexpr,
     ):  # fmt: skip
-        """First stage. Grid: (row blocks * slices, splits of this launch, batch); neighbours read the same entries.
+        """First stage. Grid: (row blocks, splits of this launch, batch); neighbours read the same entries.
 
-        A program does BLOCK_M rows (head * T + query token) of one slice of BLOCK_C stored columns of the latent, over
-        one split. FUSED: the slice is the whole latent, so a tile serves as keys and as values; otherwise the scores
-        are made BLOCK_K columns at a time and the values are read again, from a cache that has just seen them.
+        A program does BLOCK_M rows (head * T + query token) over one split. A tile of entries serves as keys and as
+        values. Packed entries with one scale a token (ONE_SCALE) are multiplied as the small integers that they are:
+        scale and zero are then factors of scores and weights, not of every number.
+
+        What a tile needs beside full-precision entries (those Triton pipelines) is loaded a tile ahead.
+        ALIGN divides all strides of the entries: without it, rows of 120 numbers would be read number by number.
         """
         STORED: tl.constexpr = (RANK + 1) // 2 if BITS == 4 else RANK
+        ROPE_STORED: tl.constexpr = (ROPE + 1) // 2 if BITS == 4 else ROPE
         GROUPS: tl.constexpr = (RANK + GROUP - 1) // GROUP
-        slice_index = tl.program_id(0) % NUM_SLICES
-        rows = tl.program_id(0) // NUM_SLICES * BLOCK_M + tl.arange(0, BLOCK_M)
+        ONE_SCALE: tl.constexpr = BITS < 16 and GROUP >= RANK and ROPE_GROUP >= ROPE
+        rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
         row_ok = rows < num_rows
         split, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
         query += batch * stride_qb
-        entries += batch * stride_eb
+        entries += tl.multiple_of(batch * stride_eb, ALIGN)
         scales += batch * stride_sb
+        mask += batch * stride_mb
         query_rows = rows * stride_qm
 
         end = num_tokens
@@ -128,35 +116,84 @@ if triton is not None:
         begin = split * per_split
         stop = tl.minimum(begin + per_split, end)
 
-        columns = slice_index * BLOCK_C + tl.arange(0, BLOCK_C)
+        columns = tl.arange(0, BLOCK_C)
         rope_columns = tl.arange(0, BLOCK_ROPE)
-        if FUSED:
-            q_low = _query(query, query_rows, row_ok, columns, RANK, BITS, False)
-            q_rope = _query(query + RANK, query_rows, row_ok, rope_columns, ROPE, BITS, False)
-            if BITS == 4:
-                q_high = _query(query, query_rows, row_ok, columns, RANK, BITS, True)
-                q_rope_high = _query(query + RANK, query_rows, row_ok, rope_columns, ROPE, BITS, True)
-        ROPE_STORED: tl.constexpr = (ROPE + 1) // 2 if BITS == 4 else ROPE
         dtype: tl.constexpr = query.dtype.element_ty
+        q_low = _query(query, query_rows, row_ok, columns, RANK, BITS, False)
+        q_rope = _query(query + RANK, query_rows, row_ok, rope_columns, ROPE, BITS, False)
+        if BITS == 4:
+            q_high = _query(query, query_rows, row_ok, columns, RANK, BITS, True)
+            q_rope_high = _query(query + RANK, query_rows, row_ok, rope_columns, ROPE, BITS, True)
+        if ONE_SCALE:
+            q_sum = tl.sum(q_low.to(tl.float32), 1)
+            q_rope_sum = tl.sum(q_rope.to(tl.float32), 1)
+            if BITS == 4:
+                q_sum += tl.sum(q_high.to(tl.float32), 1)
+                q_rope_sum += tl.sum(q_rope_high.to(tl.float32), 1)
+            offset = tl.zeros([BLOCK_M], tl.float32)
 
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         low = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
         if BITS == 4:
             high = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+        tokens = begin + tl.arange(0, BLOCK_N)
+        ok = tokens < stop
+        if MASK > 0 and ONE_QUERY:
+            next_given = tl.load(mask + tokens * stride_ms, mask=ok, other=0)
+        if BITS < 16:
+            token_rows = tl.multiple_of(tokens.to(tl.int64) * stride_es, ALIGN)
+            next_raw = _load(entries, token_rows, ok, columns, 0, STORED)
+            next_rope = _load(entries, token_rows, ok, rope_columns, STORED, ROPE_STORED)
+        if ONE_SCALE:
+            next_scale = tl.load(scales + tokens.to(tl.int64) * stride_ss, mask=ok, other=0)
         for start in range(begin, stop, BLOCK_N):
             tokens = start + tl.arange(0, BLOCK_N)
             ok = tokens < stop
-            token_rows = tokens.to(tl.int64) * stride_es
-            scale_rows = tokens.to(tl.int64) * stride_ss
-            scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            if FUSED:
+            ahead = tokens + BLOCK_N
+            ahead_ok = ahead < stop
+            if MASK > 0 and ONE_QUERY:
+                given = next_given[None, :]
+                next_given = tl.load(mask + ahead * stride_ms, mask=ahead_ok, other=0)
+            elif MASK > 0:
+                at = mask + (rows % num_queries)[:, None] * stride_mt + tokens[None, :] * stride_ms
+                given = tl.load(at, mask=ok[None, :] & row_ok[:, None], other=0)
+            if BITS < 16:
+                raw, rope_raw = next_raw, next_rope
+                token_rows = tl.multiple_of(ahead.to(tl.int64) * stride_es, ALIGN)
+                next_raw = _load(entries, token_rows, ahead_ok, columns, 0, STORED)
+                next_rope = _load(entries, token_rows, ahead_ok, rope_columns, STORED, ROPE_STORED)
+            else:
+                token_rows = tl.multiple_of(tokens.to(tl.int64) * stride_es, ALIGN)
                 raw = _load(entries, token_rows, ok, columns, 0, STORED)
-                values = _decode(raw, scales, scale_rows, ok, columns, 0, RANK, GROUP, BITS, False, dtype)
                 rope_raw = _load(entries, token_rows, ok, rope_columns, STORED, ROPE_STORED)
-                rope = _decode(
-                    rope_raw, scales, scale_rows, ok, rope_columns, GROUPS, ROPE, ROPE_GROUP, BITS, False, dtype
-                )
+
+            scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            if ONE_SCALE:
+                word = next_scale  # a scale and a zero of the latent, and of the rotary keys
+                next_scale = tl.load(scales + ahead.to(tl.int64) * stride_ss, mask=ahead_ok, other=0)
+                scale, zero = _scale_and_zero(word & 255, (word >> 8) & 255, BITS)
+                rope_scale, rope_zero = _scale_and_zero((word >> 16) & 255, (word >> 24) & 255, BITS)
+                values = _centre(raw, BITS, False).to(dtype)
+                rope = _centre(rope_raw, BITS, False).to(dtype)
+                scores = tl.dot(q_low, tl.trans(values), scores, input_precision=PRECISION)
+                if BITS == 4:
+                    values_high = _centre(raw, BITS, True).to(dtype)
+                    scores = tl.dot(q_high, tl.trans(values_high), scores, input_precision=PRECISION)
+                scores = (scores - q_sum[:, None] * zero[None, :]) * scale[None, :]
+                rotary = tl.dot(q_rope, tl.trans(rope), input_precision=PRECISION)
+                if BITS == 4:
+                    rope = _centre(rope_raw, BITS, True).to(dtype)
+                    rotary = tl.dot(q_rope_high, tl.trans(rope), rotary, input_precision=PRECISION)
+                scores += (rotary - q_rope_sum[:, None] * rope_zero[None, :]) * rope_scale[None, :]
+            else:
+                values, rope = raw, rope_raw
+                scale_rows = tokens.to(tl.int64) * stride_ss
+                if BITS < 16:
+                    values = _decode(raw, scales, scale_rows, ok, columns, 0, RANK, GROUP, BITS, False, dtype)
+                    rope = _decode(
+                        rope_raw, scales, scale_rows, ok, rope_columns, GROUPS, ROPE, ROPE_GROUP, BITS, False, dtype
+                    )
                 scores = tl.dot(q_low, tl.trans(values), scores, input_precision=PRECISION)
                 scores = tl.dot(q_rope, tl.trans(rope), scores, input_precision=PRECISION)
                 if BITS == 4:
@@ -166,25 +203,13 @@ if triton is not None:
                     )
                     scores = tl.dot(q_high, tl.trans(values_high), scores, input_precision=PRECISION)
                     scores = tl.dot(q_rope_high, tl.trans(rope), scores, input_precision=PRECISION)
-            else:
-                scores = _section_scores(
-                    scores, query, query_rows, row_ok, entries, token_rows, scales, scale_rows, ok, 0, 0,
-                    RANK, GROUP, BITS, BLOCK_K, PRECISION,
-                )  # fmt: skip
-                scores = _section_scores(
-                    scores, query + RANK, query_rows, row_ok, entries, token_rows, scales, scale_rows, ok, STORED,
-                    GROUPS, ROPE, ROPE_GROUP, BITS, BLOCK_ROPE, PRECISION,
-                )  # fmt: skip
 
             scores *= scaling * 1.4426950408889634  # powers of two below
             seen = ok[None, :] & row_ok[:, None]
-            if MASK > 0:
-                at = mask + batch * stride_mb + (rows % num_queries)[:, None] * stride_mt + tokens[None, :] * stride_ms
-                given = tl.load(at, mask=seen, other=0)
-                if MASK == 1:
-                    seen = seen & (given != 0)
-                else:
-                    scores += given.to(tl.float32) * 1.4426950408889634
+            if MASK == 1:
+                seen = seen & (given != 0)
+            elif MASK == 2:
+                scores += given.to(tl.float32) * 1.4426950408889634
             else:  # causal: the queries are the last tokens
                 seen = seen & (tokens[None, :] <= (end - num_queries + rows % num_queries)[:, None])
             scores = tl.where(seen, scores, float("-inf"))
@@ -194,12 +219,11 @@ if triton is not None:
             weights = tl.exp2(scores - shift[:, None])
             fade = tl.exp2(top - shift)
             total = total * fade + tl.sum(weights, 1)
-            weights = weights.to(dtype)
-            if not FUSED:
-                raw = _load(entries, token_rows, ok, columns, 0, STORED)
-                values = _decode(raw, scales, scale_rows, ok, columns, 0, RANK, GROUP, BITS, False, dtype)
-                if BITS == 4:
-                    values_high = _decode(raw, scales, scale_rows, ok, columns, 0, RANK, GROUP, BITS, True, dtype)
+            if ONE_SCALE:
+                weights = (weights * scale[None, :]).to(dtype)
+                offset = offset * fade + tl.sum(weights.to(tl.float32) * zero[None, :], 1)
+            else:
+                weights = weights.to(dtype)
             low = tl.dot(weights, values, low * fade[:, None], input_precision=PRECISION)
             if BITS == 4:
                 high = tl.dot(weights, values_high, high * fade[:, None], input_precision=PRECISION)
@@ -208,13 +232,16 @@ if triton is not None:
         share = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)[:, None]
         place = (batch * num_rows + rows) * num_splits + first_split + split
         at = partial + place[:, None] * RANK + columns[None, :]
+        if ONE_SCALE:
+            low -= offset[:, None]
+            if BITS == 4:
+                high -= offset[:, None]
         tl.store(at, low * share, mask=row_ok[:, None] & (columns < STORED)[None, :])
         if BITS == 4:
             tl.store(at + STORED, high * share, mask=row_ok[:, None] & (columns < RANK - STORED)[None, :])
-        # All slices have the same sum; one of them says it. A row of no sum has the weight 0 in the second stage.
+        # A row of no sum has the weight 0 in the second stage.
         log_sum = tl.where(total > 0, top + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
-        if slice_index == 0:
-            tl.store(log_sums + place, log_sum, mask=row_ok)
+        tl.store(log_sums + place, log_sum, mask=row_ok)
 
     @triton.jit(do_not_specialize=["num_splits"])
     def _combine(partial, log_sums, output, num_splits, RANK: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
@@ -269,42 +296,41 @@ class Tiles:
     num_splits: int | None = None  # by default what fills the multiprocessors
 
 
-def choose_tiles(num_rows: int, width: int, element_size: int, nbits: int, device: torch.device) -> Tiles:
-    """
-    Tiles whose operands fit the device's shared memory.
-
-    On Hopper, 64 rows (padded, if there are fewer) let the matrix units read both operands from shared memory; with
-    16 or 32 rows the queries pass through registers. Compiled for sm_90, 32 heads with R = 512 and r = 64 in bf16
-    take 252 registers and 224 KB of shared memory, without spills.
-    """
-    block_m = min(64, max(16, triton.next_power_of_2(num_rows)))
+@lru_cache(maxsize=1024)
+def choose_tiles(num_rows: int, rank: int, rope: int, element_size: int, nbits: int, device: torch.device) -> Tiles:
+    """Tiles whose operands fit the device's registers and shared memory."""
+    block_c, block_rope = padded_columns(rank, rope, nbits)
+    accumulators = block_c * (2 if nbits == 4 else 1)
+    block_m = max(16, min(32, triton.next_power_of_2(num_rows), MAX_ACCUMULATORS // accumulators))
     if device.type != "cuda":
         return Tiles(block_m)
-    properties = torch.cuda.get_device_properties(device)
-    hopper = properties.major >= 9 and element_size == 2
-    if hopper and num_rows > 16 and width <= 768:
-        block_m = 64
-    columns = min(width, MAX_ACCUMULATORS // block_m + 128)
-    shared_memory = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    shared_memory = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
     for block_n, buffers in ((64, 2), (32, 2), (16, 2), (16, 1)):
-        needed = element_size * (columns * (block_m + buffers * block_n) + block_m * block_n)
-        if needed <= shared_memory and (nbits == 16 or block_n <= 32):
+        needed = element_size * ((block_c + block_rope) * (block_m + buffers * block_n) + block_m * block_n)
+        if needed <= shared_memory:
             break
-    # Hopper's units read a tile while the next one arrives; without them the compiler keeps one buffer less.
-    num_stages = buffers if hopper and block_m == 64 else buffers + 1
-    return Tiles(block_m, block_n, num_stages=num_stages)
+    return Tiles(block_m, block_n, num_stages=buffers + 1)
 
 
-def kernel_can_run(tensor: torch.Tensor) -> bool:
-    """Whether Triton is there, the tensor on a GPU it serves, and the kernel asked for by MLA_DECODE_KERNEL=1."""
+def padded_columns(rank: int, rope: int, nbits: int) -> tuple[int, int]:
+    """Stored columns of latent and rotary keys as the kernel holds them: powers of two."""
+    stored = ((rank + 1) // 2, (rope + 1) // 2) if nbits == 4 else (rank, rope)
+    block_c, block_rope = (max(16, triton.next_power_of_2(size)) for size in stored)
+    return block_c, block_rope
+
+
+def kernel_can_run(tensor: torch.Tensor, rank: int) -> bool:
+    """Whether Triton is there, and the tensor of 16-bit numbers, on a GPU, with a latent that the kernel serves."""
     return (
-        KERNEL_WANTED
-        and triton is not None
+        triton is not None
         and tensor.is_cuda
-        and torch.cuda.get_device_properties(tensor.device).major >= 8
+        and tensor.dtype.itemsize == 2
+        and rank <= MAX_RANK
+        and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
     )
 
 
+@lru_cache(maxsize=1024)
 def choose_splits(num_programs: int, num_tokens: int, block_n: int, device: torch.device) -> int:
     """Splits of the sequence for which the last wave of programs wastes least; each gets two tiles or more."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
@@ -331,32 +357,29 @@ def decode_attention(
     rope = width - rank
     launches, num_splits = [], 0
     for part in parts:
-        packed = part.nbits == 4
-        sizes = tiles or choose_tiles(num_rows, width, query.element_size(), part.nbits, query.device)
-        stored, rope_stored = ((rank + 1) // 2, (rope + 1) // 2) if packed else (rank, rope)
-        most = MAX_ACCUMULATORS // sizes.block_m // (2 if packed else 1)
-        block_c = max(16, min(triton.next_power_of_2(stored), most))
-        fused = block_c >= stored and block_c <= 512 and rope_stored <= 128
-        block_rope = max(16, min(triton.next_power_of_2(rope_stored), 128))
-        slices = -(-stored // block_c)
-        programs = -(-num_rows // sizes.block_m) * slices
+        block_c, block_rope = padded_columns(rank, rope, part.nbits)
+        sizes = tiles or choose_tiles(num_rows, rank, rope, query.element_size(), part.nbits, query.device)
+        programs = -(-num_rows // sizes.block_m)
         num_tokens = part.entries.shape[1]
         splits = sizes.num_splits or choose_splits(programs * batch, num_tokens, sizes.block_n, query.device)
-        launches.append((part, sizes, block_c, block_rope, fused, slices, programs, splits, num_splits))
+        launches.append((part, sizes, block_c, block_rope, programs, splits, num_splits))
         num_splits += splits
     partial = torch.empty(batch, num_rows, num_splits, rank, dtype=torch.float32, device=query.device)
     log_sums = torch.empty(batch, num_rows, num_splits, dtype=torch.float32, device=query.device)
-    for part, sizes, block_c, block_rope, fused, slices, programs, splits, first_split in launches:
+    for part, sizes, block_c, block_rope, programs, splits, first_split in launches:
         mask, kind, strides = _mask_arguments(part.mask, query)
         scales = query if part.scales is None else part.scales
+        if part.nbits < 16 and part.group_size >= rank and part.rope_group_size >= rope:
+            scales = scales.view(torch.int32)  # the four bytes of a token
+        align = math.gcd(part.entries.stride(0), part.entries.stride(1), 16)
         length = query if part.length is None else part.length
         _attend_split[(programs, splits, batch)](
             query, part.entries, scales, mask, length, partial, log_sums, scaling, num_rows, num_queries,
             part.entries.shape[1], first_split, num_splits, query.stride(0), query.stride(1),
             part.entries.stride(0), part.entries.stride(1), scales.stride(0), scales.stride(1), *strides,
-            RANK=rank, ROPE=rope, GROUP=part.group_size, ROPE_GROUP=part.rope_group_size, BITS=part.nbits, MASK=kind,
-            HAS_LENGTH=part.length is not None, FUSED=fused, NUM_SLICES=slices,
-            BLOCK_M=sizes.block_m, BLOCK_N=sizes.block_n, BLOCK_C=block_c, BLOCK_K=128, BLOCK_ROPE=block_rope,
+            ALIGN=align, RANK=rank, ROPE=rope, GROUP=part.group_size, ROPE_GROUP=part.rope_group_size,
+            BITS=part.nbits, MASK=kind, ONE_QUERY=num_queries == 1, HAS_LENGTH=part.length is not None,
+            BLOCK_M=sizes.block_m, BLOCK_N=sizes.block_n, BLOCK_C=block_c, BLOCK_ROPE=block_rope,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             num_warps=sizes.num_warps, num_stages=sizes.num_stages,
         )  # fmt: skip

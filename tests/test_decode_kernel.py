@@ -146,7 +146,7 @@ def test_generation_through_the_kernel(monkeypatch, layout, mode):
     model = make_mla(layout).to(DEVICE)
     modeling = __import__("sys").modules[type(model).__module__]
     calls = []
-    monkeypatch.setattr(modeling, "kernel_can_run", lambda tensor: True)
+    monkeypatch.setattr(modeling, "kernel_can_run", lambda tensor, rank: True)
     monkeypatch.setattr(modeling, "decode_attention", lambda *a: calls.append(1) or decode_attention(*a))
     ids = tokens(1, 4).repeat(1, 3).to(DEVICE) if mode == "prompt-lookup" else tokens(2, 9).to(DEVICE)
     settings = dict(max_new_tokens=3, min_new_tokens=3, do_sample=False)
@@ -181,7 +181,7 @@ def test_quantised_cache_through_the_kernel(monkeypatch):
         return torch.stack(steps)
 
     expected = logits()
-    monkeypatch.setattr(modeling, "kernel_can_run", lambda tensor: True)
+    monkeypatch.setattr(modeling, "kernel_can_run", lambda tensor, rank: True)
     torch.testing.assert_close(logits(), expected, rtol=1e-3, atol=1e-4)
 
 
@@ -192,7 +192,7 @@ def test_a_compiled_step_is_one_graph(monkeypatch):
     torch._dynamo.reset()
     model = make_mla("shared").to(DEVICE)
     modeling = __import__("sys").modules[type(model).__module__]
-    monkeypatch.setattr(modeling, "kernel_can_run", lambda tensor: True)
+    monkeypatch.setattr(modeling, "kernel_can_run", lambda tensor, rank: True)
     ids = tokens(2, 10).to(DEVICE)
     graphs = []
     cache = StaticCache(config=model.config, max_cache_len=16)

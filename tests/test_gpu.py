@@ -1,0 +1,75 @@
+"""What only a GPU can show: the decode kernel inside `generate`, and the compiled step as a CUDA graph."""
+
+import pytest
+import torch
+from transformers import StaticCache
+
+from mha2mla.modeling import CACHE_ARGUMENT, quantized_cache
+from mha2mla.modeling import modeling_mla_llama as modeling
+from pico import LAYOUTS, make_mla, tokens
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(params=LAYOUTS)
+def model(request):
+    return make_mla(request.param).cuda().eval()
+
+
+def generate(model, ids, **kwargs):
+    mask = torch.ones_like(ids)
+    return model.generate(
+        ids, attention_mask=mask, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0, **kwargs
+    )
+
+
+@pytest.mark.parametrize("implementation", ["dynamic", "static"])
+def test_generate_gives_what_no_cache_gives(model, implementation):
+    """`static` compiles the step by itself on a GPU (mode reduce-overhead)."""
+    ids = tokens(2, 9).cuda()
+    expected = generate(model, ids, use_cache=False)
+    assert generate(model, ids, cache_implementation=implementation).tolist() == expected.tolist()
+
+
+def test_the_kernel_does_what_torch_does(model, monkeypatch):
+    """Steps behind left padding, with the kernel and without it."""
+    model.to(torch.float16)
+    ids, mask = tokens(2, 40).cuda(), torch.ones(2, 40, dtype=torch.long, device="cuda")
+    mask[1, :7] = 0
+    used = []
+
+    def watch(tensor, rank):
+        used.append(can_run(tensor, rank))
+        return used[-1]
+
+    can_run = modeling.kernel_can_run
+    for make in (
+        lambda: StaticCache(config=model.config, max_cache_len=64),
+        lambda: quantized_cache(model, nbits=8, residual_length=4),
+    ):
+        logits = []
+        for judge in (watch, lambda tensor, rank: False):
+            monkeypatch.setattr(modeling, "kernel_can_run", judge)
+            cache, parts = make(), []
+            with torch.no_grad():
+                for part in (ids[:, :30], *ids[:, 30:].split(1, 1)):
+                    seen = int(cache.get_seq_length()) + part.shape[1]
+                    parts.append(model(part, attention_mask=mask[:, :seen], **{CACHE_ARGUMENT: cache}).logits[:, -1])
+            logits.append(torch.stack(parts))
+        torch.testing.assert_close(*logits, rtol=2e-2, atol=2e-2)
+    assert used and all(used)
+
+
+def test_a_compiled_step_is_not_compiled_again(model):
+    """One graph for all lengths; the cache's count of tokens lies on the device."""
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    ids = tokens(2, 9).cuda()
+    with torch.no_grad():
+        model(ids, **{CACHE_ARGUMENT: cache})
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        step = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+        for position in range(9, 40):
+            at = torch.full((2, 1), position, device="cuda")
+            step(tokens(2, 1).cuda(), position_ids=at, **{CACHE_ARGUMENT: cache}).logits.clone()
+    assert not torch._dynamo.utils.counters["recompiles"]
