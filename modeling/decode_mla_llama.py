@@ -93,7 +93,7 @@ if triton is not None:
         values. Packed entries with one scale a token (ONE_SCALE) are multiplied as the small integers that they are:
         scale and zero are then factors of scores and weights, not of every number.
 
-        What a tile needs beside full-precision entries (those Triton pipelines) is loaded a tile ahead.
+        Masks and scales of a tile are loaded a tile ahead; the entries of full precision Triton pipelines by itself.
         ALIGN divides all strides of the entries: without it, rows of 120 numbers would be read number by number.
         """
         STORED: tl.constexpr = (RANK + 1) // 2 if BITS == 4 else RANK
@@ -141,10 +141,6 @@ if triton is not None:
         ok = tokens < stop
         if MASK > 0 and ONE_QUERY:
             next_given = tl.load(mask + tokens * stride_ms, mask=ok, other=0)
-        if BITS < 16:
-            token_rows = tl.multiple_of(tokens.to(tl.int64) * stride_es, ALIGN)
-            next_raw = _load(entries, token_rows, ok, columns, 0, STORED)
-            next_rope = _load(entries, token_rows, ok, rope_columns, STORED, ROPE_STORED)
         if ONE_SCALE:
             next_scale = tl.load(scales + tokens.to(tl.int64) * stride_ss, mask=ok, other=0)
         for start in range(begin, stop, BLOCK_N):
@@ -158,15 +154,9 @@ if triton is not None:
             elif MASK > 0:
                 at = mask + (rows % num_queries)[:, None] * stride_mt + tokens[None, :] * stride_ms
                 given = tl.load(at, mask=ok[None, :] & row_ok[:, None], other=0)
-            if BITS < 16:
-                raw, rope_raw = next_raw, next_rope
-                token_rows = tl.multiple_of(ahead.to(tl.int64) * stride_es, ALIGN)
-                next_raw = _load(entries, token_rows, ahead_ok, columns, 0, STORED)
-                next_rope = _load(entries, token_rows, ahead_ok, rope_columns, STORED, ROPE_STORED)
-            else:
-                token_rows = tl.multiple_of(tokens.to(tl.int64) * stride_es, ALIGN)
-                raw = _load(entries, token_rows, ok, columns, 0, STORED)
-                rope_raw = _load(entries, token_rows, ok, rope_columns, STORED, ROPE_STORED)
+            token_rows = tl.multiple_of(tokens.to(tl.int64) * stride_es, ALIGN)
+            raw = _load(entries, token_rows, ok, columns, 0, STORED)
+            rope_raw = _load(entries, token_rows, ok, rope_columns, STORED, ROPE_STORED)
 
             scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             if ONE_SCALE:

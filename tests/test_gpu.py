@@ -56,7 +56,7 @@ def test_the_kernel_does_what_torch_does(model, monkeypatch):
                     seen = int(cache.get_seq_length()) + part.shape[1]
                     parts.append(model(part, attention_mask=mask[:, :seen], **{CACHE_ARGUMENT: cache}).logits[:, -1])
             logits.append(torch.stack(parts))
-        torch.testing.assert_close(*logits, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(*logits, rtol=3e-2, atol=5e-2)
     assert used and all(used)
 
 
