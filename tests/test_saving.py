@@ -86,6 +86,7 @@ def test_modeling_folder_needs_torch_and_transformers_only(tmp_path):
         "cache_mla_llama.py",
         "configuration_mla_llama.py",
         "decode_mla_llama.py",
+        "kernels_mla_llama.py",
         "modeling_mla_llama.py",
         "quantized_cache_mla_llama.py",
     ]
