@@ -10,7 +10,7 @@ try:  # within a try block, so that transformers does not ask the user of a chec
     import triton
     import triton.language as tl
 except ImportError:
-    triton = attend_split = combine = None
+    triton = None
 
 
 if triton is not None:
@@ -230,3 +230,6 @@ if triton is not None:
         parts = tl.load(at, mask=ok[:, None] & (columns < RANK)[None, :], other=0.0)
         mixed = tl.sum(parts * weights[:, None], 0)
         tl.store(output + row * RANK + columns, mixed.to(output.dtype.element_ty), mask=columns < RANK)
+
+else:
+    attend_split = combine = None
