@@ -139,8 +139,6 @@ def run_row(name: str, args: argparse.Namespace) -> dict:
             text, spec = item.split("=", 1)
             measured = measure_perplexity(model, read_blocks(spec, tokenizer, args.blocks))
             row[text] = [round(measured.perplexity, 3), round(measured.stderr, 3)]
-        if args.keep and name != "original":
-            shutil.move(model_folder, Path(args.keep) / name.replace(" ", "-"))
         return row
     finally:
         shutil.rmtree(folder)
@@ -172,7 +170,6 @@ def main() -> None:
     parser.add_argument("--rows", default=".*")
     parser.add_argument("--set", action="append", default=[], metavar="OPTION=JSON", help="Overrules every row.")
     parser.add_argument("--results", default="ablation.jsonl")
-    parser.add_argument("--keep", help="Folder for the converted models, by name of row; by default they are deleted.")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2, help="Per worker.")

@@ -99,6 +99,11 @@ def make_part(
     return Part(torch.cat(codes, 1), None, None, torch.cat(scales, 1), nbits, rank, rope), numbers
 
 
+def tiles_to_try(rank: int, sweep) -> list[Tiles | None]:
+    """The default, and the sweep's where the kernel is in use."""
+    return [None] if rank > MAX_RANK else [None, *(Tiles(m, n, w, s) for m, n, w, s in sweep)]
+
+
 def compile_kernel(case: tuple, tiles: Tiles | None, dtype) -> None:
     """Run one variant once at a small size, in a process of its own: its binary is then in Triton's cache."""
     _, heads, rank, rope, nbits, masked, _ = case
@@ -110,9 +115,9 @@ def compile_kernel(case: tuple, tiles: Tiles | None, dtype) -> None:
 
 
 def compile_kernels(sizes, sweep) -> None:
-    variants = [None, *(Tiles(m, n, w, s) for m, n, w, s in sweep)]
+    jobs = [(case, tiles) for case in KERNEL_CASES for tiles in tiles_to_try(case[2], sweep)]
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        for job in [pool.submit(compile_kernel, case, t, sizes["dtype"]) for t in variants for case in KERNEL_CASES]:
+        for job in [pool.submit(compile_kernel, case, tiles, sizes["dtype"]) for case, tiles in jobs]:
             job.result()
 
 
@@ -129,7 +134,7 @@ def kernel_case(name, heads, rank, rope, nbits, masked, target, sizes, sweep, ba
         ]
     )
     variants = []
-    for tiles in [None] if rank > MAX_RANK else [None, *(Tiles(m, n, w, s) for m, n, w, s in sweep)]:
+    for tiles in tiles_to_try(rank, sweep):
         label = (
             "default" if tiles is None else f"{tiles.block_m}/{tiles.block_n}/{tiles.num_warps}w/{tiles.num_stages}s"
         )
@@ -218,10 +223,10 @@ def step_case(sizes) -> list[dict]:
 def eager_case(sizes) -> list[dict]:
     """A dynamic cache without compilation, where launches count: with the kernel and with torch's attention."""
     rows = []
-    name, shapes = (
-        ("smollm2-135m", ((1, 1024), (1, 7000), (16, 2048))) if DEVICE.type == "cuda" else ("pico", ((1, 24),))
-    )
-    model = random_models(name, sizes["dtype"], DEVICE.type, *((80, 40) if DEVICE.type == "cuda" else (8, 4)), 1)
+    name, ranks, shapes = "pico", (8, 4), [(1, 24)]
+    if DEVICE.type == "cuda":
+        name, ranks, shapes = "smollm2-135m", (80, 40), [(1, 1024), (1, 7000), (16, 2048)]
+    model = random_models(name, sizes["dtype"], DEVICE.type, *ranks, 1)
     for which, kernel in (("original", False), ("converted", True), ("converted", False)):
         made = model[which]()
         with patch.object(modeling_mla_llama, "kernel_can_run", kernel_can_run if kernel else lambda *_: False):
