@@ -4,14 +4,15 @@
     python benchmarks/recovery.py tokens SmolLM2-135M-Instruct validation.jsonl.gz validation.npz --length 2048
     python benchmarks/recovery.py run results.jsonl --source SmolLM2-135M-Instruct --rows train.npz \\
         --eval-rows validation.npz --sets ../shared/data/eval --model calibrated-31=mla-31 --model paper-31=paper-31 \\
-        --trainable all attention lora --distillation 0 0.5 --tokens 5e6 20e6 78e6 -- --bf16 --torch_compile \\
-        --per_device_train_batch_size 16
+        --trainable all attention lora --distillation 0 1 --tokens 5e6 20e6 78e6 -- --bf16 --compile_layers \\
+        --attn_implementation flex_attention --per_device_train_batch_size 16
     python benchmarks/recovery.py table results.jsonl --plot recovery.png
 
 A row of the table is a run of its own, with its own decay, from the converted checkpoint. The original model, measured
 untrained and trained in full on the same tokens by the same Trainer, is the control, for quality and throughput alike.
-Rows that are in the results file are not run again, so that several sessions can share the work. Behind `--` stand
-arguments of `mha2mla train`. Neither `run` nor `tokens` needs the `datasets` library.
+Rows that are in the results file are not run again, and with --work a killed row goes on from its last checkpoint, so
+that several sessions, or several processes with --only, can share the work. Behind `--` stand arguments of `mha2mla
+train`. Neither `run` nor `tokens` needs the `datasets` library.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from glob import glob
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 import mha2mla.modeling  # noqa: F401  # registers the family
 from mha2mla.evaluation import measure_multiple_choice, read_items
 from mha2mla.training import RecoveryTrainer, pack_documents, parse_arguments, recover
+from mha2mla.training.checks import find_checkpoint
 from mha2mla.training.packing import tokenize
+from mha2mla.training.trainer import compile_layers
 
 ORIGINAL = "original"
 SETS = ("arc_easy", "arc_challenge", "hellaswag", "openbookqa", "piqa", "winogrande", "mmlu")
@@ -71,6 +74,10 @@ class Run:
     @property
     def key(self) -> tuple:
         return (self.model, self.trainable, self.distillation, self.tokens)
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}/{self.trainable}/{self.distillation:g}/{self.tokens / 1e6:g}M"
 
 
 def iterate_documents(pattern: str) -> Iterator[str]:
@@ -119,7 +126,11 @@ def plan_runs(args: argparse.Namespace) -> Iterator[tuple[Run, str]]:
 def train(run: Run, folder: str, args: argparse.Namespace, output: str) -> RecoveryTrainer:
     """One run; `tokens` of 0 train nothing and measure the checkpoint as it is."""
     rows, eval_rows = TokenRows(args.rows, seed=0), TokenRows(args.eval_rows)
-    common = ["--model", folder, "--data", str(args.rows), "--output_dir", output, "--save_strategy", "no"]
+    common = ["--model", folder, "--data", str(args.rows), "--output_dir", output]
+    if args.work:
+        common += ["--save_strategy", "steps", "--save_total_limit", "1", "--resume_from_checkpoint", "true"]
+    else:
+        common += ["--save_strategy", "no"]
     distil = ["--teacher", args.source, "--distillation_weight", str(run.distillation)] if run.distillation else []
     chosen = ["--trainable", run.trainable] if run.tokens else []
     model_args, loss, _, training = parse_arguments([*common, *distil, *chosen, "--max_steps", "1", *args.arguments])
@@ -136,21 +147,21 @@ def train(run: Run, folder: str, args: argparse.Namespace, output: str) -> Recov
     student, teacher = load(folder, model_args.dtype), None
     if distil:
         teacher = load(args.source, "bfloat16" if training.bf16 else model_args.dtype)
-    if args.compile_layers:
-        for layer in (*student.model.layers, *(teacher.model.layers if distil else ())):
-            layer.compile()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return recover(student, tokenizer, rows, eval_rows, model_args, loss, training, teacher)
+    checkpoint = find_checkpoint(training)
+    return recover(student, tokenizer, rows, eval_rows, model_args, loss, training, teacher, checkpoint)
 
 
 def throughput(history: list[dict]) -> float:
-    """Tokens per second between the first line of the log and the last: compilation and warm-up lie before."""
+    """Tokens per second between lines of the log; before the first lie compilation and warm-up."""
     lines = [line for line in history if "loss" in line and "train_runtime" in line]
-    if len(lines) < 2:
-        return math.nan
-    first, last = lines[0], lines[-1]
-    tokens = last["num_input_tokens_seen"] - first["num_input_tokens_seen"]
-    return tokens / (last["train_runtime"] - first["train_runtime"])
+    tokens = seconds = 0.0
+    for before, line in pairwise(lines):
+        passed = line["train_runtime"] - before["train_runtime"]
+        if passed > 0:  # not over the gap of a resumed run
+            tokens += line["num_input_tokens_seen"] - before["num_input_tokens_seen"]
+            seconds += passed
+    return tokens / seconds if seconds else math.nan
 
 
 def measure_accuracy(trainer: RecoveryTrainer, folder: Path, limit: int | None) -> dict[str, list[float]]:
@@ -159,8 +170,7 @@ def measure_accuracy(trainer: RecoveryTrainer, folder: Path, limit: int | None) 
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
     del model.forward  # the loss's; the model's own is needed now
-    for layer in model.model.layers:
-        layer._compiled_call_impl = None  # what --compile-layers set: batches of many lengths follow
+    compile_layers(model, on=False)  # batches of many lengths follow
     model.set_attn_implementation("sdpa")
     model = model.to(torch.bfloat16 if trainer.args.bf16 else model.dtype).eval()
     accuracies = {}
@@ -177,10 +187,11 @@ def measure_accuracy(trainer: RecoveryTrainer, folder: Path, limit: int | None) 
 def run_all(args: argparse.Namespace) -> None:
     done = {Run(**row["run"]).key for row in read_results(args.results)} if args.results.is_file() else set()
     for run, folder in plan_runs(args):
-        if run.key in done or not re.search(args.only, run.model):
+        if run.key in done or not re.search(args.only, run.name):
             continue
-        print(run, flush=True)
-        with tempfile.TemporaryDirectory() as output:
+        print(run.name, flush=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            output = str(args.work / run.name.replace("/", "-")) if args.work else scratch
             trainer = train(run, folder, args, output)
             history = trainer.state.log_history
             last = next(line for line in reversed(history) if "eval_perplexity" in line)
@@ -259,13 +270,11 @@ def main() -> None:
     run.add_argument("--rows", type=Path, required=True)
     run.add_argument("--eval-rows", type=Path, required=True)
     run.add_argument("--sets", type=Path, help=f"Folder of {', '.join(SETS)}.jsonl; by default no accuracy.")
-    run.add_argument(
-        "--compile-layers", action="store_true", help="Compile the decoder layer once, for all layers: seconds."
-    )
-    run.add_argument("--only", default="", help="Models whose name this is found in, `original` among them.")
+    run.add_argument("--only", default="", help="Rows in whose name, like original/all/0/20M, this is found.")
+    run.add_argument("--work", type=Path, help="Folder for checkpoints, from which rows that were killed go on.")
     run.add_argument("--limit", type=int, help="Items of each set at most.")
     run.add_argument("--trainable", nargs="+", default=["all", "attention", "lora"])
-    run.add_argument("--distillation", nargs="+", type=float, default=[0.0, 0.5], help="Weights of the teacher.")
+    run.add_argument("--distillation", nargs="+", type=float, default=[0.0, 1.0], help="Weights of the teacher.")
     run.add_argument("--tokens", nargs="+", default=["5e6", "20e6", "78e6"])
     run.set_defaults(call=run_all)
     table = commands.add_parser("table", help="Print the table and draw the curves.")

@@ -66,13 +66,13 @@ def test_forward_kl_against_a_loop():
     assert forward_kl(teacher, teacher, 2.0).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 7, 64])
-def test_chunks_give_what_whole_logits_give(chunk):
+@pytest.mark.parametrize("chunk, compiled", [(1, False), (5, False), (7, False), (64, False), (5, True)])
+def test_chunks_give_what_whole_logits_give(chunk, compiled):
     torch.manual_seed(0)
     head, teacher_head = nn.Linear(6, 11), nn.Linear(4, 11)
     hidden, teacher_hidden = torch.randn(14, 6, requires_grad=True), torch.randn(14, 4)
     targets = torch.randint(11, (14,)).index_fill(0, torch.tensor([0, 6, 13]), -100)
-    cross_entropy, distance = token_losses(head, hidden, targets, teacher_head, teacher_hidden, 1.5, chunk)
+    cross_entropy, distance = token_losses(head, hidden, targets, teacher_head, teacher_hidden, 1.5, chunk, compiled)
     (cross_entropy.sum() + distance.sum()).backward()
     assert teacher_head.weight.grad is None
     got = [hidden.grad, head.weight.grad]

@@ -81,6 +81,16 @@ def environment(tmp_path, **more):
     return os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1", **more}
 
 
+def test_compiled_layers_give_the_same_losses(folder):
+    teacher = ("--teacher", folder / "source")
+    for output, more in (("eager", ()), ("compiled", ("--compile_layers",))):
+        assert main(arguments(folder, output, *teacher, *more)) == 0
+    assert losses(folder / "compiled") == pytest.approx(losses(folder / "eager"), rel=1e-4)
+    saved, expected = (AutoModelForCausalLM.from_pretrained(folder / name) for name in ("compiled", "eager"))
+    for (name, tensor), wanted in zip(saved.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(tensor, wanted, rtol=1e-3, atol=1e-4, msg=name)
+
+
 def test_full_run_with_teacher_leaves_complete_checkpoints(folder):
     teacher = ("--teacher", folder / "source", "--eval_fraction", 0.2, "--eval_strategy", "steps", "--eval_steps", 3)
     assert main(arguments(folder, "out", *teacher)) == 0

@@ -128,6 +128,13 @@ class RecoveryTrainingArguments(TrainingArguments):
     include_num_input_tokens_seen: str = field(
         default="all", metadata={"help": "Count tokens and tokens per second: all, non_padding or no."}
     )
+    compile_layers: bool = field(
+        default=False,
+        metadata={
+            "help": "Compile one decoder layer, which serves all, and the loss: seconds, where --torch_compile takes "
+            "minutes for the whole model."
+        },
+    )
     # Rows are shuffled once, by their seed alone, so that the order is the same on any number of processes.
     train_sampling_strategy: str = field(default="sequential", metadata={"help": "Order of the shuffled rows."})
     # Whatever is trained has a part in the loss; looking for what has none would cost DDP a walk of the graph a step.
@@ -140,6 +147,8 @@ class RecoveryTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if not 0 <= self.decay_fraction <= 1:
             raise ValueError(f"decay_fraction={self.decay_fraction} must lie between 0 and 1.")
+        if self.compile_layers and self.torch_compile:
+            raise ValueError("compile_layers and torch_compile both compile the decoder layers: choose one.")
         super().__post_init__()
 
 

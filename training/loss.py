@@ -6,7 +6,9 @@ tensors of a small model, and are made, used and made again for the backward pas
 it is, so adapters and tied or sharded weights need no special case.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from types import MethodType
 
 import torch
@@ -67,6 +69,30 @@ def forward_kl(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: 
     return nn.functional.kl_div(student, teacher, reduction="none", log_target=True).sum(-1) * temperature**2
 
 
+def chunk_losses(
+    head: nn.Module,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    teacher_head: nn.Module | None,
+    teacher_hidden: torch.Tensor | None,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[`token_losses`] of so few tokens that their logits, [N, V] in fp32, may lie in memory."""
+    logits = head(hidden).float()
+    cross_entropy = nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
+    if teacher_head is None:
+        return cross_entropy, torch.zeros_like(cross_entropy)
+    with torch.no_grad():
+        teacher_logits = teacher_head(teacher_hidden).float()
+    distance = forward_kl(logits, teacher_logits, temperature)
+    return cross_entropy, distance.masked_fill(targets == IGNORED, 0)
+
+
+@cache
+def compiled_chunk_losses() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    return torch.compile(chunk_losses)
+
+
 def token_losses(
     head: nn.Module,
     hidden: torch.Tensor,
@@ -75,6 +101,7 @@ def token_losses(
     teacher_hidden: torch.Tensor | None = None,
     temperature: float = 1.0,
     chunk: int = CHUNK_TOKENS,
+    compiled: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Cross-entropy of each target and distance to the teacher, both 0 where the target is -100.
@@ -85,32 +112,32 @@ def token_losses(
         targets (`torch.Tensor`): Token ids or -100, [N].
         teacher_head, teacher_hidden (*optional*): The same of the teacher, [N, D of the teacher].
         chunk (`int`): Tokens at a time; memory holds the fp32 logits of one chunk.
+        compiled (`bool`): Fuse what follows the heads by `torch.compile`: the logits are then read a few times instead
+            of some twenty.
 
     Returns:
         Two tensors [N], fp32, in nats. Without a teacher the second is zero.
     """
-
-    def of_chunk(hidden, targets, teacher_hidden):
-        logits = head(hidden).float()
-        cross_entropy = nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
-        if teacher_head is None:
-            return cross_entropy, torch.zeros_like(cross_entropy)
-        with torch.no_grad():
-            teacher_logits = teacher_head(teacher_hidden).float()
-        distance = forward_kl(logits, teacher_logits, temperature)
-        return cross_entropy, distance.masked_fill(targets == IGNORED, 0)
 
     pieces = []
     for begin in range(0, len(targets), chunk):
         part = slice(begin, begin + chunk)
         teacher_part = None if teacher_hidden is None else teacher_hidden[part]
         # Not reentrant: the head's gradient is then summed over chunks before any hook of DDP or FSDP sees it.
-        pieces.append(checkpoint(of_chunk, hidden[part], targets[part], teacher_part, use_reentrant=False))
+        pieces.append(
+            checkpoint(
+                compiled_chunk_losses() if compiled else chunk_losses,
+                *(head, hidden[part], targets[part], teacher_head, teacher_part, temperature),
+                use_reentrant=False,
+            )
+        )
     cross_entropies, distances = zip(*pieces, strict=True)
     return torch.cat(cross_entropies), torch.cat(distances)
 
 
-def use_language_loss(model: PreTrainedModel, distillation: Distillation | None = None) -> None:
+def use_language_loss(
+    model: PreTrainedModel, distillation: Distillation | None = None, compiled: bool = False
+) -> None:
     """
     Let `model(input_ids, position_ids, labels, num_items_in_batch)` give a [`RecoveryOutput`]: cross-entropy mixed
     with the distance to the teacher in training, cross-entropy alone in evaluation.
@@ -119,6 +146,7 @@ def use_language_loss(model: PreTrainedModel, distillation: Distillation | None 
         model (`PreTrainedModel`): A causal language model with a decoder `model` and a head `lm_head`, before peft,
             DDP or FSDP wrap it. Only this instance changes; `del model.forward` undoes it.
         distillation (`Distillation`, *optional*): The teacher.
+        compiled (`bool`): See [`token_losses`].
     """
 
     def forward(self, input_ids, position_ids=None, labels=None, num_items_in_batch=None, **kwargs):
@@ -139,6 +167,7 @@ def use_language_loss(model: PreTrainedModel, distillation: Distillation | None 
             teacher_head,
             teacher_hidden,
             1.0 if teacher is None else teacher.temperature,
+            compiled=compiled,
         )
         count = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         loss = cross_entropy.sum() / count

@@ -45,17 +45,29 @@ class RecoveryTrainer(Trainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
 
+def compile_layers(model: PreTrainedModel, on: bool = True) -> None:
+    """Let each decoder layer, called as a module, run compiled: one graph serves all. Names and weights stay."""
+    for layer in model.model.layers:
+        layer._compiled_call_impl = None
+        if on:
+            layer.compile()
+
+
 def prepare_model(
-    model: PreTrainedModel, teacher: PreTrainedModel | None, model_arguments: ModelArguments, loss: LossArguments
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    model_arguments: ModelArguments,
+    loss: LossArguments,
+    compiled: bool = False,
 ) -> torch.nn.Module:
     """Bind the loss to the model and leave a gradient to what is trained; returns the model, wrapped if by LoRA."""
     if loss.objective == "attention":
         assert teacher is not None  # checked by LossArguments
         use_attention_loss(model, teacher)
     elif teacher is not None:
-        use_language_loss(model, Distillation(teacher, loss.distillation_weight, loss.temperature))
+        use_language_loss(model, Distillation(teacher, loss.distillation_weight, loss.temperature), compiled)
     else:
-        use_language_loss(model)
+        use_language_loss(model, compiled=compiled)
     if model_arguments.trainable == LORA:
         rank, alpha, dropout = model_arguments.lora_rank, model_arguments.lora_alpha, model_arguments.lora_dropout
         return add_lora(model, rank, alpha, dropout, model_arguments.lora_targets)
@@ -90,7 +102,11 @@ def recover(
     use_cache = model.config.use_cache
     if teacher is not None:
         teacher.requires_grad_(False).eval().to(arguments.device)
-    prepared = prepare_model(model, teacher, model_arguments, loss)
+    if arguments.compile_layers:
+        compile_layers(model)
+        if teacher is not None:
+            compile_layers(teacher)
+    prepared = prepare_model(model, teacher, model_arguments, loss, arguments.compile_layers)
     if arguments.process_index == 0:
         logger.info(describe_trainable(prepared))
     trainer = RecoveryTrainer(
