@@ -21,6 +21,10 @@ from .configuration_mla_llama import LATENT_LAYER_TYPE
 # What transformers calls a cache in arguments: "past_key_values" before 5.24, "cache" since.
 CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
+# A static cache's tokens are rounded up to a multiple of this: 8 numbers of 16 bits are what matrix units load at once,
+# and torch.compile pads other lengths by copying the whole cache on every step.
+STATIC_ROUNDING = 8
+
 
 class GrowingBuffer:
     """
@@ -183,10 +187,14 @@ class LatentDynamicLayer(LatentLayerMixin, DynamicLayer):
 
 
 class LatentStaticLayer(LatentLayerMixin, StaticLayer):
-    """Allocated once for `max_cache_len` tokens and written in place, for `torch.compile` and CUDA graphs."""
+    """Allocated once for `max_cache_len` tokens, rounded up, and written in place, for `torch.compile` and CUDA
+    graphs."""
 
     _layer_type = LATENT_LAYER_TYPE
     cumulative_length: torch.Tensor
+
+    def __init__(self, max_cache_len: int, **kwargs):
+        super().__init__(max_cache_len=-(-max_cache_len // STATIC_ROUNDING) * STATIC_ROUNDING, **kwargs)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -231,7 +239,7 @@ def cache_nbytes(cache: Cache) -> int:
     Bytes that a cache's tensors occupy, for latent caches and for transformers' own, dynamic, static or quantised.
 
     For a latent cache that is not quantised this is exactly layers * tokens * batch * (R + n*r) * element size,
-    `tokens` being `max_cache_len` for a static one. A quantised one counts scales, zeros and its window.
+    `tokens` being its layers' `max_cache_len` for a static one, which is rounded up to a multiple of 8. A quantised one counts scales, zeros and its window.
     """
     total = 0
     for layer in cache.layers:

@@ -24,6 +24,8 @@ from .kernels_mla_llama import attend_split, combine, triton
 MAX_RANK = 1024
 # Numbers of output that one program can accumulate in registers (fp32, 256 threads, half of the file).
 MAX_ACCUMULATORS = 32 * 1024
+# Columns of a latent that half of the threads hold the output of.
+NARROW_COLUMNS = 128
 
 
 @dataclass
@@ -70,11 +72,13 @@ def choose_tiles(num_rows: int, rank: int, rope: int, element_size: int, nbits: 
     if device.type != "cuda":
         return Tiles(block_m)
     shared_memory = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
-    for block_n, buffers in ((64, 2), (32, 2), (16, 2), (16, 1)):
+    # A narrow entry of few heads is little work a tile: fewer, longer tiles, by half of the threads.
+    narrow = nbits == 16 and block_c <= NARROW_COLUMNS and block_m == 16
+    for block_n, buffers in ((128, 2),) * narrow + ((64, 2), (32, 2), (16, 2), (16, 1)):
         needed = element_size * ((block_c + block_rope) * (block_m + buffers * block_n) + block_m * block_n)
         if needed <= shared_memory:
             break
-    return Tiles(block_m, block_n, num_stages=buffers + 1)
+    return Tiles(block_m, block_n, num_warps=4 if narrow else 8, num_stages=buffers + 1)
 
 
 def padded_columns(rank: int, rope: int, nbits: int) -> tuple[int, int]:
