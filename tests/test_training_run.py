@@ -195,6 +195,7 @@ def test_shipped_accelerate_configurations_are_read():
     assert kinds == {"fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
     # Checkpoints that from_pretrained loads
     assert read["fsdp2"].fsdp_config["fsdp_state_dict_type"] == "FULL_STATE_DICT"
+    assert read["fsdp2"].fsdp_config["fsdp_cpu_ram_efficient_loading"] is False
     assert read["zero3"].deepspeed_config["zero3_save_16bit_model"] is True
 
 
@@ -251,3 +252,11 @@ def test_bad_input_is_refused_before_the_model_loads(folder, monkeypatch, capsys
     ):
         assert main(arguments(folder, "out", *more)) == 2, message
         assert message in capsys.readouterr().err
+    for name, value in (
+        ("ACCELERATE_USE_FSDP", "true"),
+        ("FSDP_VERSION", "2"),
+        ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true"),
+    ):
+        monkeypatch.setenv(name, value)  # as `accelerate launch` does
+    assert main(arguments(folder, "out")) == 2
+    assert "fsdp_cpu_ram_efficient_loading: true with FSDP2" in capsys.readouterr().err

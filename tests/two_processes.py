@@ -4,15 +4,25 @@ torchrun --nproc_per_node=2 tests/two_processes.py train --model ...
 """
 
 import sys
+from types import SimpleNamespace
 
 import torch
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import distributed
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from mha2mla.cli.main import main
 from mha2mla.training import Distillation, PackedCollator, use_language_loss
 from pico import make_mla, make_source, tokens
+
+
+def shard(model: torch.nn.Module) -> torch.nn.Module:
+    """What accelerate does with the settings of docs/examples/accelerate/fsdp2.yaml, which it does on GPUs only."""
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+    )
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    return fsdp2_prepare_model(SimpleNamespace(state=state, mixed_precision="no", is_main_process=True), model)
 
 
 def check_sharded_loss(tied: bool, checkpointing: bool) -> None:
@@ -23,9 +33,7 @@ def check_sharded_loss(tied: bool, checkpointing: bool) -> None:
         sharded.gradient_checkpointing_enable()
     for model in (whole, sharded):
         use_language_loss(model, Distillation(make_source().requires_grad_(False)))
-    mesh = init_device_mesh("cpu", (2,))
-    for unit in (*sharded.model.layers, sharded):
-        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+    sharded = shard(sharded)
     batch = PackedCollator()([{"input_ids": ids, "lengths": [5, 7]} for ids in tokens(4, 12).tolist()])
     half = {name: tensor[2 * rank : 2 * rank + 2] for name, tensor in batch.items()}
     count = (batch["labels"] != -100).sum()

@@ -1,6 +1,7 @@
 """What can be found wrong before weights are read: minutes earlier than the model would find it."""
 
 import json
+import os
 from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
@@ -105,11 +106,24 @@ def check_run(
         )
     if loss.objective == "attention" and (arguments.fsdp or arguments.deepspeed):
         raise ValueError("objective='attention' calls layers one by one, which sharding cannot follow. Use plain DDP.")
+    if fsdp2_loads_on_one_process():
+        raise ValueError(
+            "fsdp_cpu_ram_efficient_loading: true with FSDP2: accelerate cannot hand a model's buffers (rope_frequencies) "
+            "to the other processes. Set it to false, as docs/examples/accelerate/fsdp2.yaml does."
+        )
     if not wants_resume(arguments) and any(Path(arguments.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
         raise ValueError(
             f"{arguments.output_dir} holds checkpoints of an earlier run. Go on with it by --resume_from_checkpoint "
             "true, or choose another --output_dir."
         )
+
+
+def fsdp2_loads_on_one_process() -> bool:
+    """Whether `accelerate launch` has been told so; it tells its processes by their environment."""
+    asked = {
+        name: os.environ.get(name, "").lower() for name in ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+    }
+    return set(asked.values()) == {"true"} and os.environ.get("FSDP_VERSION") == "2"
 
 
 def wants_resume(arguments: RecoveryTrainingArguments) -> bool:
