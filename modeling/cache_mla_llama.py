@@ -21,8 +21,8 @@ from .configuration_mla_llama import LATENT_LAYER_TYPE
 # What transformers calls a cache in arguments: "past_key_values" before 5.24, "cache" since.
 CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
-# A static cache's tokens are rounded up to a multiple of this: 8 numbers of 16 bits are what matrix units load at once,
-# and torch.compile pads other lengths by copying the whole cache on every step.
+# A static cache's tokens are rounded up to a multiple of this: matrix units load 8 numbers of 16 bits at once, and for
+# other lengths torch.compile makes a padded copy of the whole cache on every step.
 STATIC_ROUNDING = 8
 
 
@@ -238,8 +238,9 @@ def cache_nbytes(cache: Cache) -> int:
     """
     Bytes that a cache's tensors occupy, for latent caches and for transformers' own, dynamic, static or quantised.
 
-    For a latent cache that is not quantised this is exactly layers * tokens * batch * (R + n*r) * element size,
-    `tokens` being its layers' `max_cache_len` for a static one, which is rounded up to a multiple of 8. A quantised one counts scales, zeros and its window.
+    For a latent cache that is not quantised this is exactly layers * tokens * batch * (R + n*r) * element size; the tokens
+    of a static one are its layers' `max_cache_len`: what was asked for, rounded up to a multiple of 8. A quantised one
+    counts scales, zeros and its window.
     """
     total = 0
     for layer in cache.layers:

@@ -108,8 +108,8 @@ def check_run(
         raise ValueError("objective='attention' calls layers one by one, which sharding cannot follow. Use plain DDP.")
     if fsdp2_loads_on_one_process():
         raise ValueError(
-            "fsdp_cpu_ram_efficient_loading: true with FSDP2: accelerate cannot hand a model's buffers (rope_frequencies) "
-            "to the other processes. Set it to false, as docs/examples/accelerate/fsdp2.yaml does."
+            "fsdp_cpu_ram_efficient_loading: true with FSDP2: accelerate cannot hand a model's buffers, here "
+            "rope_frequencies, to the other processes. Set it to false, as docs/examples/accelerate/fsdp2.yaml does."
         )
     if not wants_resume(arguments) and any(Path(arguments.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
         raise ValueError(
