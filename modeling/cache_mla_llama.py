@@ -238,9 +238,9 @@ def cache_nbytes(cache: Cache) -> int:
     """
     Bytes that a cache's tensors occupy, for latent caches and for transformers' own, dynamic, static or quantised.
 
-    For a latent cache that is not quantised this is exactly layers * tokens * batch * (R + n*r) * element size; the tokens
-    of a static one are its layers' `max_cache_len`: what was asked for, rounded up to a multiple of 8. A quantised one
-    counts scales, zeros and its window.
+    For a latent cache that is not quantised this is exactly layers * tokens * batch * (R + n*r) * element size. The
+    tokens of a static one are its layers' `max_cache_len`: what was asked for, rounded up to a multiple of 8. A
+    quantised one counts scales, zeros and its window.
     """
     total = 0
     for layer in cache.layers:
