@@ -49,13 +49,14 @@ def measure_harness(
     Run a task of lm-evaluation-harness on a loaded model, with the task's own settings.
 
     Args:
-        task (`str` or `dict`): A task's or group's name, or a task's configuration. Its data comes from the Hub.
+        task (`str` or `dict`): Name of a task, group or tag, or a task's configuration. Its data comes from the Hub.
         limit (`int`, *optional*): Items at most, of each task of a group.
         seed (`int`, *optional*, defaults to 0): Of the few-shot examples and of everything else that is drawn.
 
     Returns:
         Every number that the harness reports, under its name, and accuracies under ours as well ("accuracy",
-        "accuracy_norm", "stderr", "stderr_norm"). Its "acc_norm" divides by characters, ours by bytes.
+        "accuracy_norm", "stderr", "stderr_norm"). Its "acc_norm" divides by characters, ours by bytes. A tag has no
+        numbers of its own: those of its tasks, each behind the task's name.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -66,6 +67,17 @@ def measure_harness(
         model=harness, tasks=[task], limit=limit, log_samples=False, bootstrap_iters=1000, **seeds
     )
     name = task if isinstance(task, str) else task["task"]
-    results = output["results"][name]
-    numbers = {key: value for key, value in results.items() if isinstance(value, int | float)}
+    return collect_numbers(output["results"], name)
+
+
+def collect_numbers(results: dict[str, dict[str, Any]], name: str) -> dict[str, float]:
+    """The numbers of a task or group, or, of a tag, those of all its tasks."""
+    if name not in results:
+        return {
+            f"{task} {key}": value
+            for task, of_task in results.items()
+            for key, value in of_task.items()
+            if isinstance(value, int | float)
+        }
+    numbers = {key: value for key, value in results[name].items() if isinstance(value, int | float)}
     return numbers | {ours: numbers[theirs] for theirs, ours in METRICS.items() if theirs in numbers}

@@ -98,3 +98,38 @@ def test_harness_task_gives_our_accuracies(tmp_path):
         require_harness_task(name)
     with pytest.raises(ValueError, match="Unknown task 'no_such_task'"):
         require_harness_task("no_such_task")
+
+
+def test_harness_tasks_that_generate(tmp_path):
+    """As LongBench's do: greedy text after a prompt, judged by the task's own function."""
+    pytest.importorskip("lm_eval")
+    from mha2mla.evaluation.harness import collect_numbers, measure_harness, require_harness_task
+
+    model, tokenizer = make_mla(max_position_embeddings=64), pico_tokenizer()
+    prompts = [" ".join(f"w{i}" for i in row) for row in tokens(4, 6).clamp(min=4).tolist()]
+    written = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        out = model.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
+        written.append(tokenizer.decode(out[0, ids.shape[1] :]).strip())
+    file = tmp_path / "items.jsonl"
+    file.write_text(
+        "".join(json.dumps({"prompt": p, "answer": w}) + "\n" for p, w in zip(prompts, written, strict=True))
+    )
+    task = {
+        "task": "pico_generation",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(file)}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "prompt",
+        "doc_to_target": "answer",
+        "generation_kwargs": {"max_gen_toks": 5, "until": [], "do_sample": False},
+        "process_results": lambda doc, results: {"score": float(results[0].strip()[:8] == doc["answer"][:8])},
+        "metric_list": [{"metric": "score", "aggregation": "mean", "higher_is_better": True}],
+    }
+    assert measure_harness(model, tokenizer, task, batch_size=1)["score,none"] == 1
+    for name in ("longbench_qasper", "longbench_single_tasks"):
+        require_harness_task(name)
+    of_a_tag = {"a": {"score,none": 1.0, "alias": "a"}, "b": {"score,none": 0.5}}
+    assert collect_numbers(of_a_tag, "tag") == {"a score,none": 1.0, "b score,none": 0.5}
