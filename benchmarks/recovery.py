@@ -247,9 +247,12 @@ def draw(rows: list[dict], path: Path) -> None:
         left.plot(tokens, [math.log(row["eval_perplexity"][0]) for row in members], marker="o", label=label)
         averages, errors = zip(*(row["accuracy"]["average"] for row in members), strict=True)
         right.errorbar(tokens, [100 * a for a in averages], [100 * e for e in errors], marker="o", label=label)
+    budgets = sorted({row["run"]["tokens"] / 1e6 for row in rows})
     for axes, title in ((left, "validation loss (nats per token)"), (right, "average accuracy (%)")):
         axes.set(xlabel="tokens (millions)", title=title)
-        axes.set_xscale("symlog")
+        axes.set_xscale("symlog", linthresh=min(budgets[1:], default=1))
+        axes.set_xticks(budgets, [f"{budget:g}" for budget in budgets], minor=False)
+        axes.minorticks_off()
     right.legend(fontsize="x-small")
     figure.savefig(path, dpi=150)
 

@@ -64,8 +64,8 @@ def evaluate_models(
     caches: Sequence[CacheKind] = (PLAIN,),
 ) -> Results:
     """
-    Measure every task that has not been measured yet on every model. results.json is written after each; at the end
-    table.md and report.html follow.
+    Measure every task that has not been measured yet on every model. results.json is written after each; table.md and
+    report.html after each row.
 
     Args:
         paths (`list[str]`): The original first, then its conversions; folders or names on the Hub.
@@ -111,7 +111,7 @@ def evaluate_models(
                 row.tasks[task.name] = {"kind": task.kind, "digest": digest, "numbers": numbers, "seconds": seconds}
                 row.tasks[task.name]["run"] = len(results.runs) - 1
                 results.save(output)
+            results.save(output)
+            write_tables(output, results)
         del model  # before the next one is loaded
-    results.save(output)
-    write_tables(output, results)
     return results
