@@ -35,6 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 import mha2mla.modeling  # noqa: F401  # registers the family
 from mha2mla.evaluation import measure_multiple_choice, read_items
+from mha2mla.evaluation.multiple_choice import paired_difference
 from mha2mla.training import RecoveryTrainer, pack_documents, parse_arguments, recover
 from mha2mla.training.checks import find_checkpoint
 from mha2mla.training.packing import tokenize
@@ -164,8 +165,8 @@ def throughput(history: list[dict]) -> float:
     return tokens / seconds if seconds else math.nan
 
 
-def measure_accuracy(trainer: RecoveryTrainer, folder: Path, limit: int | None) -> dict[str, list[float]]:
-    """Length-normalised accuracy and its standard error, of each set and of their average."""
+def measure_accuracy(trainer: RecoveryTrainer, folder: Path, limit: int | None) -> dict[str, dict]:
+    """Length-normalised accuracy and standard error, of each set and of their average; and which items were right."""
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
@@ -173,15 +174,16 @@ def measure_accuracy(trainer: RecoveryTrainer, folder: Path, limit: int | None) 
     compile_layers(model, on=False)  # batches of many lengths follow
     model.set_attn_implementation("sdpa")
     model = model.to(torch.bfloat16 if trainer.args.bf16 else model.dtype).eval()
-    accuracies = {}
+    accuracies, right = {}, {}
     for name in SETS:
         result = measure_multiple_choice(
             model, trainer.processing_class, read_items(folder / f"{name}.jsonl")[:limit], batch_size=128
         )
         accuracies[name] = [result.accuracy_norm, result.stderr_norm]
+        right[name] = result.right_norm
     values, errors = zip(*accuracies.values(), strict=True)
     average = [sum(values) / len(values), math.sqrt(sum(error**2 for error in errors)) / len(errors)]
-    return accuracies | {"average": average}
+    return {"accuracy": accuracies | {"average": average}, "right": right}
 
 
 def run_all(args: argparse.Namespace) -> None:
@@ -200,7 +202,11 @@ def run_all(args: argparse.Namespace) -> None:
                 "steps": trainer.state.global_step if run.tokens else 0,
                 "eval_perplexity": [last["eval_perplexity"], last["eval_perplexity_stderr"]],
                 "tokens_per_second": throughput(history),
-                "accuracy": measure_accuracy(trainer, args.sets, args.limit) if args.sets else None,
+                **(
+                    measure_accuracy(trainer, args.sets, args.limit)
+                    if args.sets
+                    else {"accuracy": None, "right": None}
+                ),
                 "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
                 "arguments": args.arguments,
             }
@@ -214,18 +220,30 @@ def read_results(path: Path) -> list[dict]:
 
 def write_table(args: argparse.Namespace) -> None:
     rows = read_results(args.results)
-    print("| model | trained | distillation | tokens | perplexity | average accuracy | tokens/s |")
-    print("|---|---|---|---|---|---|---|")
+    original = next((row for row in rows if row["run"]["model"] == ORIGINAL and not row["run"]["tokens"]), None)
+    print("| model | trained | distillation | tokens | perplexity | average accuracy | lost, points | tokens/s |")
+    print("|---|---|---|---|---|---|---|---|")
     for row in rows:
         run, (perplexity, stderr) = Run(**row["run"]), row["eval_perplexity"]
         accuracy, error = (100 * value for value in row["accuracy"]["average"])
         speed = "" if math.isnan(row["tokens_per_second"]) else f"{row['tokens_per_second']:,.0f}"
         print(
             f"| {run.model} | {run.trainable} | {run.distillation:g} | {run.tokens / 1e6:g}M "
-            f"| {perplexity:.2f} ± {stderr:.2f} | {accuracy:.2f} ± {error:.2f} | {speed} |"
+            f"| {perplexity:.2f} ± {stderr:.2f} | {accuracy:.2f} ± {error:.2f} | {lost(row, original)} | {speed} |"
         )
     if args.plot:
         draw(rows, args.plot)
+
+
+def lost(row: dict, original: dict | None) -> str:
+    """Points of average accuracy against the untrained original, with the standard error over the same items."""
+    if original is None or row is original:
+        return ""
+    text = f"{100 * (original['accuracy']['average'][0] - row['accuracy']['average'][0]):.2f}"
+    if not (row.get("right") and original.get("right")):  # rows from before items were kept
+        return text
+    errors = [paired_difference(row["right"][name], original["right"][name])[1] for name in SETS]
+    return f"{text} ± {100 * math.hypot(*errors) / len(errors):.2f}"
 
 
 def draw(rows: list[dict], path: Path) -> None:

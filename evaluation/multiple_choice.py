@@ -20,6 +20,7 @@ class MultipleChoice:
         accuracy_norm (`float`): The same with log-likelihoods divided by the choices' lengths in bytes (UTF-8).
         stderr, stderr_norm (`float`): Standard errors over items; NaN for a single one.
         num_items (`int`): Items measured.
+        right, right_norm (`str`): "1" or "0" for each item, in order: what [`paired_difference`] compares.
     """
 
     accuracy: float
@@ -27,6 +28,8 @@ class MultipleChoice:
     stderr: float
     stderr_norm: float
     num_items: int
+    right: str
+    right_norm: str
 
     @classmethod
     def from_scores(
@@ -43,7 +46,9 @@ class MultipleChoice:
             per_byte = [value / size for value, size in zip(values, sizes, strict=True)]
             plain.append(float(values.index(max(values)) == answer))
             normalised.append(float(per_byte.index(max(per_byte)) == answer))
-        return cls(mean(plain), mean(normalised), mean_stderr(plain), mean_stderr(normalised), len(plain))
+        right, right_norm = ("".join(f"{hit:.0f}" for hit in hits) for hits in (plain, normalised))
+        errors = mean_stderr(plain), mean_stderr(normalised)
+        return cls(mean(plain), mean(normalised), *errors, len(plain), right, right_norm)
 
     def __str__(self) -> str:
         return (
@@ -55,6 +60,18 @@ class MultipleChoice:
 def mean_stderr(values: Sequence[float]) -> float:
     """Standard error of the mean; NaN for a single value."""
     return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def paired_difference(right: str, of_original: str) -> tuple[float, float]:
+    """
+    How much more often one model is right than another on the same items, and the standard error of that. Most items
+    are right or wrong for both, so it is known far better than either accuracy.
+
+    Args:
+        right, of_original (`str`): As [`MultipleChoice`] has them, of the same items.
+    """
+    differences = [float(a) - float(b) for a, b in zip(right, of_original, strict=True)]
+    return mean(differences), mean_stderr(differences)
 
 
 def measure_multiple_choice(

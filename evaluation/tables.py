@@ -11,6 +11,7 @@ from typing import Any
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
+from .multiple_choice import paired_difference
 from .pictures import ORIGINAL, Measured, encode_png, html_page, html_picture, html_table, plot_against_cache
 from .results import ModelResult, Results
 
@@ -119,10 +120,45 @@ def accuracy_tables(results: Results) -> Iterator[Table]:
         if names:
             columns = {name: cell(name, key) for name in names}
             yield make_table(results, title, {"average": average(names, key)} | columns)
+    yield from difference_tables(results)
     names = tasks_with(results, ("retrieval",), "accuracy")
     if names:
         columns = {name: cell(name, "accuracy") for name in names}
         yield make_table(results, "Completed exactly by greedy decoding, in %", columns)
+
+
+def difference_tables(results: Results) -> Iterator[Table]:
+    """What each model gained or lost against the original on the same items, in points of accuracy by length."""
+    original = next((m for m in results.models if m.preset == ORIGINAL), None)
+    names = tasks_with(results, ("choice",), "right_norm")
+    if original is None or not names or len(results.models) < 2:
+        return
+
+    def difference(model: ModelResult, name: str) -> tuple[float, float] | None:
+        of_model, reference = (
+            task_numbers(model, name).get("right_norm"),
+            task_numbers(original, name).get("right_norm"),
+        )
+        if model is original or of_model is None or reference is None:
+            return None
+        if model.tasks[name]["digest"] != original.tasks[name]["digest"]:  # other items, in a continued run
+            return None
+        return paired_difference(of_model, reference)
+
+    def average(model: ModelResult) -> str:
+        measured = [difference(model, name) for name in names]
+        known = [pair for pair in measured if pair is not None]
+        if len(known) < len(names):
+            return show(None)
+        values, errors = zip(*known, strict=True)
+        return show(mean(values), math.hypot(*errors) / len(errors), factor=100)
+
+    columns: dict[str, Callable[[ModelResult], str]] = {"average": average}
+    columns |= {
+        name: lambda model, name=name: show(*(difference(model, name) or (None,)), factor=100) for name in names
+    }
+    title = "Difference from the original on the same items (paired), accuracy by length, in points"
+    yield make_table(results, title, columns)
 
 
 def number_columns(name: str, keys: dict[str, str], digits: int = 2) -> dict[str, Callable[[ModelResult], str]]:

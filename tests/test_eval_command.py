@@ -64,7 +64,8 @@ def arguments(models, sets, tmp_path, *more, tasks=TASKS):
 def test_tables_page_and_results(models, sets, tmp_path, capsys):
     assert main(arguments(models, sets, tmp_path, "--batch-size", "auto")) == 0
     printed = capsys.readouterr().out
-    for title in ("Multiple choice, accuracy in %", "Perplexity, bits per byte", "agreement:texts", "passkey"):
+    titles = ("Multiple choice, accuracy in %", "Difference from the original on the same items (paired)")
+    for title in (*titles, "Perplexity, bits per byte", "agreement:texts", "passkey"):
         assert title in printed
     results = json.loads((tmp_path / "results" / "results.json").read_text())
     original, half = results["models"]

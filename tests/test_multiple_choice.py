@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mha2mla.evaluation import measure_multiple_choice
 from mha2mla.evaluation.items import read_items
+from mha2mla.evaluation.multiple_choice import paired_difference
 from mha2mla.evaluation.scoring import encode_request, score_requests
 from pico import VOCAB, make_mla, make_source
 
@@ -65,6 +66,16 @@ def test_scores_are_those_of_one_forward_pass_per_choice(model, tokenizer, batch
             assert score.greedy == (rows.argmax(-1).tolist() == ids)
 
 
+def test_paired_difference_against_a_formula():
+    """Two models that differ in two of eight items, whatever they share."""
+    difference, stderr = paired_difference("11010001", "11011000")
+    assert difference == pytest.approx((1 - 1) / 8)
+    assert stderr == pytest.approx(math.sqrt(2 / 7) / math.sqrt(8))
+    assert paired_difference("1101", "1001") == (pytest.approx(0.25), pytest.approx(0.25))
+    with pytest.raises(ValueError):
+        paired_difference("11", "110")
+
+
 def test_accuracies_and_standard_errors(tokenizer):
     model = make_mla()
     result = measure_multiple_choice(model, tokenizer, ITEMS, batch_size=2)
@@ -75,6 +86,7 @@ def test_accuracies_and_standard_errors(tokenizer):
         right.append(float(values.argmax() == item["answer"]))
         right_norm.append(float((values / sizes).argmax() == item["answer"]))
     assert result.num_items == 5
+    assert (result.right, result.right_norm) == tuple("".join(str(int(x)) for x in y) for y in (right, right_norm))
     assert result.accuracy == pytest.approx(sum(right) / 5)
     assert result.accuracy_norm == pytest.approx(sum(right_norm) / 5)
     assert result.stderr == pytest.approx(torch.tensor(right).std().item() / math.sqrt(5))
