@@ -10,26 +10,31 @@
 
 A row of the table is a run of its own, with its own decay, from the converted checkpoint. The original model, measured
 untrained and trained in full on the same tokens by the same Trainer, is the control, for quality and throughput alike.
-Rows that are in the results file are not run again, and with --work a killed row goes on from its last checkpoint, so
-that several sessions, or several processes with --only, can share the work. Behind `--` stand arguments of `mha2mla
-train`. Neither `run` nor `tokens` needs the `datasets` library.
+Rows that are in the results file are not run again, and with --work a stopped row goes on from its last checkpoint, so
+that several sessions can share the work; --workers runs rows side by side (their rates mean nothing then). Behind `--`
+stand arguments of `mha2mla train`. Neither `run` nor `tokens` needs the `datasets` library.
 """
 
 import argparse
 import gzip
 import json
 import math
+import os
 import re
 import sys
 import tempfile
+import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from glob import glob
 from itertools import pairwise, product
 from pathlib import Path
+from queue import Empty
 
 import numpy as np
 import torch
+import torch.multiprocessing as multiprocessing
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
@@ -177,7 +182,7 @@ def measure_accuracy(trainer: RecoveryTrainer, folder: Path, limit: int | None) 
     accuracies, right = {}, {}
     for name in SETS:
         result = measure_multiple_choice(
-            model, trainer.processing_class, read_items(folder / f"{name}.jsonl")[:limit], batch_size=128
+            model, trainer.processing_class, read_items(folder / f"{name}.jsonl")[:limit], batch_size=64
         )
         accuracies[name] = [result.accuracy_norm, result.stderr_norm]
         right[name] = result.right_norm
@@ -186,32 +191,58 @@ def measure_accuracy(trainer: RecoveryTrainer, folder: Path, limit: int | None) 
     return {"accuracy": accuracies | {"average": average}, "right": right}
 
 
+def run_row(run: Run, folder: str, args: argparse.Namespace) -> None:
+    """Train and measure one row, and append it to the results."""
+    print(run.name, flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        output = str(args.work / run.name.replace("/", "-")) if args.work else scratch
+        trainer = train(run, folder, args, output)
+        history = trainer.state.log_history
+        last = next(line for line in reversed(history) if "eval_perplexity" in line)
+        row = {
+            "run": asdict(run),
+            "steps": trainer.state.global_step if run.tokens else 0,
+            "eval_perplexity": [last["eval_perplexity"], last["eval_perplexity_stderr"]],
+            "tokens_per_second": throughput(history),
+            **(measure_accuracy(trainer, args.sets, args.limit) if args.sets else {"accuracy": None, "right": None}),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "workers": args.workers,
+            "arguments": args.arguments,
+        }
+    with args.results.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def work(number: int, args: argparse.Namespace, queue) -> None:
+    """Rows from the queue, on one of the GPUs."""
+    if torch.cuda.device_count():
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % torch.cuda.device_count())
+        torch.cuda.device_count.cache_clear()  # this process has used none yet
+    while True:
+        try:
+            run, folder = queue.get(timeout=1)
+        except Empty:
+            return
+        try:
+            run_row(run, folder, args)
+        except Exception:  # the other rows do not depend on this one
+            traceback.print_exc()
+
+
 def run_all(args: argparse.Namespace) -> None:
     done = {Run(**row["run"]).key for row in read_results(args.results)} if args.results.is_file() else set()
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
     for run, folder in plan_runs(args):
-        if run.key in done or not re.search(args.only, run.name):
-            continue
-        print(run.name, flush=True)
-        with tempfile.TemporaryDirectory() as scratch:
-            output = str(args.work / run.name.replace("/", "-")) if args.work else scratch
-            trainer = train(run, folder, args, output)
-            history = trainer.state.log_history
-            last = next(line for line in reversed(history) if "eval_perplexity" in line)
-            row = {
-                "run": asdict(run),
-                "steps": trainer.state.global_step if run.tokens else 0,
-                "eval_perplexity": [last["eval_perplexity"], last["eval_perplexity_stderr"]],
-                "tokens_per_second": throughput(history),
-                **(
-                    measure_accuracy(trainer, args.sets, args.limit)
-                    if args.sets
-                    else {"accuracy": None, "right": None}
-                ),
-                "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-                "arguments": args.arguments,
-            }
-        with args.results.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        if run.key not in done and re.search(args.only, run.name):
+            queue.put((run, folder))
+    workers = [context.Process(target=work, args=(number, args, queue)) for number in range(args.workers)]
+    for worker in workers:
+        worker.start()
+    deadline = time.monotonic() + args.seconds
+    for worker in workers:
+        worker.join(None if math.isinf(args.seconds) else max(0, deadline - time.monotonic()))
+        worker.kill()
 
 
 def read_results(path: Path) -> list[dict]:
@@ -293,6 +324,8 @@ def main() -> None:
     run.add_argument("--sets", type=Path, help=f"Folder of {', '.join(SETS)}.jsonl; by default no accuracy.")
     run.add_argument("--only", default="", help="Rows in whose name, like original/all/0/20M, this is found.")
     run.add_argument("--work", type=Path, help="Folder for checkpoints, from which rows that were killed go on.")
+    run.add_argument("--workers", type=int, default=1, help="Processes, spread over the GPUs: rows side by side.")
+    run.add_argument("--seconds", type=float, default=math.inf, help="Stop then; with --work rows go on another time.")
     run.add_argument("--limit", type=int, help="Items of each set at most.")
     run.add_argument("--trainable", nargs="+", default=["all", "attention", "lora"])
     run.add_argument("--distillation", nargs="+", type=float, default=[0.0, 1.0], help="Weights of the teacher.")
