@@ -8,6 +8,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import is_peft_available
 
+from mha2mla.modeling import MLALlamaConfig
+
 from .arguments import DataArguments, LossArguments, ModelArguments, RecoveryTrainingArguments
 from .parameters import LORA, check_lora_targets, freeze_except, meta_model
 
@@ -33,6 +35,7 @@ def check_model(model: ModelArguments, loss: LossArguments, length: int) -> PreT
             f"{model.model} has model_type={config.model_type!r}: it is not converted. Run `mha2mla convert` first, "
             "and train what it writes."
         )
+    assert isinstance(config, MLALlamaConfig)
     if length > config.max_position_embeddings:
         raise ValueError(f"length={length} is more than the model's context, {config.max_position_embeddings}.")
     empty = meta_model(config)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from mha2mla.modeling import MLALlamaConfig, MLALlamaForCausalLM
 
 # Named choices beside `lora`; anything else is a regular expression of the user's.
 NAMED_PATTERNS = {
@@ -18,10 +19,10 @@ LORA = "lora"
 PROJECTIONS = ["q_proj", "kv_a_proj", "kv_b_proj", "o_proj"]
 
 
-def meta_model(config: PreTrainedConfig) -> nn.Module:
+def meta_model(config: MLALlamaConfig) -> nn.Module:
     """The model of a config without weights or memory: enough to know the names of its parameters."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return MLALlamaForCausalLM(config)  # from_config would shard it, if DeepSpeed ZeRO-3 is at work
 
 
 def freeze_except(model: nn.Module, trainable: str) -> None:

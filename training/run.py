@@ -2,10 +2,13 @@
 
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, SchedulerType, set_seed
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from mha2mla.conversion.checkpoint import RECORD_NAME
 
@@ -54,7 +57,10 @@ def train(
     student = load_model(model.model, model.dtype, model.attn_implementation)
     teacher = None
     if loss.teacher is not None:
-        teacher = load_model(loss.teacher, "bfloat16" if arguments.bf16 else model.dtype, model.attn_implementation)
+        with load_whole(arguments):
+            teacher = load_model(
+                loss.teacher, "bfloat16" if arguments.bf16 else model.dtype, model.attn_implementation
+            )
     trainer = recover(student, tokenizer, train_rows, eval_rows, model, loss, arguments, teacher, checkpoint)
 
     if trainer.is_world_process_zero():
@@ -78,6 +84,21 @@ def load_model(path: str, dtype: str, attn_implementation: str) -> torch.nn.Modu
     return AutoModelForCausalLM.from_pretrained(
         path, dtype=getattr(torch, dtype), attn_implementation=attn_implementation
     )
+
+
+@contextmanager
+def load_whole(arguments: RecoveryTrainingArguments) -> Iterator[None]:
+    """Where a model is loaded whole: `from_pretrained` would shard it for DeepSpeed ZeRO-3, whose engine gathers the
+    student's weights only. (The plugin's own context manager for this no longer tells transformers.)"""
+    plugin = arguments.deepspeed_plugin
+    if plugin is None:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(getattr(arguments, "hf_deepspeed_config", None) or plugin.dschf)
 
 
 def save_merged(folder: Path, tokenizer: PreTrainedTokenizerBase, model: ModelArguments) -> None:

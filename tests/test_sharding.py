@@ -1,0 +1,87 @@
+"""The shipped configurations of accelerate, on two processes of a CPU; DeepSpeed's where it is installed.
+
+accelerate shards on GPUs only. The launched script tells it that the CPU is one, and gloo its backend.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_training_run import arguments, folder, losses  # noqa: F401  # a fixture
+from transformers.integrations import deepspeed as integration
+
+from mha2mla.cli.main import main
+from mha2mla.training import parse_arguments, run
+from mha2mla.training.parameters import meta_model
+from pico import make_mla
+
+CONFIGURATIONS = Path(__file__).parents[1] / "docs" / "examples" / "accelerate"
+ON_CPU = """
+import sys
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+from mha2mla.cli.main import main
+status = main(sys.argv[1:])
+print(PartialState().distributed_type)
+sys.exit(status)
+"""
+
+
+@pytest.mark.parametrize("configuration", ["fsdp2", "zero2", "zero3"])
+def test_sharded_runs_give_the_curve_and_the_checkpoints_of_one_process(folder, configuration):  # noqa: F811
+    if configuration != "fsdp2":
+        pytest.importorskip("deepspeed")
+    teacher = ("--teacher", folder / "source")
+    assert main(arguments(folder, "one", *teacher)) == 0
+    script = folder / "on_cpu.py"
+    script.write_text(ON_CPU)
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        CONFIGURATIONS / f"{configuration}.yaml",
+    ]
+    launch += ["--mixed_precision", "no", "--main_process_port", "0", script]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    for more in ((), ("--resume_from_checkpoint", folder / "two" / "checkpoint-4")):
+        command = arguments(folder, "two", *teacher, "--per_device_train_batch_size", 1, *more)
+        command.remove("--use_cpu")
+        done = subprocess.run([*map(str, launch), *command], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert ("FSDP" if configuration == "fsdp2" else "DEEPSPEED") in done.stdout
+        assert losses(folder / "two") == pytest.approx(losses(folder / "one"), rel=1e-4)
+    for place in ("", "checkpoint-4"):
+        got, expected = (load_file(folder / name / place / "model.safetensors") for name in ("two", "one"))
+        assert set(got) == set(expected)
+        for name, tensor in expected.items():
+            torch.testing.assert_close(got[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_zero3_shards_neither_the_teacher_nor_the_look_at_the_model():
+    """What `from_pretrained` and `from_config` would do while a configuration of stage 3 is in force."""
+
+    class Stage3:
+        def is_zero3(self):
+            return True
+
+    class Plugin:
+        dschf = Stage3()
+
+    *_, training = parse_arguments(["--model", "m", "--data", "d", "--output_dir", "o", "--use_cpu"])
+    training.deepspeed_plugin = Plugin()
+    integration.set_hf_deepspeed_config(Plugin.dschf)
+    try:
+        with run.load_whole(training):
+            assert not integration.is_deepspeed_zero3_enabled()
+        assert integration.is_deepspeed_zero3_enabled()
+        assert all(parameter.is_meta for parameter in meta_model(make_mla().config).parameters())
+    finally:
+        integration.unset_hf_deepspeed_config()
