@@ -29,8 +29,6 @@ from mha2mla.conversion import ConversionConfig, calibrated, convert, pair_score
 from mha2mla.evaluation import measure_perplexity
 
 SIZES = {120: (40, 80), 72: (24, 48), 48: (16, 32)}  # cache of SmolLM2-135M: rotary key + latent; a third rotary
-LARGE = dict(calibration_samples=1024, calibration_length=1024, refine_steps=256, refine_batch_size=8)
-LARGE |= dict(refine_learning_rate=0.01, score_samples=16)
 
 
 def sizes(cache: int) -> dict:
@@ -91,7 +89,6 @@ for cache in SIZES:
         ROWS[f"paper 2-norm joint {cache}"] = (cache, dict(preset="paper", cache_ratio=cache / 384), {})
     ROWS[f"closed {cache}"] = (cache, dict(refine_steps=0, **sizes(cache)), {})
     ROWS[f"default {cache}"] = (cache, sizes(cache), {})
-    ROWS[f"large {cache}"] = (cache, LARGE | sizes(cache), {})
 for name, options, patches in (
     ("per-head key", dict(rope_layout="per-head", qk_rope_head_dim=14, kv_lora_rank=78), {}),
     ("no mean rotation", {}, {"mean_rotation": no_rotation}),
