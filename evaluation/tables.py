@@ -153,10 +153,14 @@ def difference_tables(results: Results) -> Iterator[Table]:
         values, errors = zip(*known, strict=True)
         return show(mean(values), math.hypot(*errors) / len(errors), factor=100)
 
-    columns: dict[str, Callable[[ModelResult], str]] = {"average": average}
-    columns |= {
-        name: lambda model, name=name: show(*(difference(model, name) or (None,)), factor=100) for name in names
-    }
+    def cell(name: str) -> Callable[[ModelResult], str]:
+        def of(model: ModelResult) -> str:
+            value, stderr = difference(model, name) or (None, None)
+            return show(value, stderr, factor=100)
+
+        return of
+
+    columns = {"average": average} | {name: cell(name) for name in names}
     title = "Difference from the original on the same items (paired), accuracy by length, in points"
     yield make_table(results, title, columns)
 
