@@ -135,10 +135,7 @@ def difference_tables(results: Results) -> Iterator[Table]:
         return
 
     def difference(model: ModelResult, name: str) -> tuple[float, float] | None:
-        of_model, reference = (
-            task_numbers(model, name).get("right_norm"),
-            task_numbers(original, name).get("right_norm"),
-        )
+        of_model, reference = (task_numbers(m, name).get("right_norm") for m in (model, original))
         if model is original or of_model is None or reference is None:
             return None
         if model.tasks[name]["digest"] != original.tasks[name]["digest"]:  # other items, in a continued run
