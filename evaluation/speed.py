@@ -19,6 +19,7 @@ from mha2mla.modeling import (
     cache_nbytes,
     quantized_cache,
 )
+from mha2mla.modeling.cache_mla_llama import STATIC_ROUNDING
 from mha2mla.modeling.decode_mla_llama import Part, decode_attention, kernel_can_run
 
 from .tables import Table
@@ -198,7 +199,10 @@ def measure_speed(
     device = model.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    cache = make_cache(model, kind, context + WARM_UP_STEPS + steps * repetitions)
+    tokens = context + WARM_UP_STEPS + steps * repetitions
+    if kind.startswith("static"):
+        tokens = -(-tokens // STATIC_ROUNDING) * STATIC_ROUNDING  # the original's too: the same room for both
+    cache = make_cache(model, kind, tokens)
     ids = torch.randint(3, model.config.vocab_size, (batch, context), device=device)
     first_token = None
     if prefill:
@@ -229,7 +233,6 @@ def measure_speed(
 
     run(WARM_UP_STEPS)
     seconds = statistics.median(run(steps) for _ in range(repetitions))
-    tokens = context + WARM_UP_STEPS + steps * repetitions
     return Speed(
         model=name,
         cache=kind,
