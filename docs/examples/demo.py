@@ -38,10 +38,12 @@ sys.meta_path.insert(0, Block())
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
-messages = [{"role": "user", "content": "What is the capital of France, and what is it known for?"}]
+question = "What does the for statement do in Python?"  # what the text it was calibrated on is about
+messages = [{"role": "user", "content": question}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 out = model.generate(**inputs, max_new_tokens=60, do_sample=False)
 print(f"  loaded by {type(model).__module__.split('.')[0]}, without mha2mla")
+print(f"  {question}")
 print("  " + tokenizer.decode(out[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).replace("\\n", "\\n  "))
 """
 
