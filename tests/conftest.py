@@ -3,6 +3,10 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # every test is offline; a forgotten download fails at once
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
+import socket
+import subprocess
+from collections.abc import Callable
+
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -56,3 +60,16 @@ def calibration_file(tmp_path):
     path = tmp_path / "calibration.jsonl"
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def launch(command: Callable[[str], list], environment: dict[str, str]) -> subprocess.CompletedProcess:
+    """Run what starts several processes, given a port for them to meet at. A port that was free may be taken by the
+    time it is bound, so that one is tried again with another."""
+    for _ in range(3):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        done = subprocess.run(list(map(str, command(port))), env=environment, capture_output=True, text=True)
+        if "address already in use" not in done.stderr.lower():
+            break
+    return done

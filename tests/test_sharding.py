@@ -4,12 +4,12 @@ accelerate shards on GPUs only. The launched script tells it that the CPU is one
 """
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import launch
 from safetensors.torch import load_file
 from test_training_run import arguments, folder, losses  # noqa: F401  # a fixture
 from transformers.integrations import deepspeed as integration
@@ -34,6 +34,7 @@ sys.exit(status)
 """
 
 
+@pytest.mark.xdist_group("several processes")
 @pytest.mark.parametrize("configuration", ["fsdp2", "zero2", "zero3"])
 def test_sharded_runs_give_the_curve_and_the_checkpoints_of_one_process(folder, configuration):  # noqa: F811
     if configuration != "fsdp2":
@@ -42,19 +43,13 @@ def test_sharded_runs_give_the_curve_and_the_checkpoints_of_one_process(folder, 
     assert main(arguments(folder, "one", *teacher)) == 0
     script = folder / "on_cpu.py"
     script.write_text(ON_CPU)
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        CONFIGURATIONS / f"{configuration}.yaml",
-    ]
-    launch += ["--mixed_precision", "no", "--main_process_port", "0", script]
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", "no"]
+    accelerate += ["--config_file", CONFIGURATIONS / f"{configuration}.yaml", "--main_process_port"]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     for more in ((), ("--resume_from_checkpoint", folder / "two" / "checkpoint-4")):
         command = arguments(folder, "two", *teacher, "--per_device_train_batch_size", 1, *more)
         command.remove("--use_cpu")
-        done = subprocess.run([*map(str, launch), *command], env=environment, capture_output=True, text=True)
+        done = launch(lambda port, command=command: [*accelerate, port, script, *command], environment)
         assert done.returncode == 0, done.stderr
         assert ("FSDP" if configuration == "fsdp2" else "DEEPSPEED") in done.stdout
         assert losses(folder / "two") == pytest.approx(losses(folder / "one"), rel=1e-4)

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import pico_tokenizer
+from conftest import launch, pico_tokenizer
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -172,17 +171,15 @@ def test_killed_run_resumes_to_the_losses_of_an_uninterrupted_one(folder):
     assert len(losses(folder / "whole")) == 40
 
 
+@pytest.mark.xdist_group("several processes")
 def test_two_processes_give_the_curve_of_one(folder):
     """Gloo on the CPU; each process takes half of the rows of a step. The same processes then try FSDP2."""
     options = ("--teacher", folder / "source", "--streaming", "--shuffle_buffer", 8)
     assert main(arguments(folder, "one", *options)) == 0
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
     command = arguments(folder, "two", *options, "--per_device_train_batch_size", 1)
     script = Path(__file__).parent / "two_processes.py"
-    done = subprocess.run([*launch, str(script), *command], env=environment(folder), capture_output=True, text=True)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    done = launch(lambda port: [*torchrun, f"--master_port={port}", script, *command], environment(folder))
     assert done.returncode == 0, done.stderr
     assert losses(folder / "two") == pytest.approx(losses(folder / "one"), rel=1e-4)
     assert "| Tokens | 192 |" in (folder / "two" / "README.md").read_text()
