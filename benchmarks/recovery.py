@@ -213,11 +213,8 @@ def run_row(run: Run, folder: str, args: argparse.Namespace) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def work(number: int, args: argparse.Namespace, queue) -> None:
-    """Rows from the queue, on one of the GPUs."""
-    if torch.cuda.device_count():
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % torch.cuda.device_count())
-        torch.cuda.device_count.cache_clear()  # this process has used none yet
+def work(args: argparse.Namespace, queue) -> None:
+    """Rows from the queue, on the one GPU that this process sees."""
     while True:
         try:
             run, folder = queue.get(timeout=1)
@@ -236,8 +233,11 @@ def run_all(args: argparse.Namespace) -> None:
     for run, folder in plan_runs(args):
         if run.key not in done and re.search(args.only, run.name):
             queue.put((run, folder))
-    workers = [context.Process(target=work, args=(number, args, queue)) for number in range(args.workers)]
-    for worker in workers:
+    every = ",".join(map(str, range(torch.cuda.device_count())))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
+    workers = [context.Process(target=work, args=(args, queue)) for _ in range(args.workers)]
+    for number, worker in enumerate(workers):
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[number % len(visible)]  # the worker inherits it
         worker.start()
     deadline = time.monotonic() + args.seconds
     for worker in workers:

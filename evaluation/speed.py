@@ -19,7 +19,7 @@ from mha2mla.modeling import (
     cache_nbytes,
     quantized_cache,
 )
-from mha2mla.modeling.cache_mla_llama import STATIC_ROUNDING
+from mha2mla.modeling.cache_mla_llama import round_up
 from mha2mla.modeling.decode_mla_llama import Part, decode_attention, kernel_can_run
 
 from .tables import Table
@@ -201,7 +201,7 @@ def measure_speed(
         torch.cuda.reset_peak_memory_stats(device)
     tokens = context + WARM_UP_STEPS + steps * repetitions
     if kind.startswith("static"):
-        tokens = -(-tokens // STATIC_ROUNDING) * STATIC_ROUNDING  # the original's too: the same room for both
+        tokens = round_up(tokens)  # the original's too: the same room for both
     cache = make_cache(model, kind, tokens)
     ids = torch.randint(3, model.config.vocab_size, (batch, context), device=device)
     first_token = None

@@ -26,6 +26,11 @@ CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(create_causal_mask).par
 STATIC_ROUNDING = 8
 
 
+def round_up(tokens: int) -> int:
+    """Tokens that a static cache has room for if it was asked for so many."""
+    return -(-tokens // STATIC_ROUNDING) * STATIC_ROUNDING
+
+
 class GrowingBuffer:
     """
     Entries [batch, 1, tokens, width] that grow in place: the memory keeps room behind the last token, and is copied
@@ -194,7 +199,7 @@ class LatentStaticLayer(LatentLayerMixin, StaticLayer):
     cumulative_length: torch.Tensor
 
     def __init__(self, max_cache_len: int, **kwargs):
-        super().__init__(max_cache_len=-(-max_cache_len // STATIC_ROUNDING) * STATIC_ROUNDING, **kwargs)
+        super().__init__(max_cache_len=round_up(max_cache_len), **kwargs)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
