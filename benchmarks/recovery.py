@@ -28,7 +28,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from glob import glob
-from itertools import pairwise, product
+from itertools import chain, pairwise, product
 from pathlib import Path
 from queue import Empty
 
@@ -36,14 +36,15 @@ import numpy as np
 import torch
 import torch.multiprocessing as multiprocessing
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 
 import mha2mla.modeling  # noqa: F401  # registers the family
 from mha2mla.evaluation import measure_multiple_choice, read_items
 from mha2mla.evaluation.multiple_choice import paired_difference
 from mha2mla.training import RecoveryTrainer, pack_documents, parse_arguments, recover
 from mha2mla.training.checks import find_checkpoint
-from mha2mla.training.packing import tokenize
+from mha2mla.training.loss import token_losses
+from mha2mla.training.packing import IGNORED, PackedCollator, tokenize
 from mha2mla.training.trainer import compile_layers
 
 ORIGINAL = "original"
@@ -98,7 +99,7 @@ def write_tokens(args: argparse.Namespace) -> None:
     assert len(tokenizer) <= 2**16, "uint16 holds no larger vocabulary"
     documents: list[list[int]] = []
     batch: list[str] = []
-    for text in iterate_documents(args.data):
+    for text in chain.from_iterable(map(iterate_documents, args.data)):
         batch.append(text)
         if len(batch) == 1000:
             documents += tokenize(batch, tokenizer)
@@ -170,20 +171,45 @@ def throughput(history: list[dict]) -> float:
     return tokens / seconds if seconds else math.nan
 
 
-def measure_accuracy(trainer: RecoveryTrainer, folder: Path, limit: int | None) -> dict[str, dict]:
-    """Length-normalised accuracy and standard error, of each set and of their average; and which items were right."""
+def trained_model(trainer: RecoveryTrainer) -> PreTrainedModel:
+    """The model as its users would load it."""
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
     del model.forward  # the loss's; the model's own is needed now
     compile_layers(model, on=False)  # batches of many lengths follow
     model.set_attn_implementation("sdpa")
-    model = model.to(torch.bfloat16 if trainer.args.bf16 else model.dtype).eval()
+    return model.to(torch.bfloat16 if trainer.args.bf16 else model.dtype).eval()
+
+
+@torch.no_grad()
+def measure_divergence(model: PreTrainedModel, original: PreTrainedModel, rows: list[dict], batch_size: int) -> float:
+    """KL(original, model) in nats a token: far less noisy than accuracy, and what distillation minimises."""
+    collate, total, count = PackedCollator(), 0.0, 0
+    for begin in range(0, len(rows), batch_size):
+        batch = collate(rows[begin : begin + batch_size])
+        labels = batch.pop("labels")[:, 1:].flatten().to(model.device)
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        states = [m.model(**batch, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1) for m in (model, original)]
+        _, distances = token_losses(model.lm_head, states[0], labels, original.lm_head, states[1])
+        total, count = total + distances.double().sum().item(), count + int((labels != IGNORED).sum())
+    return total / count if count else math.nan
+
+
+def read_set_rows(folder: Path, tokenizer, limit: int | None) -> list[dict]:
+    """Contexts with their right choices as text, packed into rows."""
+    items = [item for name in SETS for item in read_items(folder / f"{name}.jsonl")[:limit]]
+    documents = tokenize([f"{item['context']} {item['choices'][item['answer']]}" for item in items], tokenizer)
+    packed = pack_documents(documents, 512)
+    return [dict(input_ids=ids, lengths=lengths) for ids, lengths in zip(*packed.values(), strict=True)]
+
+
+def measure_accuracy(model: PreTrainedModel, tokenizer, folder: Path, limit: int | None) -> dict[str, dict]:
+    """Length-normalised accuracy and standard error, of each set and of their average; and which items were right."""
     accuracies, right = {}, {}
     for name in SETS:
-        result = measure_multiple_choice(
-            model, trainer.processing_class, read_items(folder / f"{name}.jsonl")[:limit], batch_size=64
-        )
+        items = read_items(folder / f"{name}.jsonl")[:limit]
+        result = measure_multiple_choice(model, tokenizer, items, batch_size=64)
         accuracies[name] = [result.accuracy_norm, result.stderr_norm]
         right[name] = result.right_norm
     values, errors = zip(*accuracies.values(), strict=True)
@@ -199,14 +225,27 @@ def run_row(run: Run, folder: str, args: argparse.Namespace) -> None:
         trainer = train(run, folder, args, output)
         history = trainer.state.log_history
         last = next(line for line in reversed(history) if "eval_perplexity" in line)
+        model, tokenizer, batch_size = trained_model(trainer), trainer.processing_class, trainer.args.eval_batch_size
+        original = AutoModelForCausalLM.from_pretrained(args.source, dtype=model.dtype).to(model.device).eval()
+        texts = {"validation": list(TokenRows(args.eval_rows))}
+        if args.sets:
+            texts["sets"] = read_set_rows(args.sets, tokenizer, args.limit)
         row = {
             "run": asdict(run),
             "steps": trainer.state.global_step if run.tokens else 0,
             "eval_perplexity": [last["eval_perplexity"], last["eval_perplexity_stderr"]],
             "tokens_per_second": throughput(history),
-            **(measure_accuracy(trainer, args.sets, args.limit) if args.sets else {"accuracy": None, "right": None}),
+            "divergence": {
+                name: measure_divergence(model, original, rows, batch_size) for name, rows in texts.items()
+            },
+            **(
+                measure_accuracy(model, tokenizer, args.sets, args.limit)
+                if args.sets
+                else {"accuracy": None, "right": None}
+            ),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "workers": args.workers,
+            "rows": args.rows.name,
             "arguments": args.arguments,
         }
     with args.results.open("a") as file:
@@ -311,7 +350,9 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     tokens = commands.add_parser("tokens", help="Tokenise text and pack it into rows.")
     tokens.add_argument("tokenizer")
-    tokens.add_argument("data", help="A .jsonl or .jsonl.gz file with a column `text`; patterns name several.")
+    tokens.add_argument(
+        "data", nargs="+", help="Files .jsonl or .jsonl.gz with a column `text`; patterns name several."
+    )
     tokens.add_argument("output", type=Path)
     tokens.add_argument("--length", type=int, default=2048)
     tokens.set_defaults(call=write_tokens)

@@ -101,17 +101,25 @@ def rate_factor(step: int, settings: RefineSettings) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, settings.steps - warmup)))
 
 
-def robust_error(output: torch.Tensor, wanted: torch.Tensor, scale: float = ERROR_SCALE) -> torch.Tensor:
+def robust_errors(output: torch.Tensor, wanted: torch.Tensor, scale: float = ERROR_SCALE) -> torch.Tensor:
     """
-    Mean over tokens of s log(1 + e / s), e being |output - wanted|^2 / |wanted|^2: relative, as the norm that reads
-    the stream next sees it, and with the weight of tokens that are lost anyway bounded.
+    s log(1 + e / s) of each token, e being |output - wanted|^2 / |wanted|^2: relative, as the norm that reads the
+    stream next sees it, and with the weight of tokens that are lost anyway bounded.
 
     Args:
         output, wanted (`torch.Tensor`): [B, T, D].
         scale (`float`): s.
+
+    Returns:
+        [B, T].
     """
     error = (output - wanted).square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-12)
-    return (scale * torch.log1p(error / scale)).mean()
+    return scale * torch.log1p(error / scale)
+
+
+def robust_error(output: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """The mean of [`robust_errors`] over tokens."""
+    return robust_errors(output, wanted).mean()
 
 
 @torch.enable_grad()

@@ -1,5 +1,7 @@
 """The chunked losses against the plain ones, and what of the model they move."""
 
+import math
+
 import pytest
 import torch
 from conftest import pico_tokenizer
@@ -22,7 +24,7 @@ from mha2mla.training import (
     use_attention_loss,
     use_language_loss,
 )
-from mha2mla.training.loss import forward_kl, token_losses
+from mha2mla.training.loss import forward_kl, hidden_errors, token_losses
 from mha2mla.training.trainer import token_perplexity
 from pico import make_mla, make_source, tokens
 
@@ -114,6 +116,42 @@ def test_mixed_loss_and_its_gradient_against_whole_logits(tied):
     torch.testing.assert_close(model(**batch, num_items_in_batch=torch.tensor(10)).loss, expected * count / 10)
 
 
+def test_hidden_errors_against_a_loop():
+    states, wanted = [torch.randn(2, 3, 4) for _ in range(2)], [torch.randn(2, 3, 4) for _ in range(2)]
+    for i in range(2):
+        for t in range(3):
+            errors = [
+                ((a[i, t] - b[i, t]).square().sum() / b[i, t].square().sum()).item()
+                for a, b in zip(states, wanted, strict=True)
+            ]
+            expected = sum(0.3 * math.log1p(error / 0.3) for error in errors) / 2
+            assert hidden_errors(states, wanted)[3 * i + t].item() == pytest.approx(expected, rel=1e-5)
+    assert hidden_errors(states, states).abs().max() == 0
+
+
+def test_states_behind_each_layer_join_the_loss():
+    model, teacher = make_mla().train(), make_source(seed=1).requires_grad_(False)
+    batch = PackedCollator()(ROWS)
+    keys = dict(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+    ends = [m.model.layers[-1].register_forward_hook(lambda m, a, o: last.append(o)) for m in (model, teacher)]
+    last: list[torch.Tensor] = []  # the last of `hidden_states` comes behind the final norm
+    states, wanted = (m(**keys, output_hidden_states=True).hidden_states[1:-1] for m in (model, teacher))
+    for end in ends:
+        end.remove()
+    hidden = hidden_errors([*states, last[0]], [*wanted, last[1]]).view(len(ROWS), 12)[:, :-1]
+    hidden = hidden[batch["labels"][:, 1:] != -100].sum()
+    cross_entropy, kl, count = plain_losses(model, teacher, batch, 1.0)
+    expected = (0.3 * cross_entropy + 0.7 * kl + 2.0 * hidden) / count
+    expected.backward()
+    before = gradients(model)
+    model.zero_grad()
+    use_language_loss(model, Distillation(teacher, weight=0.7, hidden_weight=2.0))
+    loss = model(**batch).loss
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    assert_equal(gradients(model), before)
+
+
 def test_evaluation_gives_the_likelihood_of_each_label():
     model, batch = make_mla(), PackedCollator()(ROWS)
     cross_entropy, _, count = plain_losses(model, model, batch, 1.0)
@@ -155,21 +193,24 @@ def one_step(folder, model, batch_size, accumulation, loss=None, teacher=None, *
     return {name: before[name] - p.detach() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("distil", [False, True])
+@pytest.mark.parametrize("distil", [None, 0.0, 1.0])
 def test_accumulated_gradients_are_those_of_one_large_batch(distil, tmp_path):
     """Rows differ in how many labels count; each label must weigh the same wherever it falls."""
     moves = []
     for batch_size, accumulation in ((8, 1), (2, 4), (1, 8)):
-        teacher = make_source() if distil else None
-        moves.append(one_step(tmp_path, make_mla(), batch_size, accumulation, teacher=teacher))
+        loss, teacher = LossArguments(), None
+        if distil is not None:
+            loss, teacher = LossArguments(teacher="source", hidden_weight=distil), make_source()
+        moves.append(one_step(tmp_path, make_mla(), batch_size, accumulation, loss, teacher))
     assert max(move.abs().max() for move in moves[0].values()) > 1e-3
     assert_equal(moves[1], moves[0])
     assert_equal(moves[2], moves[0])
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path):
-    plain = one_step(tmp_path, make_mla(), 8, 1)
-    assert_equal(one_step(tmp_path, make_mla(), 8, 1, gradient_checkpointing=True), plain)
+    distil = (LossArguments(teacher="source", hidden_weight=1.0), make_source())
+    plain = one_step(tmp_path, make_mla(), 8, 1, *distil)
+    assert_equal(one_step(tmp_path, make_mla(), 8, 1, *distil, gradient_checkpointing=True), plain)
 
 
 def test_attention_error_against_running_each_layer_by_hand():

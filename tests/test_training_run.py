@@ -81,7 +81,7 @@ def environment(tmp_path, **more):
 
 
 def test_compiled_layers_give_the_same_losses(folder):
-    teacher = ("--teacher", folder / "source")
+    teacher = ("--teacher", folder / "source", "--hidden_weight", 1)
     for output, more in (("eager", ()), ("compiled", ("--compile_layers",))):
         assert main(arguments(folder, output, *teacher, *more)) == 0
     assert losses(folder / "compiled") == pytest.approx(losses(folder / "eager"), rel=1e-4)
@@ -242,6 +242,7 @@ def test_bad_input_is_refused_before_the_model_loads(folder, monkeypatch, capsys
         (("--length", "64"), "length=64 is more than the model's context, 32"),
         (("--distillation_weight", "1.5"), "distillation_weight=1.5 must lie between 0 and 1"),
         (("--temperature", "0"), "temperature=0.0 must be above 0"),
+        (("--hidden_weight", "1"), "hidden_weight=1.0 adds to the distance to a teacher"),
         (("--trainable", "lora", "--push_to_hub"), "a folder that nobody else has"),
         (("--eval_strategy", "steps"), "give --eval_data or --eval_fraction"),
         (("--streaming", "--max_steps", "-1"), "give --max_steps"),

@@ -33,7 +33,7 @@ def check_sharded_loss(tied: bool, checkpointing: bool) -> None:
     if checkpointing:
         sharded.gradient_checkpointing_enable()
     for model in (whole, sharded):
-        use_language_loss(model, Distillation(make_source().requires_grad_(False)))
+        use_language_loss(model, Distillation(make_source().requires_grad_(False), hidden_weight=1.0))
     sharded = shard(sharded)
     batch = PackedCollator()([{"input_ids": ids, "lengths": [5, 7]} for ids in tokens(4, 12).tolist()])
     half = {name: tensor[2 * rank : 2 * rank + 2] for name, tensor in batch.items()}

@@ -62,6 +62,10 @@ class LossArguments:
         default=0.5, metadata={"help": "language: share of the distance to the teacher in the loss, 0 to 1."}
     )
     temperature: float = field(default=1.0, metadata={"help": "language: divides both models' logits."})
+    hidden_weight: float = field(
+        default=0.0,
+        metadata={"help": "language: weight of the distance between both models' states behind each layer, added."},
+    )
 
     def __post_init__(self):
         if self.objective not in ("language", "attention"):
@@ -70,6 +74,13 @@ class LossArguments:
             raise ValueError("objective='attention' matches a teacher: give --teacher, the original model.")
         if not 0 <= self.distillation_weight <= 1:
             raise ValueError(f"distillation_weight={self.distillation_weight} must lie between 0 and 1.")
+        if self.hidden_weight < 0:
+            raise ValueError(f"hidden_weight={self.hidden_weight} must be 0 or more.")
+        if self.hidden_weight > 0 and (self.teacher is None or self.objective != "language"):
+            raise ValueError(
+                f"hidden_weight={self.hidden_weight} adds to the distance to a teacher: give --teacher, the original "
+                "model, and the objective language."
+            )
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature} must be above 0.")
 

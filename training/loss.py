@@ -6,7 +6,9 @@ tensors of a small model, and are made, used and made again for the backward pas
 it is, so adapters and tied or sharded weights need no special case.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from types import MethodType
@@ -17,11 +19,14 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from mha2mla.conversion.refine import robust_error
+from mha2mla.conversion.refine import robust_error, robust_errors
 
 from .packing import IGNORED
 
-CHUNK_TOKENS = 1024  # tokens whose logits are in memory at a time
+# Logits in memory at a time. Fused, they are held in 16 bits and few copies, and larger pieces are faster: weights are
+# cast, and their gradients added up, once a piece.
+CHUNK_LOGITS = 2**26
+COMPILED_CHUNK_LOGITS = 2**28
 
 
 @dataclass
@@ -46,11 +51,13 @@ class Distillation:
         teacher (`PreTrainedModel`): With the student's vocabulary; on the student's device; not trained.
         weight (`float`): Of the distance to the teacher, 0 to 1; cross-entropy has the rest.
         temperature (`float`): Divides both models' logits.
+        hidden_weight (`float`): Of [`hidden_errors`], which are added.
     """
 
     teacher: PreTrainedModel
     weight: float = 0.5
     temperature: float = 1.0
+    hidden_weight: float = 0.0
 
 
 def forward_kl(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -100,7 +107,7 @@ def token_losses(
     teacher_head: nn.Module | None = None,
     teacher_hidden: torch.Tensor | None = None,
     temperature: float = 1.0,
-    chunk: int = CHUNK_TOKENS,
+    chunk: int | None = None,
     compiled: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
@@ -111,14 +118,16 @@ def token_losses(
         hidden (`torch.Tensor`): Hidden states that predict the targets, [N, D].
         targets (`torch.Tensor`): Token ids or -100, [N].
         teacher_head, teacher_hidden (*optional*): The same of the teacher, [N, D of the teacher].
-        chunk (`int`): Tokens at a time; memory holds the fp32 logits of one chunk.
+        chunk (`int`, *optional*): Tokens at a time; memory holds the logits of one chunk. By default a power of two,
+            with some 2^26 logits, or 2^28 if compiled.
         compiled (`bool`): Fuse what follows the heads by `torch.compile`: the logits are then read a few times instead
             of some twenty.
 
     Returns:
         Two tensors [N], fp32, in nats. Without a teacher the second is zero.
     """
-
+    if chunk is None:
+        chunk = 2 ** int(math.log2((COMPILED_CHUNK_LOGITS if compiled else CHUNK_LOGITS) / head.out_features))
     pieces = []
     for begin in range(0, len(targets), chunk):
         part = slice(begin, begin + chunk)
@@ -133,6 +142,46 @@ def token_losses(
         )
     cross_entropies, distances = zip(*pieces, strict=True)
     return torch.cat(cross_entropies), torch.cat(distances)
+
+
+@contextmanager
+def recorded_states(model: PreTrainedModel, on: bool) -> Iterator[list[torch.Tensor]]:
+    """Collects, if `on`, what each decoder layer puts out, [B, T, D], while the model is called."""
+    states: list[torch.Tensor] = []
+
+    def record(module, args, output):
+        states.append(output)
+
+    hooks = [layer.register_forward_hook(record) for layer in model.model.layers if on]
+    try:
+        yield states
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@cache
+def compiled_robust_errors() -> Callable[..., torch.Tensor]:
+    return torch.compile(robust_errors)
+
+
+def hidden_errors(
+    states: list[torch.Tensor], teacher_states: list[torch.Tensor], compiled: bool = False
+) -> torch.Tensor:
+    """
+    Relative error of the residual stream behind each layer, the mean over layers: the layer-wise part of SquareHead
+    (Kurtic et al., arXiv 2310.06927), but relative for each token by itself, as a few tokens have states hundreds of
+    times larger than all others (see `robust_errors`).
+
+    Args:
+        states, teacher_states (`list[torch.Tensor]`): A tensor [B, T, D] for each layer.
+
+    Returns:
+        Of each token, [B * T].
+    """
+    errors = compiled_robust_errors() if compiled else robust_errors
+    pairs = zip(states, teacher_states, strict=True)
+    return torch.stack([errors(state.float(), wanted.float()) for state, wanted in pairs]).mean(0).flatten()
 
 
 def use_language_loss(
@@ -151,14 +200,16 @@ def use_language_loss(
 
     def forward(self, input_ids, position_ids=None, labels=None, num_items_in_batch=None, **kwargs):
         states = dict(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-        hidden = self.model(**states, **kwargs).last_hidden_state
+        teacher = distillation if self.training else None
+        match_hidden = teacher is not None and teacher.hidden_weight > 0
+        with recorded_states(self, match_hidden) as layers:
+            hidden = self.model(**states, **kwargs).last_hidden_state
         # The state at t predicts the label at t + 1; the last one predicts nothing.
         targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
-        teacher = distillation if self.training else None
         teacher_head = teacher_hidden = None
         if teacher is not None:
             teacher_head = teacher.teacher.lm_head
-            with torch.no_grad():
+            with torch.no_grad(), recorded_states(teacher.teacher, match_hidden) as teacher_layers:
                 teacher_hidden = teacher.teacher.model(**states).last_hidden_state.flatten(0, 1)
         cross_entropy, distance = token_losses(
             self.lm_head,
@@ -173,6 +224,9 @@ def use_language_loss(
         loss = cross_entropy.sum() / count
         if teacher is not None:
             loss = (1 - teacher.weight) * loss + teacher.weight * distance.sum() / count
+            if match_hidden:
+                errors = hidden_errors(layers, teacher_layers, compiled)
+                loss = loss + teacher.hidden_weight * errors.masked_fill(targets == IGNORED, 0).sum() / count
         if self.training:
             return RecoveryOutput(loss=loss)
         log_likelihoods = -cross_entropy.view_as(labels)  # of the label one place further on

@@ -135,6 +135,8 @@ def describe_run(
             f"{1 - loss.distillation_weight:g} cross-entropy + {loss.distillation_weight:g} KL({loss.teacher}, model) "
             f"at temperature {loss.temperature:g}"
         )
+        if loss.hidden_weight > 0:
+            objective += f" + {loss.hidden_weight:g} relative error of the states behind each layer"
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
     held_out = [entry for entry in history if "eval_perplexity" in entry]

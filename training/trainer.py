@@ -46,11 +46,11 @@ class RecoveryTrainer(Trainer):
 
 
 def compile_layers(model: PreTrainedModel, on: bool = True) -> None:
-    """Let each decoder layer, called as a module, run compiled: one graph serves all. Names and weights stay."""
+    """Compile the forward pass of each decoder layer, not its hooks: one graph serves all. Names and weights stay."""
     for layer in model.model.layers:
-        layer._compiled_call_impl = None
+        layer.__dict__.pop("forward", None)
         if on:
-            layer.compile()
+            layer.forward = torch.compile(layer.forward)
 
 
 def prepare_model(
@@ -65,7 +65,8 @@ def prepare_model(
         assert teacher is not None  # checked by LossArguments
         use_attention_loss(model, teacher)
     elif teacher is not None:
-        use_language_loss(model, Distillation(teacher, loss.distillation_weight, loss.temperature), compiled)
+        distillation = Distillation(teacher, loss.distillation_weight, loss.temperature, loss.hidden_weight)
+        use_language_loss(model, distillation, compiled)
     else:
         use_language_loss(model, compiled=compiled)
     if model_arguments.trainable == LORA:

@@ -43,7 +43,8 @@ def main(argv: list[str]) -> None:
     if loss_args.teacher is not None:
         teacher = load(loss_args.teacher, "bfloat16" if training_args.bf16 else model_args.dtype)
         teacher.requires_grad_(False).eval().to(training_args.device)
-        distillation = Distillation(teacher, loss_args.distillation_weight, loss_args.temperature)
+        weights = loss_args.distillation_weight, loss_args.temperature, loss_args.hidden_weight
+        distillation = Distillation(teacher, *weights)
 
     # The loss, bound to the model: cross-entropy and the distance to the teacher, a chunk of logits at a time.
     use_language_loss(model, distillation)
