@@ -17,6 +17,7 @@ from mha2mla.training.run import train
 
 
 def main(argv: list[str]) -> None:
-    train(
+    trainer = train(
         *parse_arguments(argv, prog="mha2mla train", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     )
+    trainer.accelerator.end_training()  # closes the process group: NCCL warns and gloo may abort at exit otherwise

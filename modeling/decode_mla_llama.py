@@ -1,6 +1,7 @@
 """One decoding step over the latent cache in Triton: absorbed attention, split over the sequence, in two stages.
 
-This is the host's side: which tiles, how many programs, when. The kernels are in `kernels_mla_llama.py`.
+This is the host's side: which tiles, how many programs, when. The kernels are in `kernels_mla_llama.py`, and in
+`wide_kernel_mla_llama.py` the one for latents of more than 1,024 numbers.
 
 - Entries are [B, S, W] in any row strides, W = R + n*r.
 - The number of entries may be a tensor on the device (static cache): nothing here waits for the device, the grid
@@ -19,9 +20,12 @@ from functools import lru_cache
 import torch
 
 from .kernels_mla_llama import attend_split, combine, triton
+from .wide_kernel_mla_llama import attend_split_wide
 
-# Of a wider latent a program cannot hold the output, and torch, which reads the entries twice, is faster.
+# Of a wider latent a program of `attend_split` cannot hold the output.
 MAX_RANK = 1024
+# Columns of an entry, padding included, for which the registers and two tiles of `attend_split_wide` suffice.
+MAX_WIDE_COLUMNS = 2560
 # Numbers of output that one program can accumulate in registers (fp32, 256 threads, half of the file).
 MAX_ACCUMULATORS = 32 * 1024
 # Columns of a latent that half of the threads hold the output of.
@@ -63,6 +67,47 @@ class Tiles:
     num_splits: int | None = None  # by default what fills the multiprocessors
 
 
+@dataclass
+class WideTiles:
+    """Sizes of a launch of `attend_split_wide`. [`choose_wide_tiles`] makes the default ones."""
+
+    block_c: int = 128  # columns of a group, of the low ones and of as many high ones
+    block_rest: int = 64  # columns of a group of those behind them
+    groups: int = 8  # one a warp
+    num_splits: int | None = None
+
+    block_m = 16
+    block_n = 16
+
+    @property
+    def columns(self) -> int:
+        return self.groups * (2 * self.block_c + self.block_rest)
+
+
+def fit_columns(width: int, block_c: int) -> WideTiles:
+    """Tiles of so many low and high columns a group, and room behind them for what is left of the width."""
+    left = max(1, width - 2 * WideTiles.groups * block_c)
+    return WideTiles(block_c, max(16, triton.next_power_of_2(-(-left // WideTiles.groups))))
+
+
+@lru_cache(maxsize=1024)
+def choose_wide_tiles(rank: int, width: int, element_size: int, device: torch.device) -> WideTiles | None:
+    """Tiles for entries of R > 1,024, or None where registers or shared memory do not suffice for two of them: torch,
+    which reads the entries twice, then does the work."""
+    least = 2 ** int(math.log2(rank)) // (2 * WideTiles.groups)
+    tiles = min((fit_columns(width, block_c) for block_c in (least, 2 * least)), key=lambda t: t.columns)
+    columns, first = tiles.columns, tiles.groups * tiles.block_c
+    if columns > MAX_WIDE_COLUMNS:
+        return None
+    if device.type == "cuda":
+        room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+        # Two tiles, the query but for its low part, scores in fp32 and what Triton adds.
+        needed = element_size * (2 * tiles.block_n * columns + tiles.block_m * (columns - first))
+        if needed + 4 * tiles.groups * tiles.block_m * tiles.block_n + 256 > room:
+            return None
+    return tiles
+
+
 @lru_cache(maxsize=1024)
 def choose_tiles(num_rows: int, rank: int, rope: int, element_size: int, nbits: int, device: torch.device) -> Tiles:
     """Tiles whose operands fit the device's registers and shared memory."""
@@ -88,15 +133,27 @@ def padded_columns(rank: int, rope: int, nbits: int) -> tuple[int, int]:
     return block_c, block_rope
 
 
-def kernel_can_run(tensor: torch.Tensor, rank: int) -> bool:
-    """Whether Triton is there, and the tensor of 16-bit numbers, on a GPU, with a latent that the kernel serves."""
-    return (
-        triton is not None
-        and tensor.is_cuda
-        and tensor.dtype.itemsize == 2
-        and rank <= MAX_RANK
-        and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
-    )
+def kernel_can_run(entries: torch.Tensor, rank: int, packed: bool = False) -> bool:
+    """
+    Whether a kernel serves this: Triton is there, and the numbers are of 16 bits and on a GPU that has room for them.
+
+    Args:
+        entries (`torch.Tensor`): [..., R + n*r].
+        rank (`int`): R.
+        packed (`bool`): Whether a part of the cache is packed, which the kernel for R > 1,024 does not read.
+    """
+    if triton is None or not entries.is_cuda or entries.dtype.itemsize != 2:
+        return False
+    if torch.cuda.get_device_capability(entries.device) < (8, 0):
+        return False
+    if rank <= MAX_RANK:
+        return True
+    return not packed and wide_tiles_fit(rank, entries.shape[-1], entries.device)
+
+
+@torch.compiler.assume_constant_result
+def wide_tiles_fit(rank: int, width: int, device: torch.device) -> bool:
+    return choose_wide_tiles(rank, width, 2, device) is not None
 
 
 @lru_cache(maxsize=1024)
@@ -109,7 +166,12 @@ def choose_splits(num_programs: int, num_tokens: int, block_n: int, device: torc
 
 
 def decode_attention(
-    query: torch.Tensor, parts: list[Part], rank: int, num_queries: int, scaling: float, tiles: Tiles | None = None
+    query: torch.Tensor,
+    parts: list[Part],
+    rank: int,
+    num_queries: int,
+    scaling: float,
+    tiles: Tiles | WideTiles | None = None,
 ) -> torch.Tensor:
     """
     Softmax attention of absorbed queries over the entries of all parts together.
@@ -118,12 +180,19 @@ def decode_attention(
         query (`torch.Tensor`): [B, H * T, R + n*r], row = head * T + query token, last dim contiguous.
         rank (`int`): R.
         num_queries (`int`): T.
+        tiles (`Tiles` or `WideTiles`, *optional*): By default those for this R; `WideTiles` ask for
+            `attend_split_wide`, which takes one part, unpacked.
 
     Returns:
         What the heads see of the latents, [B, H * T, R], in the query's dtype; accumulated in fp32.
     """
     batch, num_rows, width = query.shape
     rope = width - rank
+    if tiles is None and rank > MAX_RANK:
+        tiles = choose_wide_tiles(rank, width, query.element_size(), query.device)
+    if isinstance(tiles, WideTiles):
+        (part,) = parts
+        return _attend_wide(query, part, rank, num_queries, scaling, tiles)
     launches, num_splits = [], 0
     for part in parts:
         block_c, block_rope = padded_columns(rank, rope, part.nbits)
@@ -152,6 +221,34 @@ def decode_attention(
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             num_warps=sizes.num_warps, num_stages=sizes.num_stages,
         )  # fmt: skip
+    return _combine(query, partial, log_sums, rank)
+
+
+def _attend_wide(
+    query: torch.Tensor, part: Part, rank: int, num_queries: int, scaling: float, tiles: WideTiles
+) -> torch.Tensor:
+    batch, num_rows, width = query.shape
+    entries, num_tokens = part.entries, part.entries.shape[1]
+    programs = -(-num_rows // tiles.block_m)
+    splits = tiles.num_splits or choose_splits(programs * batch, num_tokens, tiles.block_n, query.device)
+    partial = torch.empty(batch, num_rows, splits, rank, dtype=torch.float32, device=query.device)
+    log_sums = torch.empty(batch, num_rows, splits, dtype=torch.float32, device=query.device)
+    mask, kind, strides = _mask_arguments(part.mask, query)
+    length = query if part.length is None else part.length
+    attend_split_wide[(programs, splits, batch)](
+        query, entries, mask, length, partial, log_sums, scaling, num_rows, num_queries, num_tokens, splits,
+        query.stride(0), query.stride(1), entries.stride(0), *strides, stride_es=entries.stride(1),
+        ALIGN=math.gcd(entries.stride(0), entries.stride(1), 16), RANK=rank, WIDTH=width, MASK=kind,
+        ONE_QUERY=num_queries == 1, HAS_LENGTH=part.length is not None, GROUPS=tiles.groups, BLOCK_N=tiles.block_n,
+        BLOCK_C=tiles.block_c, BLOCK_REST=tiles.block_rest,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=8, num_stages=3,
+    )  # fmt: skip
+    return _combine(query, partial, log_sums, rank)
+
+
+def _combine(query: torch.Tensor, partial: torch.Tensor, log_sums: torch.Tensor, rank: int) -> torch.Tensor:
+    """The second stage, from partial outputs [B, H * T, splits, R]."""
+    batch, num_rows, num_splits = log_sums.shape
     output = torch.empty(batch, num_rows, rank, dtype=query.dtype, device=query.device)
     block = min(256, triton.next_power_of_2(rank))
     combine[(batch * num_rows, -(-rank // block))](

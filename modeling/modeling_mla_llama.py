@@ -209,7 +209,7 @@ class MLALlamaAttention(nn.Module):
             return False  # flash attention's missing mask; the packed part alone does not say where the queries are
         num_cached = layer.max_cache_len if static else layer.get_seq_length() + num_queries
         return (
-            kernel_can_run(entry, self.config.kv_lora_rank)
+            kernel_can_run(entry, self.config.kv_lora_rank, isinstance(layer, LatentQuantizedLayer))
             and not torch.is_grad_enabled()
             and self.config._attn_implementation != "eager"
             and not kwargs.get("output_attentions")

@@ -7,7 +7,7 @@ import torch
 
 from mha2mla.modeling import decode_mla_llama as decode
 from mha2mla.modeling import quantized_cache_mla_llama
-from mha2mla.modeling.decode_mla_llama import Part, Tiles, decode_attention
+from mha2mla.modeling.decode_mla_llama import Part, Tiles, WideTiles, choose_wide_tiles, decode_attention
 from mha2mla.modeling.quantized_cache_mla_llama import dequantize, pack, quantize, unpack
 from pico import LAYOUTS, make_mla, tokens
 
@@ -54,17 +54,12 @@ def visible(num_rows: int, num_queries: int, num_tokens: int, length: int) -> to
     return (torch.arange(num_tokens)[None, :] <= (length - num_queries + query_token)[:, None])[None]
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_any_shape_gives_the_reference(seed):
-    """Random heads, query tokens, sizes, lengths, strides, masks and tiles, from dtypes of all kinds."""
-    draw = random.Random(seed)
-    torch.manual_seed(seed)
-    dtype = draw.choice([torch.float32, torch.float16, torch.bfloat16])
+def check_a_random_case(draw: random.Random, dtype: torch.dtype, rank: int, rope: int, longest: int, tiles) -> None:
+    """Random heads, query tokens, lengths, strides and masks."""
     batch, heads, queries = draw.choice([1, 2, 3]), draw.choice([1, 4, 5, 9, 12]), draw.choice([1, 1, 2, 5])
-    rank, rope = draw.choice([3, 16, 80, 100, 520]), draw.choice([2, 6, 40, 136])
-    rows, tokens = heads * queries, draw.randint(queries, 150)
+    rows, tokens = heads * queries, draw.randint(queries, longest)
     query = torch.randn(batch, rows, rank + rope).to(dtype)
-    room = torch.randn(batch, tokens + 7, rank + rope + 3).to(dtype)
+    room = torch.randn(batch, tokens + 7, rank + rope + draw.choice([0, 3])).to(dtype)
     entries = room[:, :tokens, : rank + rope]  # a view, as dynamic and static buffers give
     kind = draw.choice(["none", "boolean", "additive", "length"])
     length, mask, seen = None, None, visible(rows, queries, tokens, tokens).expand(batch, -1, -1)
@@ -72,18 +67,64 @@ def test_any_shape_gives_the_reference(seed):
         count = draw.randint(queries, tokens)
         entries[:, count:] = torch.nan
         length, seen = torch.tensor(count), visible(rows, queries, tokens, count).expand(batch, -1, -1)
-        entries_seen = entries.nan_to_num()
     elif kind != "none":  # left padding
         starts = torch.tensor([draw.randint(0, tokens - queries) for _ in range(batch)])
         seen = seen & (torch.arange(tokens) >= starts[:, None, None])
         mask = seen[:, None, :queries]  # rows of the first head
         if kind == "additive":
             mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-    tiles = Tiles(block_n=draw.choice([16, 32]), num_splits=draw.choice([None, 1, 3]), num_warps=4)
     on = lambda x: None if x is None else x.to(DEVICE)  # noqa: E731
-    got = decode_attention(on(query), [Part(on(entries), on(mask), on(length))], rank, queries, 0.2, tiles).cpu()
-    expected = reference(query, entries_seen if kind == "length" else entries, rank, 0.2, seen)
+    part = Part(on(room)[:, :tokens, : rank + rope], on(mask), on(length))
+    scaling = 2 * (rank + rope) ** -0.5
+    got = decode_attention(on(query), [part], rank, queries, scaling, tiles).cpu()
+    expected = reference(query, entries.nan_to_num(), rank, scaling, seen)
     assert error(got, expected) < TOLERANCE[dtype], (kind, dtype)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_shape_gives_the_reference(seed):
+    """Random sizes and tiles, from dtypes of all kinds."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    dtype = draw.choice([torch.float32, torch.float16, torch.bfloat16])
+    rank, rope = draw.choice([3, 16, 80, 100, 520]), draw.choice([2, 6, 40, 136])
+    tiles = Tiles(block_n=draw.choice([16, 32]), num_splits=draw.choice([None, 1, 3]), num_warps=4)
+    check_a_random_case(draw, dtype, rank, rope, 150, tiles)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_wide_shape_gives_the_reference(seed):
+    """The kernel for R > 1,024, on a GPU as it is used, in the interpreter with small groups."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    if DEVICE == "cuda":
+        dtype = draw.choice([torch.float16, torch.bfloat16])
+        rank, rope = draw.choice([(1056, 40), (1500, 100), (2000, 100), (2048, 512), (2048, 64), (2432, 128)])
+        if choose_wide_tiles(rank, rank + rope, 2, torch.device("cuda", 0)) is None:
+            pytest.skip("this GPU has no room for two tiles")
+        return check_a_random_case(draw, dtype, rank, rope, 3000, None)
+    dtype = draw.choice([torch.float32, torch.float16, torch.bfloat16])
+    rank, rope = draw.choice([3, 16, 80, 100, 130]), draw.choice([2, 6, 40, 136])
+    tiles = WideTiles(draw.choice([4, 16]), 16, draw.choice([4, 8]), draw.choice([None, 1, 3]))
+    while tiles.columns < rank + rope:
+        tiles.block_rest *= 2
+    check_a_random_case(draw, dtype, rank, rope, 150, tiles)
+
+
+def test_wide_tiles_hold_all_columns_or_are_refused():
+    for rank in (1025, 1100, 1500, 2000, 2048, 2432, 2560):
+        for rope in (2, 64, 128, 512):
+            tiles = choose_wide_tiles(rank, rank + rope, 2, torch.device("cpu"))
+            assert (tiles is None) == (rank + rope > 2560), (rank, rope)
+            assert tiles is None or rank + rope <= tiles.columns <= 2560
+
+
+def test_the_question_whether_a_kernel_runs_does_not_break_a_graph():
+    entries = torch.zeros(2, 2560)
+    fits = torch.compile(
+        lambda x: x + decode.wide_tiles_fit(2048, x.shape[-1], x.device), fullgraph=True, backend="eager"
+    )
+    assert fits(entries).eq(1).all()
 
 
 @pytest.mark.parametrize("nbits", [4, 8])
@@ -121,7 +162,8 @@ def test_packed_entries_and_a_window(nbits, rank, rope, group):
 def test_rows_that_see_nothing_give_zeros_not_nan():
     query, entries = torch.randn(1, 4, 20, device=DEVICE), torch.randn(1, 40, 20, device=DEVICE)
     mask = torch.zeros(1, 1, 1, 40, dtype=torch.bool, device=DEVICE)
-    assert decode_attention(query, [Part(entries, mask)], 16, 1, 0.2).eq(0).all()
+    for tiles in (None, WideTiles(16, 16)):
+        assert decode_attention(query, [Part(entries, mask)], 16, 1, 0.2, tiles).eq(0).all()
 
 
 def test_every_split_count_wastes_little_of_the_last_wave():
@@ -146,7 +188,7 @@ def test_generation_through_the_kernel(monkeypatch, layout, mode):
     model = make_mla(layout).to(DEVICE)
     modeling = __import__("sys").modules[type(model).__module__]
     calls = []
-    monkeypatch.setattr(modeling, "kernel_can_run", lambda tensor, rank: True)
+    monkeypatch.setattr(modeling, "kernel_can_run", lambda *_: True)
     monkeypatch.setattr(modeling, "decode_attention", lambda *a: calls.append(1) or decode_attention(*a))
     ids = tokens(1, 4).repeat(1, 3).to(DEVICE) if mode == "prompt-lookup" else tokens(2, 9).to(DEVICE)
     settings = dict(max_new_tokens=3, min_new_tokens=3, do_sample=False)
@@ -181,7 +223,7 @@ def test_quantised_cache_through_the_kernel(monkeypatch):
         return torch.stack(steps)
 
     expected = logits()
-    monkeypatch.setattr(modeling, "kernel_can_run", lambda tensor, rank: True)
+    monkeypatch.setattr(modeling, "kernel_can_run", lambda *_: True)
     torch.testing.assert_close(logits(), expected, rtol=1e-3, atol=1e-4)
 
 
@@ -192,7 +234,7 @@ def test_a_compiled_step_is_one_graph(monkeypatch):
     torch._dynamo.reset()
     model = make_mla("shared").to(DEVICE)
     modeling = __import__("sys").modules[type(model).__module__]
-    monkeypatch.setattr(modeling, "kernel_can_run", lambda tensor, rank: True)
+    monkeypatch.setattr(modeling, "kernel_can_run", lambda *_: True)
     ids = tokens(2, 10).to(DEVICE)
     graphs = []
     cache = StaticCache(config=model.config, max_cache_len=16)

@@ -89,6 +89,7 @@ def test_modeling_folder_needs_torch_and_transformers_only(tmp_path):
         "kernels_mla_llama.py",
         "modeling_mla_llama.py",
         "quantized_cache_mla_llama.py",
+        "wide_kernel_mla_llama.py",
     ]
     for name in code:
         for line in (tmp_path / name).read_text().splitlines():

@@ -3,7 +3,6 @@
 torchrun --nproc_per_node=2 tests/two_processes.py train --model ...
 """
 
-import os
 import sys
 from types import SimpleNamespace
 
@@ -12,8 +11,8 @@ from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import distributed
 
-from mha2mla.cli.main import main
-from mha2mla.training import Distillation, PackedCollator, use_language_loss
+from mha2mla.training import Distillation, PackedCollator, parse_arguments, use_language_loss
+from mha2mla.training.run import train
 from pico import make_mla, make_source, tokens
 
 
@@ -51,9 +50,7 @@ def check_sharded_loss(tied: bool, checkpointing: bool) -> None:
 
 
 if __name__ == "__main__":
-    status = main(sys.argv[1:])
+    trainer = train(*parse_arguments(sys.argv[2:]))
     for tied, checkpointing in ((False, False), (True, True)):
         check_sharded_loss(tied, checkpointing)
-    distributed.barrier()
-    sys.stdout.flush()
-    os._exit(status)  # gloo's threads sometimes abort an interpreter that takes itself down
+    trainer.accelerator.end_training()
