@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from types import MethodType
+from typing import cast
 
 import torch
 from torch import nn
@@ -127,7 +128,8 @@ def token_losses(
         Two tensors [N], fp32, in nats. Without a teacher the second is zero.
     """
     if chunk is None:
-        chunk = 2 ** int(math.log2((COMPILED_CHUNK_LOGITS if compiled else CHUNK_LOGITS) / head.out_features))
+        most = COMPILED_CHUNK_LOGITS if compiled else CHUNK_LOGITS
+        chunk = 2 ** int(math.log2(most / cast(int, head.out_features)))
     pieces = []
     for begin in range(0, len(targets), chunk):
         part = slice(begin, begin + chunk)
