@@ -62,7 +62,13 @@ def dequantise_gguf(source: str, gguf_file: str, folder: Path, revision: str | N
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source, **kwargs).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
+    # transformers 5.17 takes the wrong ones for some tokenizers; the config has those of the file.
+    for name in ("bos", "eos", "pad"):
+        number = getattr(model.config, f"{name}_token_id", None)
+        if isinstance(number, int):
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(number))
+    tokenizer.save_pretrained(folder)
 
 
 def copy_companions(folder: Path, output: Path) -> list[str]:
