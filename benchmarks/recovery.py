@@ -26,7 +26,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from glob import glob
 from itertools import chain, pairwise, product
 from pathlib import Path
@@ -35,20 +35,17 @@ from queue import Empty
 import numpy as np
 import torch
 import torch.multiprocessing as multiprocessing
+from recovery_table import ORIGINAL, SETS, Run, read_results, write_table
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 
 import mha2mla.modeling  # noqa: F401  # registers the family
 from mha2mla.evaluation import measure_multiple_choice, read_items
-from mha2mla.evaluation.multiple_choice import paired_difference
 from mha2mla.training import RecoveryTrainer, pack_documents, parse_arguments, recover
 from mha2mla.training.checks import find_checkpoint
 from mha2mla.training.loss import token_losses
 from mha2mla.training.packing import IGNORED, PackedCollator, tokenize
 from mha2mla.training.trainer import compile_layers
-
-ORIGINAL = "original"
-SETS = ("arc_easy", "arc_challenge", "hellaswag", "openbookqa", "piqa", "winogrande", "mmlu")
 
 
 class TokenRows(Dataset):
@@ -67,24 +64,6 @@ class TokenRows(Dataset):
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         row = self.order[index]
         return {"input_ids": self.input_ids[row].astype(np.int64), "lengths": self.lengths[row]}
-
-
-@dataclass(frozen=True)
-class Run:
-    """What makes a row of the table."""
-
-    model: str
-    trainable: str
-    distillation: float
-    tokens: int
-
-    @property
-    def key(self) -> tuple:
-        return (self.model, self.trainable, self.distillation, self.tokens)
-
-    @property
-    def name(self) -> str:
-        return f"{self.model}/{self.trainable}/{self.distillation:g}/{self.tokens / 1e6:g}M"
 
 
 def iterate_documents(pattern: str) -> Iterator[str]:
@@ -138,7 +117,10 @@ def train(run: Run, folder: str, args: argparse.Namespace, output: str) -> Recov
         common += ["--save_strategy", "steps", "--save_total_limit", "1", "--resume_from_checkpoint", "true"]
     else:
         common += ["--save_strategy", "no"]
-    distil = ["--teacher", args.source, "--distillation_weight", str(run.distillation)] if run.distillation else []
+    distil = []
+    if run.distillation:
+        weights = "--distillation_weight", str(run.distillation), "--hidden_weight", str(args.hidden_weight)
+        distil = ["--teacher", args.source, *weights]
     chosen = ["--trainable", run.trainable] if run.tokens else []
     model_args, loss, _, training = parse_arguments([*common, *distil, *chosen, "--max_steps", "1", *args.arguments])
     per_step = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
@@ -246,6 +228,7 @@ def run_row(run: Run, folder: str, args: argparse.Namespace) -> None:
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "workers": args.workers,
             "rows": args.rows.name,
+            "hidden_weight": args.hidden_weight if run.distillation else 0.0,
             "arguments": args.arguments,
         }
     with args.results.open("a") as file:
@@ -284,67 +267,6 @@ def run_all(args: argparse.Namespace) -> None:
         worker.kill()
 
 
-def read_results(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def write_table(args: argparse.Namespace) -> None:
-    rows = read_results(args.results)
-    original = next((row for row in rows if row["run"]["model"] == ORIGINAL and not row["run"]["tokens"]), None)
-    print("| model | trained | distillation | tokens | perplexity | average accuracy | lost, points | tokens/s |")
-    print("|---|---|---|---|---|---|---|---|")
-    for row in rows:
-        run, (perplexity, stderr) = Run(**row["run"]), row["eval_perplexity"]
-        accuracy, error = (100 * value for value in row["accuracy"]["average"])
-        speed = "" if math.isnan(row["tokens_per_second"]) else f"{row['tokens_per_second']:,.0f}"
-        print(
-            f"| {run.model} | {run.trainable} | {run.distillation:g} | {run.tokens / 1e6:g}M "
-            f"| {perplexity:.2f} ± {stderr:.2f} | {accuracy:.2f} ± {error:.2f} | {lost(row, original)} | {speed} |"
-        )
-    if args.plot:
-        draw(rows, args.plot)
-
-
-def lost(row: dict, original: dict | None) -> str:
-    """Points of average accuracy against the untrained original, with the standard error over the same items."""
-    if original is None or row is original:
-        return ""
-    text = f"{100 * (original['accuracy']['average'][0] - row['accuracy']['average'][0]):.2f}"
-    if not (row.get("right") and original.get("right")):  # rows from before items were kept
-        return text
-    errors = [paired_difference(row["right"][name], original["right"][name])[1] for name in SETS]
-    return f"{text} ± {100 * math.hypot(*errors) / len(errors):.2f}"
-
-
-def draw(rows: list[dict], path: Path) -> None:
-    """Loss and accuracy against tokens, a line for each model and way of training."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    groups: dict[str, list[dict]] = {}
-    untrained = {row["run"]["model"]: row for row in rows if row["run"]["tokens"] == 0}
-    for row in rows:
-        run = Run(**row["run"])
-        if run.tokens:
-            label = f"{run.model}, {run.trainable}" + (f", distilled {run.distillation:g}" if run.distillation else "")
-            groups.setdefault(label, [untrained[run.model]] if run.model in untrained else []).append(row)
-    for label, members in groups.items():
-        members.sort(key=lambda row: row["run"]["tokens"])
-        tokens = [row["run"]["tokens"] / 1e6 for row in members]
-        left.plot(tokens, [math.log(row["eval_perplexity"][0]) for row in members], marker="o", label=label)
-        averages, errors = zip(*(row["accuracy"]["average"] for row in members), strict=True)
-        right.errorbar(tokens, [100 * a for a in averages], [100 * e for e in errors], marker="o", label=label)
-    budgets = sorted({row["run"]["tokens"] / 1e6 for row in rows})
-    for axes, title in ((left, "validation loss (nats per token)"), (right, "average accuracy (%)")):
-        axes.set(xlabel="tokens (millions)", title=title)
-        axes.set_xscale("symlog", linthresh=min(budgets[1:], default=1))
-        axes.set_xticks(budgets, [f"{budget:g}" for budget in budgets], minor=False)
-        axes.minorticks_off()
-    right.legend(fontsize="x-small")
-    figure.savefig(path, dpi=150)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -370,6 +292,7 @@ def main() -> None:
     run.add_argument("--limit", type=int, help="Items of each set at most.")
     run.add_argument("--trainable", nargs="+", default=["all", "attention", "lora"])
     run.add_argument("--distillation", nargs="+", type=float, default=[0.0, 1.0], help="Weights of the teacher.")
+    run.add_argument("--hidden-weight", type=float, default=0.0, help="Of the states, where there is a teacher.")
     run.add_argument("--tokens", nargs="+", default=["5e6", "20e6", "78e6"])
     run.set_defaults(call=run_all)
     table = commands.add_parser("table", help="Print the table and draw the curves.")

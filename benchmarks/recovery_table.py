@@ -1,0 +1,93 @@
+"""The rows that `recovery.py` writes, as a table and as curves."""
+
+import argparse
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from mha2mla.evaluation.multiple_choice import paired_difference
+
+ORIGINAL = "original"
+SETS = ("arc_easy", "arc_challenge", "hellaswag", "openbookqa", "piqa", "winogrande", "mmlu")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What makes a row of the table."""
+
+    model: str
+    trainable: str
+    distillation: float
+    tokens: int
+
+    @property
+    def key(self) -> tuple:
+        return (self.model, self.trainable, self.distillation, self.tokens)
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}/{self.trainable}/{self.distillation:g}/{self.tokens / 1e6:g}M"
+
+
+def read_results(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_table(args: argparse.Namespace) -> None:
+    rows = read_results(args.results)
+    original = next((row for row in rows if row["run"]["model"] == ORIGINAL and not row["run"]["tokens"]), None)
+    names = "model", "trained", "distillation", "tokens", "perplexity", "KL, sets", "average accuracy", "lost", "tokens/s"
+    print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
+    for row in rows:
+        run, (perplexity, stderr) = Run(**row["run"]), row["eval_perplexity"]
+        accuracy, error = (100 * value for value in row["accuracy"]["average"])
+        divergence = f"{row['divergence']['sets']:.3f}" if "sets" in row.get("divergence", {}) else ""
+        speed = "" if math.isnan(row["tokens_per_second"]) else f"{row['tokens_per_second']:,.0f}"
+        print(
+            f"| {run.model} | {run.trainable} | {run.distillation:g} | {run.tokens / 1e6:g}M "
+            f"| {perplexity:.2f} ± {stderr:.2f} | {divergence} | {accuracy:.2f} ± {error:.2f} "
+            f"| {lost(row, original)} | {speed} |"
+        )
+    if args.plot:
+        draw(rows, args.plot)
+
+
+def lost(row: dict, original: dict | None) -> str:
+    """Points of average accuracy against the untrained original, with the standard error over the same items."""
+    if original is None or row is original:
+        return ""
+    text = f"{100 * (original['accuracy']['average'][0] - row['accuracy']['average'][0]):.2f}"
+    if not (row.get("right") and original.get("right")):  # rows from before items were kept
+        return text
+    errors = [paired_difference(row["right"][name], original["right"][name])[1] for name in SETS]
+    return f"{text} ± {100 * math.hypot(*errors) / len(errors):.2f}"
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Loss and accuracy against tokens, a line for each model and way of training."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    groups: dict[str, list[dict]] = {}
+    untrained = {row["run"]["model"]: row for row in rows if row["run"]["tokens"] == 0}
+    for row in rows:
+        run = Run(**row["run"])
+        if run.tokens:
+            label = f"{run.model}, {run.trainable}" + (f", distilled {run.distillation:g}" if run.distillation else "")
+            groups.setdefault(label, [untrained[run.model]] if run.model in untrained else []).append(row)
+    for label, members in groups.items():
+        members.sort(key=lambda row: row["run"]["tokens"])
+        tokens = [row["run"]["tokens"] / 1e6 for row in members]
+        left.plot(tokens, [math.log(row["eval_perplexity"][0]) for row in members], marker="o", label=label)
+        averages, errors = zip(*(row["accuracy"]["average"] for row in members), strict=True)
+        right.errorbar(tokens, [100 * a for a in averages], [100 * e for e in errors], marker="o", label=label)
+    budgets = sorted({row["run"]["tokens"] / 1e6 for row in rows})
+    for axes, title in ((left, "validation loss (nats per token)"), (right, "average accuracy (%)")):
+        axes.set(xlabel="tokens (millions)", title=title)
+        axes.set_xscale("symlog", linthresh=min(budgets[1:], default=1))
+        axes.set_xticks(budgets, [f"{budget:g}" for budget in budgets], minor=False)
+        axes.minorticks_off()
+    right.legend(fontsize="x-small")
+    figure.savefig(path, dpi=150)
