@@ -37,7 +37,7 @@ def read_results(path: Path) -> list[dict]:
 def write_table(args: argparse.Namespace) -> None:
     rows = read_results(args.results)
     original = next((row for row in rows if row["run"]["model"] == ORIGINAL and not row["run"]["tokens"]), None)
-    names = "model", "trained", "distillation", "tokens", "perplexity", "KL, sets", "average accuracy", "lost", "tokens/s"
+    names = "model trained distillation tokens perplexity KL accuracy lost tokens/s".split()
     print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
     for row in rows:
         run, (perplexity, stderr) = Run(**row["run"]), row["eval_perplexity"]
