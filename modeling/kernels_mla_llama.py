@@ -58,6 +58,28 @@ if triton is not None:
             inside = columns < (SIZE + 1) // 2
         return tl.load(query + rows[:, None] + columns[None, :], mask=ok[:, None] & inside[None, :], other=0.0)
 
+    @triton.jit
+    def visible_scores(scores, given, tokens, ok, rows, row_ok, end, num_queries, scaling, MASK: tl.constexpr):
+        """Scores [rows, tokens] as powers of two, minus infinity where a query must not look."""
+        scores *= scaling * 1.4426950408889634
+        seen = ok[None, :] & row_ok[:, None]
+        if MASK == 1:
+            seen = seen & (given != 0)
+        elif MASK == 2:
+            scores += given.to(tl.float32) * 1.4426950408889634
+        else:  # causal: the queries are the last tokens
+            seen = seen & (tokens[None, :] <= (end - num_queries + rows % num_queries)[:, None])
+        return tl.where(seen, scores, float("-inf"))
+
+    @triton.jit
+    def soften(scores, top, total):
+        """A tile of the softmax: weights, what earlier outputs fade by, and the new maximum and sum of each row."""
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing seen yet: no difference of infinities
+        weights = tl.exp2(scores - shift[:, None])
+        fade = tl.exp2(top - shift)
+        return weights, fade, new_top, total * fade + tl.sum(weights, 1)
+
     @triton.jit(do_not_specialize=["num_rows", "num_queries", "num_tokens", "first_split", "num_splits"])
     def attend_split(
         query, entries, scales, mask, length, partial, log_sums, scaling, num_rows, num_queries, num_tokens,
@@ -135,6 +157,8 @@ if triton is not None:
             elif MASK > 0:
                 at = mask + (rows % num_queries)[:, None] * stride_mt + tokens[None, :] * stride_ms
                 given = tl.load(at, mask=ok[None, :] & row_ok[:, None], other=0)
+            else:
+                given = 0
             token_rows = tl.multiple_of(tokens.to(tl.int64) * stride_es, ALIGN)
             raw = _load(entries, token_rows, ok, columns, 0, STORED)
             rope_raw = _load(entries, token_rows, ok, rope_columns, STORED, ROPE_STORED)
@@ -175,21 +199,8 @@ if triton is not None:
                     scores = tl.dot(q_high, tl.trans(values_high), scores, input_precision=PRECISION)
                     scores = tl.dot(q_rope_high, tl.trans(rope), scores, input_precision=PRECISION)
 
-            scores *= scaling * 1.4426950408889634  # powers of two below
-            seen = ok[None, :] & row_ok[:, None]
-            if MASK == 1:
-                seen = seen & (given != 0)
-            elif MASK == 2:
-                scores += given.to(tl.float32) * 1.4426950408889634
-            else:  # causal: the queries are the last tokens
-                seen = seen & (tokens[None, :] <= (end - num_queries + rows % num_queries)[:, None])
-            scores = tl.where(seen, scores, float("-inf"))
-
-            new_top = tl.maximum(top, tl.max(scores, 1))
-            shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing seen yet: no difference of infinities
-            weights = tl.exp2(scores - shift[:, None])
-            fade = tl.exp2(top - shift)
-            total = total * fade + tl.sum(weights, 1)
+            scores = visible_scores(scores, given, tokens, ok, rows, row_ok, end, num_queries, scaling, MASK)
+            weights, fade, top, total = soften(scores, top, total)
             if ONE_SCALE:
                 weights = (weights * scale[None, :]).to(dtype)
                 offset = offset * fade + tl.sum(weights.to(tl.float32) * zero[None, :], 1)
@@ -198,7 +209,6 @@ if triton is not None:
             low = tl.dot(weights, values, low * fade[:, None], input_precision=PRECISION)
             if BITS == 4:
                 high = tl.dot(weights, values_high, high * fade[:, None], input_precision=PRECISION)
-            top = new_top
 
         share = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)[:, None]
         place = (batch * num_rows + rows) * num_splits + first_split + split
@@ -232,4 +242,4 @@ if triton is not None:
         tl.store(output + row * RANK + columns, mixed.to(output.dtype.element_ty), mask=columns < RANK)
 
 else:
-    attend_split = combine = None
+    attend_split = combine = visible_scores = soften = None

@@ -13,6 +13,7 @@ try:  # within a try block, so that transformers does not ask the user of a chec
 except ImportError:
     triton = None
 
+from .kernels_mla_llama import soften, visible_scores
 
 if triton is not None:
 
@@ -101,6 +102,7 @@ if triton is not None:
         for start in range(begin, stop, BLOCK_N):
             tokens = start + near
             ok = tokens < stop
+            given = 0
             if MASK > 0:
                 given = next_given
                 ahead = start + BLOCK_N
@@ -120,21 +122,8 @@ if triton is not None:
             shares = tl.permute(tl.reshape(shares, [2, GROUPS // 2, BLOCK_M, BLOCK_N]), (1, 2, 3, 0))
             one, two = tl.split(shares)
             scores = tl.sum(one + two, 0)
-            scores *= scaling * 1.4426950408889634  # powers of two below
-            seen = ok[None, :] & row_ok[:, None]
-            if MASK == 1:
-                seen = seen & (given != 0)
-            elif MASK == 2:
-                scores += given.to(tl.float32) * 1.4426950408889634
-            else:  # causal: the queries are the last tokens
-                seen = seen & (tokens[None, :] <= (end - num_queries + rows % num_queries)[:, None])
-            scores = tl.where(seen, scores, float("-inf"))
-
-            new_top = tl.maximum(top, tl.max(scores, 1))
-            shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing seen yet: no infinity less itself
-            weights = tl.exp2(scores - shift[:, None])
-            fade = tl.exp2(top - shift)
-            total = total * fade + tl.sum(weights, 1)
+            scores = visible_scores(scores, given, tokens, ok, rows, row_ok, end, num_queries, scaling, MASK)
+            weights, fade, top, total = soften(scores, top, total)
             shared = tl.broadcast_to(weights.to(dtype)[None, :, :], [GROUPS, BLOCK_M, BLOCK_N])
             factor = fade[None, :, None]
             low_sum *= factor
@@ -145,7 +134,6 @@ if triton is not None:
             high_sum = tl.dot(shared, high, high_sum, input_precision=PRECISION)
             if RANK > 2 * HALF:
                 rest_sum = tl.dot(shared, rest, rest_sum, input_precision=PRECISION)
-            top = new_top
 
         share = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)[None, :, None]
         place = (batch * num_rows + rows) * num_splits + split
