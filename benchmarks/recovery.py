@@ -178,19 +178,17 @@ def measure_divergence(model: PreTrainedModel, original: PreTrainedModel, rows: 
     return total / count if count else math.nan
 
 
-def read_set_rows(folder: Path, tokenizer, limit: int | None) -> list[dict]:
+def pack_items(items: list[dict], tokenizer) -> list[dict]:
     """Contexts with their right choices as text, packed into rows."""
-    items = [item for name in SETS for item in read_items(folder / f"{name}.jsonl")[:limit]]
     documents = tokenize([f"{item['context']} {item['choices'][item['answer']]}" for item in items], tokenizer)
     packed = pack_documents(documents, 512)
     return [dict(input_ids=ids, lengths=lengths) for ids, lengths in zip(*packed.values(), strict=True)]
 
 
-def measure_accuracy(model: PreTrainedModel, tokenizer, folder: Path, limit: int | None) -> dict[str, dict]:
+def measure_accuracy(model: PreTrainedModel, tokenizer, sets: dict[str, list[dict]]) -> dict[str, dict]:
     """Length-normalised accuracy and standard error, of each set and of their average; and which items were right."""
     accuracies, right = {}, {}
-    for name in SETS:
-        items = read_items(folder / f"{name}.jsonl")[:limit]
+    for name, items in sets.items():
         result = measure_multiple_choice(model, tokenizer, items, batch_size=64)
         accuracies[name] = [result.accuracy_norm, result.stderr_norm]
         right[name] = result.right_norm
@@ -209,9 +207,10 @@ def run_row(run: Run, folder: str, args: argparse.Namespace) -> None:
         last = next(line for line in reversed(history) if "eval_perplexity" in line)
         model, tokenizer, batch_size = trained_model(trainer), trainer.processing_class, trainer.args.eval_batch_size
         original = AutoModelForCausalLM.from_pretrained(args.source, dtype=model.dtype).to(model.device).eval()
-        texts = {"validation": list(TokenRows(args.eval_rows))}
+        texts, sets = {"validation": list(TokenRows(args.eval_rows))}, {}
         if args.sets:
-            texts["sets"] = read_set_rows(args.sets, tokenizer, args.limit)
+            sets = {name: read_items(args.sets / f"{name}.jsonl")[: args.limit] for name in SETS}
+            texts["sets"] = pack_items(list(chain.from_iterable(sets.values())), tokenizer)
         row = {
             "run": asdict(run),
             "steps": trainer.state.global_step if run.tokens else 0,
@@ -220,11 +219,7 @@ def run_row(run: Run, folder: str, args: argparse.Namespace) -> None:
             "divergence": {
                 name: measure_divergence(model, original, rows, batch_size) for name, rows in texts.items()
             },
-            **(
-                measure_accuracy(model, tokenizer, args.sets, args.limit)
-                if args.sets
-                else {"accuracy": None, "right": None}
-            ),
+            **(measure_accuracy(model, tokenizer, sets) if sets else {"accuracy": None, "right": None}),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "workers": args.workers,
             "rows": args.rows.name,

@@ -7,12 +7,12 @@ it is, so adapters and tied or sharded weights need no special case.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from types import MethodType
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -147,16 +147,16 @@ def token_losses(
 
 
 @contextmanager
-def recorded_states(model: PreTrainedModel, on: bool) -> Iterator[list[torch.Tensor]]:
-    """Collects, if `on`, what each decoder layer puts out, [B, T, D], while the model is called."""
-    states: list[torch.Tensor] = []
+def recorded_calls(modules: Iterable[nn.Module]) -> Iterator[list[tuple[dict, Any]]]:
+    """Collects keyword arguments and output of every call of the modules, in order."""
+    calls: list[tuple[dict, Any]] = []
 
-    def record(module, args, output):
-        states.append(output)
+    def record(module, args, kwargs, output):
+        calls.append((kwargs, output))
 
-    hooks = [layer.register_forward_hook(record) for layer in model.model.layers if on]
+    hooks = [module.register_forward_hook(record, with_kwargs=True) for module in modules]
     try:
-        yield states
+        yield calls
     finally:
         for hook in hooks:
             hook.remove()
@@ -204,14 +204,15 @@ def use_language_loss(
         states = dict(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         teacher = distillation if self.training else None
         match_hidden = teacher is not None and teacher.hidden_weight > 0
-        with recorded_states(self, match_hidden) as layers:
+        with recorded_calls(self.model.layers if match_hidden else ()) as calls:
             hidden = self.model(**states, **kwargs).last_hidden_state
         # The state at t predicts the label at t + 1; the last one predicts nothing.
         targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
         teacher_head = teacher_hidden = None
         if teacher is not None:
             teacher_head = teacher.teacher.lm_head
-            with torch.no_grad(), recorded_states(teacher.teacher, match_hidden) as teacher_layers:
+            teacher_layers = teacher.teacher.model.layers if match_hidden else ()
+            with torch.no_grad(), recorded_calls(teacher_layers) as teacher_calls:
                 teacher_hidden = teacher.teacher.model(**states).last_hidden_state.flatten(0, 1)
         cross_entropy, distance = token_losses(
             self.lm_head,
@@ -227,7 +228,8 @@ def use_language_loss(
         if teacher is not None:
             loss = (1 - teacher.weight) * loss + teacher.weight * distance.sum() / count
             if match_hidden:
-                errors = hidden_errors(layers, teacher_layers, compiled)
+                outputs, wanted = ([output for _, output in each] for each in (calls, teacher_calls))
+                errors = hidden_errors(outputs, wanted, compiled)
                 loss = loss + teacher.hidden_weight * errors.masked_fill(targets == IGNORED, 0).sum() / count
         if self.training:
             return RecoveryOutput(loss=loss)
@@ -251,21 +253,11 @@ def attention_error(
     Returns:
         A scalar. Only the student's attention gets a gradient.
     """
-    seen: list[tuple[dict, torch.Tensor]] = []
-
-    def record(module, args, kwargs, output):
-        seen.append((kwargs, output[0]))
-
-    hooks = [layer.self_attn.register_forward_hook(record, with_kwargs=True) for layer in teacher.model.layers]
-    try:
-        with torch.no_grad():
-            teacher.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with torch.no_grad(), recorded_calls(layer.self_attn for layer in teacher.model.layers) as calls:
+        teacher.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
     errors = [
-        robust_error(layer.self_attn(**kwargs)[0].float(), wanted.float())
-        for layer, (kwargs, wanted) in zip(student.model.layers, seen, strict=True)
+        robust_error(layer.self_attn(**kwargs)[0].float(), wanted[0].float())
+        for layer, (kwargs, wanted) in zip(student.model.layers, calls, strict=True)
     ]
     return torch.stack(errors).mean()
 
