@@ -11,7 +11,7 @@ from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import distributed
 
-from mha2mla.training import Distillation, PackedCollator, parse_arguments, use_language_loss
+from mha2mla.training import Distillation, PackedCollator, loss, parse_arguments, use_language_loss
 from mha2mla.training.run import train
 from pico import make_mla, make_source, tokens
 
@@ -37,11 +37,11 @@ def check_sharded_loss(tied: bool, checkpointing: bool) -> None:
     batch = PackedCollator()([{"input_ids": ids, "lengths": [5, 7]} for ids in tokens(4, 12).tolist()])
     half = {name: tensor[2 * rank : 2 * rank + 2] for name, tensor in batch.items()}
     count = (batch["labels"] != -100).sum()
-    loss = 2 * sharded(**half, num_items_in_batch=count).loss  # FSDP averages over processes
-    loss.backward()
+    mean = 2 * sharded(**half, num_items_in_batch=count).loss  # FSDP averages over processes
+    mean.backward()
     expected = whole(**batch).loss
     expected.backward()
-    mean = loss.detach().clone()
+    mean = mean.detach().clone()
     distributed.all_reduce(mean)
     torch.testing.assert_close(mean / 2, expected.detach())
     for (name, parameter), (_, other) in zip(sharded.named_parameters(), whole.named_parameters(), strict=True):
@@ -51,6 +51,7 @@ def check_sharded_loss(tied: bool, checkpointing: bool) -> None:
 
 if __name__ == "__main__":
     trainer = train(*parse_arguments(sys.argv[2:]))
+    loss.CHUNK_LOGITS = 2**9  # several chunks
     for tied, checkpointing in ((False, False), (True, True)):
         check_sharded_loss(tied, checkpointing)
     trainer.accelerator.end_training()

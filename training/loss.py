@@ -3,7 +3,7 @@
 The model's `forward` is bound to the instance so that it gives the loss and never the logits: those are the largest
 tensors of a small model, and are made, used and made again for the backward pass a chunk of tokens at a time. Inside
 `forward` the hooks of DDP, FSDP2, ZeRO, peft and autocast are all at work, and the head is called as the module that
-it is, so adapters and tied or sharded weights need no special case.
+it is, once for all chunks, so adapters and tied or sharded weights need no special case.
 """
 
 import math
@@ -77,11 +77,14 @@ def forward_kl(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: 
     return nn.functional.kl_div(student, teacher, reduction="none", log_target=True).sum(-1) * temperature**2
 
 
+Head = Callable[..., torch.Tensor]  # from hidden states [N, D] to logits [N, V]
+
+
 def chunk_losses(
-    head: nn.Module,
+    head: Head,
     hidden: torch.Tensor,
     targets: torch.Tensor,
-    teacher_head: nn.Module | None,
+    teacher_head: Head | None,
     teacher_hidden: torch.Tensor | None,
     temperature: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,20 +133,35 @@ def token_losses(
     if chunk is None:
         most = COMPILED_CHUNK_LOGITS if compiled else CHUNK_LOGITS
         chunk = 2 ** int(math.log2(most / cast(int, head.out_features)))
-    pieces = []
-    for begin in range(0, len(targets), chunk):
-        part = slice(begin, begin + chunk)
-        teacher_part = None if teacher_hidden is None else teacher_hidden[part]
-        # Not reentrant: the head's gradient is then summed over chunks before any hook of DDP or FSDP sees it.
-        pieces.append(
-            checkpoint(
-                compiled_chunk_losses() if compiled else chunk_losses,
-                *(head, hidden[part], targets[part], teacher_head, teacher_part, temperature),
-                use_reentrant=False,
-            )
-        )
-    cross_entropies, distances = zip(*pieces, strict=True)
-    return torch.cat(cross_entropies), torch.cat(distances)
+    losses = compiled_chunk_losses() if compiled else chunk_losses
+
+    def all_chunks(project: Head, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        pieces = []
+        for begin in range(0, len(targets), chunk):
+            part = slice(begin, begin + chunk)
+            teacher_part = None if teacher_hidden is None else teacher_hidden[part]
+            inputs = (project, hidden[part], targets[part], teacher_head, teacher_part, temperature)
+            # Not reentrant: the head's gradient is then summed over chunks before any hook of DDP or FSDP sees it.
+            pieces.append(checkpoint(losses, *inputs, use_reentrant=False))
+        cross_entropies, distances = zip(*pieces, strict=True)
+        return torch.cat(cross_entropies), torch.cat(distances)
+
+    return call_once(head, all_chunks, hidden)
+
+
+def call_once(head: nn.Module, function: Callable[[Head, torch.Tensor], Any], hidden: torch.Tensor) -> Any:
+    """
+    `function(forward of the head, hidden)` within one call of the head, whose hooks run before it and behind it: those
+    that shard the head expect one call a pass (FSDP2 up to torch 2.11 frees the weights between two in backward).
+    """
+    forward, own = head.forward, head.__dict__.get("forward")
+    head.forward = lambda hidden: function(forward, hidden)
+    try:
+        return head(hidden)
+    finally:
+        del head.forward
+        if own is not None:
+            head.forward = own
 
 
 @contextmanager
