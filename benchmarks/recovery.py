@@ -84,7 +84,7 @@ def write_tokens(args: argparse.Namespace) -> None:
             documents += tokenize(batch, tokenizer)
             batch = []
     documents += tokenize(batch, tokenizer)
-    packed = pack_documents(documents, args.length)
+    packed = pack_documents(documents, args.length, args.short_length)
     counts = [len(lengths) for lengths in packed["lengths"]]
     np.savez(
         args.output,
@@ -272,6 +272,7 @@ def main() -> None:
     )
     tokens.add_argument("output", type=Path)
     tokens.add_argument("--length", type=int, default=2048)
+    tokens.add_argument("--short-length", type=int, help="In every second row documents are cut to so many tokens.")
     tokens.set_defaults(call=write_tokens)
     run = commands.add_parser("run", help="Train and measure what the results file does not hold yet.")
     run.add_argument("results", type=Path)

@@ -107,6 +107,10 @@ class DataArguments:
         default=0.0, metadata={"help": "Without --eval-data: share of the documents that is held out instead."}
     )
     length: int = field(default=2048, metadata={"help": "Tokens of a row; documents are packed without padding."})
+    short_length: int | None = field(
+        default=None,
+        metadata={"help": "In every second row cut documents to so many tokens, for predictions from little text."},
+    )
     streaming: bool = field(default=False, metadata={"help": "Read while training, without a copy on the disk."})
     shuffle_buffer: int = field(default=2000, metadata={"help": "streaming: rows among which the next is drawn."})
     num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise; not for streaming."})
@@ -114,6 +118,8 @@ class DataArguments:
     def __post_init__(self):
         if self.length < 2:
             raise ValueError(f"length={self.length} must be at least 2.")
+        if self.short_length is not None and not 2 <= self.short_length <= self.length:
+            raise ValueError(f"short_length={self.short_length} must lie between 2 and length={self.length}.")
         if not 0 <= self.eval_fraction < 1:
             raise ValueError(f"eval_fraction={self.eval_fraction} must lie between 0 and 1.")
         if self.eval_fraction > 0 and self.eval_data is not None:

@@ -138,14 +138,19 @@ def check_source(source: DataSource, tokenizer: PreTrainedTokenizerBase) -> None
 
 
 def pack_batch(
-    batch: dict[str, list], column: str, tokenizer: PreTrainedTokenizerBase, length: int
+    batch: dict[str, list], column: str, tokenizer: PreTrainedTokenizerBase, length: int, short_length: int | None
 ) -> dict[str, list[list[int]]]:
     """[`tokenize`] and [`pack_documents`] on a batch of documents by column."""
-    return pack_documents(tokenize(batch[column], tokenizer), length)
+    return pack_documents(tokenize(batch[column], tokenizer), length, short_length)
 
 
 def pack_source(
-    documents: Rows, source: DataSource, tokenizer: PreTrainedTokenizerBase, length: int, num_proc: int | None
+    documents: Rows,
+    source: DataSource,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    short_length: int | None,
+    num_proc: int | None,
 ) -> Rows:
     """The packed rows of a source's documents; a stream stays one."""
     columns = documents.column_names or list(next(iter(documents)))
@@ -153,7 +158,7 @@ def pack_source(
         pack_batch,
         batched=True,
         batch_size=DOCUMENTS_PER_BATCH,
-        fn_kwargs={"column": source.column, "tokenizer": tokenizer, "length": length},
+        fn_kwargs=dict(column=source.column, tokenizer=tokenizer, length=length, short_length=short_length),
         remove_columns=columns,
         features=ROW_FEATURES,
         **({} if isinstance(documents, IterableDataset) else {"num_proc": num_proc}),
@@ -183,8 +188,8 @@ def load_rows(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, seed
     for source in (*sources, *eval_sources):
         check_source(source, tokenizer)
 
-    def pack(documents: Rows, source: DataSource) -> Rows:
-        return pack_source(documents, source, tokenizer, arguments.length, arguments.num_proc)
+    def pack(documents: Rows, source: DataSource, short_length: int | None = None) -> Rows:
+        return pack_source(documents, source, tokenizer, arguments.length, short_length, arguments.num_proc)
 
     train, held_out = [], [pack(load_source(source, streaming=False), source) for source in eval_sources]
     for source in sources:
@@ -193,7 +198,7 @@ def load_rows(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, seed
             parts = documents.train_test_split(test_size=arguments.eval_fraction, seed=seed)
             documents = parts["train"]
             held_out.append(pack(parts["test"], source))
-        train.append(pack(documents, source))
+        train.append(pack(documents, source, arguments.short_length))
     for part, name in ((train, "data"), (held_out, "held-out data")):
         for rows in part:
             if next(iter(rows), None) is None:

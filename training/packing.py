@@ -28,7 +28,14 @@ def tokenize(documents: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> li
     return [ids if end is None or ids[-1:] == [end] else [*ids, end] for ids in encoded]
 
 
-def pack_documents(documents: Sequence[Sequence[int]], length: int) -> dict[str, list[list[int]]]:
+def cut(pieces: Sequence[int], most: int) -> list[int]:
+    """Sizes of pieces of at most so many tokens that the given pieces are cut into."""
+    return [min(most, piece - begin) for piece in pieces for begin in range(0, piece, most)]
+
+
+def pack_documents(
+    documents: Sequence[Sequence[int]], length: int, short_length: int | None = None
+) -> dict[str, list[list[int]]]:
     """
     Documents end to end, cut into rows. A document that reaches over a row's end is cut there, and its two pieces are
     documents of their own; what does not fill the last row is dropped.
@@ -36,6 +43,7 @@ def pack_documents(documents: Sequence[Sequence[int]], length: int) -> dict[str,
     Args:
         documents (`Sequence`): Token ids of each document.
         length (`int`): Tokens of a row.
+        short_length (`int`, *optional*): In every second row documents are cut into pieces of so many tokens.
 
     Returns:
         `input_ids`, [rows][length], and `lengths`, [rows][pieces]: sizes of the pieces of each row, in order.
@@ -55,6 +63,8 @@ def pack_documents(documents: Sequence[Sequence[int]], length: int) -> dict[str,
                 input_ids.append(row)
                 lengths.append(pieces)
                 row, pieces = [], []
+    if short_length is not None:
+        lengths[::2] = [cut(pieces, short_length) for pieces in lengths[::2]]
     return {"input_ids": input_ids, "lengths": lengths}
 
 
