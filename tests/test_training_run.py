@@ -13,6 +13,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import launch, pico_tokenizer
 from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mha2mla.cli.main import main
@@ -52,6 +53,18 @@ def folder(tmp_path):
             words = torch.randint(4, VOCAB, (count,), generator=generator).tolist()
             file.write(json.dumps({"text": " ".join(f"w{i}" for i in words)}) + "\n")
     return tmp_path
+
+
+def check_loads_anywhere(folder, checkpoint):
+    """In a process without this package, and with the same logits."""
+    run = [sys.executable, "-c", CLEAN_LOAD, str(checkpoint), str(folder / "logits.pt")]
+    clean = environment(folder, HF_MODULES_CACHE=str(folder / "modules"))
+    done = subprocess.run(run, env=clean, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    ids = AutoTokenizer.from_pretrained(checkpoint)("w5 w6 w7", return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(checkpoint)(ids).logits
+    torch.testing.assert_close(torch.load(folder / "logits.pt"), expected, rtol=0, atol=1e-6)
 
 
 def arguments(folder, output, *more, data="texts.jsonl"):
@@ -107,14 +120,7 @@ def test_full_run_with_teacher_leaves_complete_checkpoints(folder):
     names = {path.name for path in (out / "checkpoint-2").iterdir()}
     assert {"modeling_mla_llama.py", "config.json", "generation_config.json", "tokenizer.json"} <= names
     assert json.loads((out / "checkpoint-2" / "config.json").read_text())["use_cache"] is True
-    run = [sys.executable, "-c", CLEAN_LOAD, str(out / "checkpoint-4"), str(folder / "logits.pt")]
-    clean = environment(folder, HF_MODULES_CACHE=str(folder / "modules"))
-    done = subprocess.run(run, env=clean, capture_output=True, text=True, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    ids = AutoTokenizer.from_pretrained(out)("w5 w6 w7", return_tensors="pt").input_ids
-    with torch.no_grad():
-        expected = AutoModelForCausalLM.from_pretrained(out / "checkpoint-4")(ids).logits
-    torch.testing.assert_close(torch.load(folder / "logits.pt"), expected, rtol=0, atol=1e-6)
+    check_loads_anywhere(folder, out / "checkpoint-4")
 
     assert main(arguments(folder, "out")) == 2  # never over an earlier run
 
@@ -183,6 +189,9 @@ def test_two_processes_give_the_curve_of_one(folder):
     assert done.returncode == 0, done.stderr
     assert losses(folder / "two") == pytest.approx(losses(folder / "one"), rel=1e-4)
     assert "| Tokens | 192 |" in (folder / "two" / "README.md").read_text()
+    check_loads_anywhere(folder, folder / "two" / "sharded")
+    whole, sharded = (load_file(folder / "two" / name) for name in ("model.safetensors", "sharded/model.safetensors"))
+    assert set(whole) == {*sharded, "lm_head.weight"}  # which are tied, and there once
 
 
 def test_shipped_accelerate_configurations_are_read():

@@ -10,6 +10,7 @@ import torch
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import distributed
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from mha2mla.training import Distillation, PackedCollator, loss, parse_arguments, use_language_loss
 from mha2mla.training.run import train
@@ -25,7 +26,7 @@ def shard(model: torch.nn.Module) -> torch.nn.Module:
     return fsdp2_prepare_model(SimpleNamespace(state=state, mixed_precision="no", is_main_process=True), model)
 
 
-def check_sharded_loss(tied: bool, checkpointing: bool) -> None:
+def check_sharded_loss(tied: bool, checkpointing: bool) -> torch.nn.Module:
     """FSDP2 (a unit a layer, and the root) gives the loss and gradients of the whole model on both halves."""
     rank = distributed.get_rank()
     whole, sharded = (make_mla("shared", tie_word_embeddings=tied).train() for _ in range(2))
@@ -47,11 +48,14 @@ def check_sharded_loss(tied: bool, checkpointing: bool) -> None:
     for (name, parameter), (_, other) in zip(sharded.named_parameters(), whole.named_parameters(), strict=True):
         gradient = parameter.grad.full_tensor()
         torch.testing.assert_close(gradient, other.grad, msg=lambda text, name=name: f"{name}: {text}")
+    return sharded
 
 
 if __name__ == "__main__":
     trainer = train(*parse_arguments(sys.argv[2:]))
     loss.CHUNK_LOGITS = 2**9  # several chunks
     for tied, checkpointing in ((False, False), (True, True)):
-        check_sharded_loss(tied, checkpointing)
+        trainer.model = check_sharded_loss(tied, checkpointing)
+    whole = get_model_state_dict(trainer.model, options=StateDictOptions(full_state_dict=True))
+    trainer._save(f"{trainer.args.output_dir}/sharded", whole)  # as with accelerate's FULL_STATE_DICT
     trainer.accelerator.end_training()

@@ -1,9 +1,15 @@
 """The stock Trainer, with what recovery adds: the length of the decay, exact perplexity, complete checkpoints."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import Dataset
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, SchedulerType, Trainer
 
@@ -44,6 +50,26 @@ class RecoveryTrainer(Trainer):
             self.args.lr_scheduler_kwargs = decay | (self.args.lr_scheduler_kwargs or {})
         return super().create_scheduler(num_training_steps, optimizer)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
+        if state_dict is not None:  # gathered: tied weights are in it under all their names
+            tied = getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", {})
+            state_dict = {name: weight for name, weight in state_dict.items() if name not in tied}
+        with own_class(self.model):
+            super()._save(output_dir, state_dict)
+
+
+@contextmanager
+def own_class(model: torch.nn.Module) -> Iterator[None]:
+    """A model that FSDP2 shards is of a class that FSDP2 made: as its code, transformers would save torch's."""
+    actual = type(model)
+    if isinstance(model, FSDPModule):
+        own: Any = next(base for base in actual.__mro__ if not issubclass(base, FSDPModule))
+        model.__class__ = own
+    try:
+        yield
+    finally:
+        model.__class__ = actual
+
 
 def compile_layers(model: PreTrainedModel, on: bool = True) -> None:
     """Compile the forward pass of each decoder layer, not its hooks: one graph serves all. Names and weights stay."""
@@ -51,6 +77,16 @@ def compile_layers(model: PreTrainedModel, on: bool = True) -> None:
         layer.__dict__.pop("forward", None)
         if on:
             layer.forward = torch.compile(layer.forward)
+
+
+def sum_in_full_precision(accelerator: Accelerator) -> None:
+    """FSDP2 computes in 16 bits; accelerate would also round what modules return, here each token's loss, to them, and
+    sum gradients over processes in them."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(
+            plugin.mixed_precision_policy, output_dtype=None, reduce_dtype=torch.float32
+        )
 
 
 def prepare_model(
@@ -119,6 +155,7 @@ def recover(
         processing_class=tokenizer,
         compute_metrics=token_perplexity,
     )
+    sum_in_full_precision(trainer.accelerator)
     # The Trainer turns the config's use_cache off, and every checkpoint would carry that to its users. The loss calls
     # the model without a cache whatever the config says.
     model.config.use_cache = use_cache
