@@ -142,6 +142,9 @@ def describe_run(
     held_out = [entry for entry in history if "eval_perplexity" in entry]
     last = held_out[-1] if held_out else None
     batch = trainer.state.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    rows = f"{batch} rows x {data.length} tokens a step"
+    if data.short_length is not None:
+        rows += f", documents of every second row cut to {data.short_length}"
     return TrainingRecord(
         base=model.model,
         data=shares,
@@ -149,7 +152,7 @@ def describe_run(
         objective=objective,
         schedule=(
             f"AdamW {arguments.adam_beta1:g}/{arguments.adam_beta2:g}, rate {arguments.learning_rate:g}, "
-            f"{SchedulerType(arguments.lr_scheduler_type).value}, {batch} rows x {data.length} tokens a step"
+            f"{SchedulerType(arguments.lr_scheduler_type).value}, {rows}"
         ),
         steps=trainer.state.global_step,
         tokens=trainer.state.num_input_tokens_seen,
