@@ -13,11 +13,11 @@ them from a YAML file, and the command line overrules it.
 from argparse import RawDescriptionHelpFormatter
 
 from mha2mla.training import parse_arguments
-from mha2mla.training.run import train
+from mha2mla.training.run import close, train
 
 
 def main(argv: list[str]) -> None:
     trainer = train(
         *parse_arguments(argv, prog="mha2mla train", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     )
-    trainer.accelerator.end_training()  # closes the process group: NCCL warns and gloo may abort at exit otherwise
+    close(trainer)

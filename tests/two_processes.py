@@ -4,7 +4,6 @@ torchrun --nproc_per_node=2 tests/two_processes.py train --model ...
 """
 
 import sys
-import time
 from types import SimpleNamespace
 
 import torch
@@ -14,7 +13,7 @@ from torch import distributed
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from mha2mla.training import Distillation, PackedCollator, loss, parse_arguments, use_language_loss
-from mha2mla.training.run import train
+from mha2mla.training.run import close, train
 from pico import make_mla, make_source, tokens
 
 
@@ -59,7 +58,4 @@ if __name__ == "__main__":
         trainer.model = check_sharded_loss(tied, checkpointing)
     whole = get_model_state_dict(trainer.model, options=StateDictOptions(full_state_dict=True))
     trainer._save(f"{trainer.args.output_dir}/sharded", whole)  # as with accelerate's FULL_STATE_DICT
-    trainer.accelerator.end_training()
-    # FSDP2 keeps the process group, and gloo's threads live on: one that still frees a tensor as Python ends aborts
-    # the process, as it asks for the interpreter's lock in a destructor. They are done long before this is.
-    time.sleep(1)
+    close(trainer)

@@ -2,11 +2,13 @@
 
 import logging
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import distributed
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, SchedulerType, set_seed
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
@@ -78,6 +80,17 @@ def train(
             logger.info("Pushed to %s", push_folder(folder, trainer.hub_model_id, bool(arguments.hub_private_repo)))
     trainer.accelerator.wait_for_everyone()
     return trainer
+
+
+def close(trainer: RecoveryTrainer) -> None:
+    """Call it last: closes the process group, which NCCL warns about otherwise, and waits for gloo's threads. DDP and
+    FSDP2 keep a closed group, so these live on, and one that still frees a tensor as Python ends aborts the process:
+    it asks for the interpreter's lock in a destructor (pytorch/pytorch issue 190489). They are done long before this
+    is."""
+    gloo = distributed.is_initialized() and "gloo" in distributed.get_backend_config()
+    trainer.accelerator.end_training()
+    if gloo:
+        time.sleep(1)
 
 
 def load_model(path: str, dtype: str, attn_implementation: str) -> torch.nn.Module:
