@@ -59,6 +59,7 @@ def test_short_length_is_for_what_is_trained_on_only(tmp_path):
     arguments = DataArguments(path, eval_data=path, length=6, short_length=2)
     rows, held_out = load_rows(arguments, pico_tokenizer(), seed=0)
     assert sorted(map(max, rows["lengths"])) != sorted(map(max, held_out["lengths"]))
+    assert len(rows) == 18 and sum(max(lengths) <= 2 for lengths in rows["lengths"]) == 9
     assert all(max(lengths) > 2 for lengths in held_out["lengths"])
     with pytest.raises(ValueError, match="short_length=7 must lie between 2 and length=6"):
         DataArguments(path, length=6, short_length=7)

@@ -1,9 +1,11 @@
 """The chunked losses against the plain ones, and what of the model they move."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from conftest import pico_tokenizer
 from torch import nn
 from transformers import TrainingArguments
@@ -25,7 +27,7 @@ from mha2mla.training import (
     use_language_loss,
 )
 from mha2mla.training.loss import forward_kl, hidden_errors, token_losses
-from mha2mla.training.trainer import token_perplexity
+from mha2mla.training.trainer import sum_in_full_precision, token_perplexity
 from pico import make_mla, make_source, tokens
 
 ROWS = [
@@ -306,3 +308,11 @@ def test_schedule_is_warm_up_stable_and_one_minus_root(tmp_path):
         trainer.lr_scheduler.step()
     expected = [2 * i / 5 for i in range(5)] + [2.0] * 75 + [2 * (1 - (i / 20) ** 0.5) for i in range(21)]
     assert rates == pytest.approx(expected)
+
+
+def test_fsdp2_neither_rounds_losses_nor_sums_gradients_in_16_bits():
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+    plugin.set_mixed_precision("bf16")
+    sum_in_full_precision(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
+    policy = plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.output_dtype, policy.reduce_dtype) == (torch.bfloat16, None, torch.float32)
