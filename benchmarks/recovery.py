@@ -161,8 +161,9 @@ def trained_model(trainer: RecoveryTrainer) -> PreTrainedModel:
     del model.forward  # the loss's; the model's own is needed now
     compile_layers(model, on=False)  # batches of many lengths follow
     model.set_attn_implementation("sdpa")
-    for parameter in model.parameters():  # not the buffers: rotary frequencies stay in fp32, as they are loaded
-        parameter.data = parameter.data.to(torch.bfloat16 if trainer.args.bf16 else parameter.dtype)
+    if trainer.args.bf16:
+        for parameter in model.parameters():  # not the buffers: rotary frequencies stay in fp32, as they are loaded
+            parameter.data = parameter.data.bfloat16()
     return model.eval()
 
 
