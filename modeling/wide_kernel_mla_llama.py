@@ -118,7 +118,7 @@ if triton is not None:
                 rest = _tile(tile, near, ok, rest_columns, stride_es, WIDTH, END)
                 shares = tl.dot(q_rest, tl.permute(rest, (0, 2, 1)), shares, input_precision=PRECISION)
 
-            # By halves: Triton then gives a thread all shares of a score, and reads the values late.
+            # By halves: summed over all groups at once, the kernel took twice the time (docs/performance.md).
             shares = tl.permute(tl.reshape(shares, [2, GROUPS // 2, BLOCK_M, BLOCK_N]), (1, 2, 3, 0))
             one, two = tl.split(shares)
             scores = tl.sum(one + two, 0)
