@@ -13,7 +13,7 @@ try:  # within a try block, so that transformers does not ask the user of a chec
 except ImportError:
     triton = None
 
-from .kernels_mla_llama import soften, visible_scores
+from .kernels_mla_llama import visible_scores
 
 if triton is not None:
 
@@ -87,8 +87,9 @@ if triton is not None:
                 rest_sum = tl.zeros([GROUPS, BLOCK_M, BLOCK_REST], tl.float32)
 
         stride = tl.full([], stride_es, tl.int64)
-        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
+        # A maximum and a sum for each place in a tile: with one a row, Triton would carry them in several layouts.
+        top = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         near = tl.arange(0, BLOCK_N)
         # The mask of a tile is loaded a tile ahead: also because Triton would shuffle weights that depend on bytes.
         if MASK > 0:
@@ -118,14 +119,20 @@ if triton is not None:
                 rest = _tile(tile, near, ok, rest_columns, stride_es, WIDTH, END)
                 shares = tl.dot(q_rest, tl.permute(rest, (0, 2, 1)), shares, input_precision=PRECISION)
 
-            # By halves: summed over all groups at once, the kernel took twice the time (docs/performance.md).
-            shares = tl.permute(tl.reshape(shares, [2, GROUPS // 2, BLOCK_M, BLOCK_N]), (1, 2, 3, 0))
+            # Neighbours first: Triton then gives a thread all shares of a score, and reads the values late. By halves
+            # the kernel takes a fifth longer, summed over all groups at once twice as long (docs/performance.md).
+            shares = tl.permute(tl.reshape(shares, [GROUPS // 2, 2, BLOCK_M, BLOCK_N]), (0, 2, 3, 1))
             one, two = tl.split(shares)
             scores = tl.sum(one + two, 0)
             scores = visible_scores(scores, given, tokens, ok, rows, row_ok, end, num_queries, scaling, MASK)
-            weights, fade, top, total = soften(scores, top, total)
+            new_top = tl.maximum(top, tl.max(scores, 1)[:, None])
+            shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing seen yet: no difference of infinities
+            weights = tl.exp2(scores - shift)
+            fade = tl.exp2(top - shift)  # the same in all places of a row
+            total = total * fade + weights
+            top = new_top
             shared = tl.broadcast_to(weights.to(dtype)[None, :, :], [GROUPS, BLOCK_M, BLOCK_N])
-            factor = fade[None, :, None]
+            factor = tl.max(fade, 1)[None, :, None]
             low_sum *= factor
             high_sum *= factor
             if RANK > 2 * HALF:
@@ -135,6 +142,7 @@ if triton is not None:
             if RANK > 2 * HALF:
                 rest_sum = tl.dot(shared, rest, rest_sum, input_precision=PRECISION)
 
+        top, total = tl.max(top, 1), tl.sum(total, 1)
         share = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)[None, :, None]
         place = (batch * num_rows + rows) * num_splits + split
         at = partial + (place * RANK)[None, :, None]
