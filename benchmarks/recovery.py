@@ -40,7 +40,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 
 import mha2mla.modeling  # noqa: F401  # registers the family
-from mha2mla.evaluation import measure_multiple_choice, read_items
+from mha2mla.evaluation import MultipleChoice, choice_bytes, preference_error, read_items, score_choices
 from mha2mla.training import RecoveryTrainer, pack_documents, parse_arguments, recover
 from mha2mla.training.checks import find_checkpoint
 from mha2mla.training.loss import token_losses
@@ -188,16 +188,21 @@ def pack_items(items: list[dict], tokenizer) -> list[dict]:
     return [dict(input_ids=ids, lengths=lengths) for ids, lengths in zip(*packed.values(), strict=True)]
 
 
-def measure_accuracy(model: PreTrainedModel, tokenizer, sets: dict[str, list[dict]]) -> dict[str, dict]:
-    """Length-normalised accuracy and standard error, of each set and of their average; and which items were right."""
-    accuracies, right = {}, {}
+def measure_choices(model: PreTrainedModel, original: PreTrainedModel, tokenizer, sets: dict[str, list[dict]]) -> dict:
+    """Length-normalised accuracy and standard error, of each set and of their average; which items were right; and how
+    far the preferences among choices are from the original's."""
+    accuracies, right, errors = {}, {}, {}
     for name, items in sets.items():
-        result = measure_multiple_choice(model, tokenizer, items, batch_size=64)
+        scores, wanted = (score_choices(m, tokenizer, items, batch_size=64) for m in (model, original))
+        sizes = choice_bytes(items)
+        result = MultipleChoice.from_scores(scores, sizes, [item["answer"] for item in items])
         accuracies[name] = [result.accuracy_norm, result.stderr_norm]
         right[name] = result.right_norm
-    values, errors = zip(*accuracies.values(), strict=True)
-    average = [sum(values) / len(values), math.sqrt(sum(error**2 for error in errors)) / len(errors)]
-    return {"accuracy": accuracies | {"average": average}, "right": right}
+        errors[name] = preference_error(scores, wanted, sizes)
+    values, stderrs = zip(*accuracies.values(), strict=True)
+    average = [sum(values) / len(values), math.sqrt(sum(error**2 for error in stderrs)) / len(stderrs)]
+    errors["average"] = sum(errors.values()) / len(errors)
+    return {"accuracy": accuracies | {"average": average}, "right": right, "preference_error": errors}
 
 
 def run_row(run: Run, folder: str, args: argparse.Namespace) -> None:
@@ -222,7 +227,7 @@ def run_row(run: Run, folder: str, args: argparse.Namespace) -> None:
             "divergence": {
                 name: measure_divergence(model, original, rows, batch_size) for name, rows in texts.items()
             },
-            **(measure_accuracy(model, tokenizer, sets) if sets else {"accuracy": None, "right": None}),
+            **(measure_choices(model, original, tokenizer, sets) if sets else {"accuracy": None, "right": None}),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "workers": args.workers,
             "rows": args.rows.name,

@@ -37,16 +37,17 @@ def read_results(path: Path) -> list[dict]:
 def write_table(args: argparse.Namespace) -> None:
     rows = read_results(args.results)
     original = next((row for row in rows if row["run"]["model"] == ORIGINAL and not row["run"]["tokens"]), None)
-    names = "model trained distillation tokens perplexity KL accuracy lost tokens/s".split()
+    names = "model|trained|distillation|tokens|perplexity|KL|preference error|accuracy|lost|tokens/s".split("|")
     print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
     for row in rows:
         run, (perplexity, stderr) = Run(**row["run"]), row["eval_perplexity"]
         accuracy, error = (100 * value for value in row["accuracy"]["average"])
         divergence = f"{row['divergence']['sets']:.3f}" if "sets" in row.get("divergence", {}) else ""
+        preference = f"{row['preference_error']['average']:.3f}" if "preference_error" in row else ""
         speed = "" if math.isnan(row["tokens_per_second"]) else f"{row['tokens_per_second']:,.0f}"
         print(
             f"| {run.model} | {run.trainable} | {run.distillation:g} | {run.tokens / 1e6:g}M "
-            f"| {perplexity:.2f} ± {stderr:.2f} | {divergence} | {accuracy:.2f} ± {error:.2f} "
+            f"| {perplexity:.2f} ± {stderr:.2f} | {divergence} | {preference} | {accuracy:.2f} ± {error:.2f} "
             f"| {lost(row, original)} | {speed} |"
         )
     if args.plot:

@@ -12,7 +12,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
-from mha2mla.evaluation import measure_multiple_choice
+from mha2mla.evaluation import choice_bytes, measure_multiple_choice, preference_error, score_choices
 from mha2mla.evaluation.items import read_items
 from mha2mla.evaluation.multiple_choice import paired_difference
 from mha2mla.evaluation.scoring import encode_request, score_requests
@@ -74,6 +74,29 @@ def test_paired_difference_against_a_formula():
     assert paired_difference("1101", "1001") == (pytest.approx(0.25), pytest.approx(0.25))
     with pytest.raises(ValueError):
         paired_difference("11", "110")
+
+
+def test_preference_error_against_a_formula():
+    """Two items; what raises all choices of an item alike is no preference."""
+    sizes, wanted = [[1, 2], [1, 1, 4]], [[-1.0, -6.0], [-3.0, -1.0, -8.0]]
+    assert preference_error(wanted, wanted, sizes) == 0
+    raised = [[-1.5, -7.0], [-2.0, 0.0, -4.0]]  # by -0.5 and +1 per byte
+    assert preference_error(raised, wanted, sizes) == pytest.approx(0)
+    indifferent = [[-1.0, -2.0], [-2.0, -2.0, -8.0]]
+    assert preference_error(indifferent, wanted, sizes) == pytest.approx(1)
+    # Per byte -1, -3 and -3, -1, -2, so preferences of 1, -1 and -1, 1, 0; the first choice is now 1 likelier.
+    changed = [[0.0, -6.0], wanted[1]]
+    assert preference_error(changed, wanted, sizes) == pytest.approx((0.5**2 + 0.5**2) / 4)
+    assert math.isnan(preference_error(wanted, indifferent, sizes))
+
+
+def test_scores_are_what_accuracy_is_made_of(tokenizer):
+    model = make_mla()
+    scores = score_choices(model, tokenizer, ITEMS, batch_size=2)
+    result = measure_multiple_choice(model, tokenizer, ITEMS, batch_size=2)
+    best = [max(range(len(values)), key=values.__getitem__) for values in scores]
+    assert result.right == "".join(str(int(b == item["answer"])) for b, item in zip(best, ITEMS, strict=True))
+    assert choice_bytes(ITEMS)[4] == [3, 11, 3, 6, 3]
 
 
 def test_accuracies_and_standard_errors(tokenizer):
