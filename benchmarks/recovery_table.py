@@ -51,24 +51,31 @@ def write_table(args: argparse.Namespace) -> None:
             f"| {lost(row, original)} | {speed} |"
         )
     if args.plot:
-        draw(rows, args.plot)
+        draw(rows, original, args.plot)
+
+
+def points_lost(row: dict, original: dict) -> tuple[float, float]:
+    """Points of average accuracy against the untrained original, and the standard error over the same items."""
+    points = 100 * (original["accuracy"]["average"][0] - row["accuracy"]["average"][0])
+    if not (row.get("right") and original.get("right")):  # rows from before items were kept
+        return points, math.nan
+    errors = [paired_difference(row["right"][name], original["right"][name])[1] for name in SETS]
+    return points, 100 * math.hypot(*errors) / len(errors)
 
 
 def lost(row: dict, original: dict | None) -> str:
-    """Points of average accuracy against the untrained original, with the standard error over the same items."""
     if original is None or row is original:
         return ""
-    text = f"{100 * (original['accuracy']['average'][0] - row['accuracy']['average'][0]):.2f}"
-    if not (row.get("right") and original.get("right")):  # rows from before items were kept
-        return text
-    errors = [paired_difference(row["right"][name], original["right"][name])[1] for name in SETS]
-    return f"{text} ± {100 * math.hypot(*errors) / len(errors):.2f}"
+    points, error = points_lost(row, original)
+    return f"{points:.2f}" if math.isnan(error) else f"{points:.2f} ± {error:.2f}"
 
 
-def draw(rows: list[dict], path: Path) -> None:
-    """Loss and accuracy against tokens, a line for each model and way of training."""
+def draw(rows: list[dict], original: dict | None, path: Path) -> None:
+    """Loss and accuracy lost against tokens, a line for each model and way of training."""
     from matplotlib.figure import Figure
 
+    if original is None:
+        raise ValueError(f"The plot needs the row {Run(ORIGINAL, 'none', 0.0, 0).name}: measure it with `run --only`.")
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     groups: dict[str, list[dict]] = {}
@@ -82,13 +89,21 @@ def draw(rows: list[dict], path: Path) -> None:
         members.sort(key=lambda row: row["run"]["tokens"])
         tokens = [row["run"]["tokens"] / 1e6 for row in members]
         left.plot(tokens, [math.log(row["eval_perplexity"][0]) for row in members], marker="o", label=label)
-        averages, errors = zip(*(row["accuracy"]["average"] for row in members), strict=True)
-        right.errorbar(tokens, [100 * a for a in averages], [100 * e for e in errors], marker="o", label=label)
-    budgets = sorted({row["run"]["tokens"] / 1e6 for row in rows})
-    for axes, title in ((left, "validation loss (nats per token)"), (right, "average accuracy (%)")):
+        points, errors = zip(*(points_lost(row, original) for row in members), strict=True)
+        right.errorbar(tokens, points, errors, marker="o", capsize=3, label=label)
+    for axes, level in ((left, math.log(original["eval_perplexity"][0])), (right, 0)):
+        axes.axhline(level, color="grey", linestyle="--", label=ORIGINAL)
+    budgets = sorted({row["run"]["tokens"] / 1e6 for members in groups.values() for row in members})
+    for axes, title in ((left, "validation loss (nats per token)"), (right, "average accuracy lost (points)")):
         axes.set(xlabel="tokens (millions)", title=title)
-        axes.set_xscale("symlog", linthresh=min(budgets[1:], default=1))
+        if budgets[0]:
+            axes.set_xscale("log")
+        else:
+            smallest = min(budgets[1:], default=1)
+            axes.set_xscale("symlog", linthresh=smallest)
+            axes.set_xlim(left=-smallest / 4)
         axes.set_xticks(budgets, [f"{budget:g}" for budget in budgets], minor=False)
         axes.minorticks_off()
+    right.invert_yaxis()
     right.legend(fontsize="x-small")
     figure.savefig(path, dpi=150)

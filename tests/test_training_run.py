@@ -205,6 +205,14 @@ def test_shipped_accelerate_configurations_are_read():
     assert read["zero3"].deepspeed_config["zero3_save_16bit_model"] is True
 
 
+def test_the_shipped_recipe_is_read():
+    path = Path(__file__).parents[1] / "docs" / "examples" / "recovery.yaml"
+    given = ["--model", "m", "--teacher", "t", "--data", "d", "--output_dir", "o", "--use_cpu"]
+    _, loss, data, training = parse_arguments(["--config", str(path), *given])
+    assert (loss.distillation_weight, loss.hidden_weight, data.short_length) == (1, 4, 256)
+    assert (training.learning_rate, training.decay_fraction, training.compile_layers) == (3e-4, 0.5, True)
+
+
 def test_yaml_and_command_line_say_the_same_and_the_latter_wins(folder):
     path = folder / "run.yaml"
     path.write_text("model: m\ndata: d\noutput_dir: o\nlearning_rate: 1e-3\nlora_targets: [q_proj]\nmerge: true\n")
