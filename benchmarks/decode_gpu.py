@@ -39,7 +39,7 @@ from mha2mla.evaluation.speed import (
 )
 from mha2mla.modeling import cache_nbytes, modeling_mla_llama
 from mha2mla.modeling.decode_mla_llama import MAX_RANK, Part, Tiles, decode_attention, kernel_can_run
-from mha2mla.modeling.quantized_cache_mla_llama import dequantize, pack, quantize, unpack
+from mha2mla.modeling.quantization_mla_llama import dequantize, pack, quantize, unpack
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FULL = dict(

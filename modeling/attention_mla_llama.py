@@ -6,9 +6,17 @@ N un-rotated key heads (G or H), n rotary key heads (1 or G), R latent size, r r
 
 import torch
 
+from .configuration_mla_llama import MLALlamaConfig
+
 # The absorbed path holds the scores [B, H, T, S]. Decoding and speculative decoding ask for a handful of query tokens;
 # for more (chunked prefill) the expanded path and its fused kernels are the better choice whatever the count says.
 MAX_ABSORBED_QUERY_TOKENS = 64
+
+
+def default_rope_frequencies(config: MLALlamaConfig) -> torch.Tensor:
+    """Frequency index of each rotary pair before a conversion sets it, [n, r/2]: the highest ones, in turn."""
+    pairs = torch.arange(config.qk_rope_head_dim // 2) % (config.head_dim // 2)
+    return pairs.repeat(config.num_rope_key_heads, 1)
 
 
 def select_frequencies(

@@ -34,6 +34,7 @@ from .attention_mla_llama import (
     absorb_query,
     absorbed_attention,
     absorbed_costs_less,
+    default_rope_frequencies,
     expand_keys_values,
     expand_output,
     rotate,
@@ -42,13 +43,8 @@ from .attention_mla_llama import (
 from .cache_mla_llama import CACHE_ARGUMENT, LatentDynamicLayer, LatentStaticLayer, cache_nbytes
 from .configuration_mla_llama import MLALlamaConfig
 from .decode_mla_llama import Part, decode_attention, decode_attention_op, kernel_can_run
-from .quantized_cache_mla_llama import LatentQuantizedLayer, importance, quantized_cache
-
-
-def default_rope_frequencies(config: MLALlamaConfig) -> torch.Tensor:
-    """Frequency index of each rotary pair before a conversion sets it, [n, r/2]: the highest ones, in turn."""
-    pairs = torch.arange(config.qk_rope_head_dim // 2) % (config.head_dim // 2)
-    return pairs.repeat(config.num_rope_key_heads, 1)
+from .quantization_mla_llama import importance
+from .quantized_cache_mla_llama import LatentQuantizedLayer, quantized_cache
 
 
 def is_plain_linear(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ import torch
 from mha2mla.modeling import decode_mla_llama as decode
 from mha2mla.modeling import quantized_cache_mla_llama
 from mha2mla.modeling.decode_mla_llama import Part, Tiles, WideTiles, choose_wide_tiles, decode_attention
-from mha2mla.modeling.quantized_cache_mla_llama import dequantize, pack, quantize, unpack
+from mha2mla.modeling.quantization_mla_llama import dequantize, pack, quantize, unpack
 from pico import LAYOUTS, make_mla, tokens
 
 triton = pytest.importorskip("triton")

@@ -13,7 +13,7 @@ from mha2mla.modeling import (
     quantized_cache,
     quantized_cache_mla_llama,
 )
-from mha2mla.modeling.quantized_cache_mla_llama import dequantize, pack, quantize, random_rotation, unpack
+from mha2mla.modeling.quantization_mla_llama import dequantize, pack, quantize, random_rotation, unpack
 from pico import LAYOUTS, make_mla, tokens
 
 NEW = 10

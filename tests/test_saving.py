@@ -88,6 +88,7 @@ def test_modeling_folder_needs_torch_and_transformers_only(tmp_path):
         "decode_mla_llama.py",
         "kernels_mla_llama.py",
         "modeling_mla_llama.py",
+        "quantization_mla_llama.py",
         "quantized_cache_mla_llama.py",
         "wide_kernel_mla_llama.py",
     ]
