@@ -15,7 +15,7 @@ from mha2mla.training.publish import plan_upload, push_folder
 from pico import make_mla
 
 PROJECTIONS = ["q_proj", "kv_a_proj", "kv_b_proj", "o_proj"]
-PARTS = ("attention", "cache", "configuration", "decode", "kernels", "modeling", "quantized_cache", "wide_kernel")
+PARTS = "attention cache configuration decode kernels modeling quantization quantized_cache wide_kernel".split()
 CODE = {f"{part}_mla_llama.py" for part in PARTS}
 RUN_FILES = ("trainer_state.json", "training_args.bin", "optimizer.pt", "rng_state.pth", "scheduler.pt")
 
