@@ -43,9 +43,9 @@ class MultipleChoice:
         """
         plain, normalised = [], []
         for values, sizes, answer in zip(log_likelihoods, num_bytes, answers, strict=True):
-            per_byte = [value / size for value, size in zip(values, sizes, strict=True)]
+            rates = per_byte(values, sizes)
             plain.append(float(values.index(max(values)) == answer))
-            normalised.append(float(per_byte.index(max(per_byte)) == answer))
+            normalised.append(float(rates.index(max(rates)) == answer))
         right, right_norm = ("".join(f"{hit:.0f}" for hit in hits) for hits in (plain, normalised))
         errors = mean_stderr(plain), mean_stderr(normalised)
         return cls(mean(plain), mean(normalised), *errors, len(plain), right, right_norm)
@@ -55,6 +55,11 @@ class MultipleChoice:
             f"{self.accuracy:.4f} ± {self.stderr:.4f}, by length {self.accuracy_norm:.4f} ± {self.stderr_norm:.4f} "
             f"({self.num_items} items)"
         )
+
+
+def per_byte(log_likelihoods: Sequence[float], num_bytes: Sequence[int]) -> list[float]:
+    """Length-normalised log-likelihoods of an item's choices."""
+    return [value / size for value, size in zip(log_likelihoods, num_bytes, strict=True)]
 
 
 def mean_stderr(values: Sequence[float]) -> float:
@@ -144,9 +149,9 @@ def preference_error(
     """
 
     def preferences(values: Sequence[float], sizes: Sequence[int]) -> list[float]:
-        per_byte = [value / size for value, size in zip(values, sizes, strict=True)]
-        middle = mean(per_byte)
-        return [value - middle for value in per_byte]
+        rates = per_byte(values, sizes)
+        middle = mean(rates)
+        return [rate - middle for rate in rates]
 
     error = size = 0.0
     for values, wanted, sizes in zip(log_likelihoods, of_original, num_bytes, strict=True):

@@ -19,6 +19,19 @@ class Block:
 sys.meta_path.insert(0, Block())
 """
 
+# What a checkpoint carries for `trust_remote_code`.
+CODE_FILES = [
+    "attention_mla_llama.py",
+    "cache_mla_llama.py",
+    "configuration_mla_llama.py",
+    "decode_mla_llama.py",
+    "kernels_mla_llama.py",
+    "modeling_mla_llama.py",
+    "quantization_mla_llama.py",
+    "quantized_cache_mla_llama.py",
+    "wide_kernel_mla_llama.py",
+]
+
 VOCAB = 96
 BASE = dict(
     vocab_size=VOCAB,

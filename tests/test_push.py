@@ -12,11 +12,9 @@ from huggingface_hub import HfApi, constants
 from mha2mla.cli.main import main
 from mha2mla.training import add_lora
 from mha2mla.training.publish import plan_upload, push_folder
-from pico import make_mla
+from pico import CODE_FILES, make_mla
 
 PROJECTIONS = ["q_proj", "kv_a_proj", "kv_b_proj", "o_proj"]
-PARTS = "attention cache configuration decode kernels modeling quantization quantized_cache wide_kernel".split()
-CODE = {f"{part}_mla_llama.py" for part in PARTS}
 RUN_FILES = ("trainer_state.json", "training_args.bin", "optimizer.pt", "rng_state.pth", "scheduler.pt")
 
 
@@ -97,7 +95,7 @@ def committed(commit):
 def test_dry_run_lists_a_model_and_nothing_of_its_run(model, capsys):
     assert main(["push", str(model), "me/model", "--dry-run"]) == 0
     listed = {line.split()[-1]: line.split()[0] for line in capsys.readouterr().out.splitlines()[:-1]}
-    assert set(listed) == CODE | {
+    assert set(listed) == set(CODE_FILES) | {
         "README.md",
         "chat_template.jinja",
         "config.json",

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from mha2mla.modeling import MLALlamaConfig, MLALlamaForCausalLM, MLALlamaModel
-from pico import BLOCK_PACKAGE, LAYOUTS, make_mla, tokens
+from pico import BLOCK_PACKAGE, CODE_FILES, LAYOUTS, make_mla, tokens
 
 CLEAN_LOAD = (
     BLOCK_PACKAGE
@@ -81,17 +81,7 @@ def test_modeling_folder_needs_torch_and_transformers_only(tmp_path):
     """Flat, sibling imports only: what transformers copies is what a stranger can run."""
     make_mla().save_pretrained(tmp_path)
     code = sorted(p.name for p in tmp_path.glob("*.py"))
-    assert code == [
-        "attention_mla_llama.py",
-        "cache_mla_llama.py",
-        "configuration_mla_llama.py",
-        "decode_mla_llama.py",
-        "kernels_mla_llama.py",
-        "modeling_mla_llama.py",
-        "quantization_mla_llama.py",
-        "quantized_cache_mla_llama.py",
-        "wide_kernel_mla_llama.py",
-    ]
+    assert code == CODE_FILES
     for name in code:
         for line in (tmp_path / name).read_text().splitlines():
             if line.startswith(("import ", "from ")):
