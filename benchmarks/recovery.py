@@ -44,7 +44,7 @@ from mha2mla.evaluation import MultipleChoice, choice_bytes, preference_error, r
 from mha2mla.training import RecoveryTrainer, pack_documents, parse_arguments, recover
 from mha2mla.training.checks import find_checkpoint
 from mha2mla.training.loss import token_losses
-from mha2mla.training.packing import IGNORED, PackedCollator, tokenize
+from mha2mla.training.packing import IGNORED, collate_packed, tokenize
 from mha2mla.training.trainer import compile_layers
 
 
@@ -170,9 +170,9 @@ def trained_model(trainer: RecoveryTrainer) -> PreTrainedModel:
 @torch.no_grad()
 def measure_divergence(model: PreTrainedModel, original: PreTrainedModel, rows: list[dict], batch_size: int) -> float:
     """KL(original, model) in nats a token: far less noisy than accuracy, and what distillation minimises."""
-    collate, total, count = PackedCollator(), 0.0, 0
+    total, count = 0.0, 0
     for begin in range(0, len(rows), batch_size):
-        batch = collate(rows[begin : begin + batch_size])
+        batch = collate_packed(rows[begin : begin + batch_size])
         labels = batch.pop("labels")[:, 1:].flatten().to(model.device)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         states = [m.model(**batch, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1) for m in (model, original)]

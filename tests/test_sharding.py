@@ -39,7 +39,7 @@ sys.exit(status)
 def test_sharded_runs_give_the_curve_and_the_checkpoints_of_one_process(folder, configuration):  # noqa: F811
     if configuration != "fsdp2":
         pytest.importorskip("deepspeed")
-    teacher = ("--teacher", folder / "source")
+    teacher = ("--teacher", folder / "source", "--attention_learning_rate", "3e-3")
     assert main(arguments(folder, "one", *teacher)) == 0
     script = folder / "on_cpu.py"
     script.write_text(ON_CPU)

@@ -9,7 +9,7 @@ import torch
 from conftest import pico_tokenizer
 from datasets import load_dataset
 
-from mha2mla.training import DataArguments, PackedCollator, pack_documents
+from mha2mla.training import DataArguments, collate_packed, pack_documents
 from mha2mla.training.data import RECIPES, find_sources, load_rows, read_recipe
 from mha2mla.training.packing import tokenize
 from pico import LAYOUTS, make_mla, make_source, tokens
@@ -70,13 +70,10 @@ def test_first_token_of_a_document_does_not_count_and_its_eos_does():
         {"input_ids": [5, 6, 2, 7, 2, 8], "lengths": [3, 2, 1]},
         {"input_ids": [9, 2, 2, 9, 9, 2], "lengths": [2, 4]},
     ]
-    batch = PackedCollator()(rows)
+    batch = collate_packed(rows)
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 0, 1, 2, 3]]
     # eos is 2: kept where it ends a document (as it is where pad and eos are one token)
     assert batch["labels"].tolist() == [[-100, 6, 2, -100, 2, -100], [-100, 2, -100, 9, 9, 2]]
-    flat = PackedCollator(flatten=True)(rows)
-    assert {name: t.shape for name, t in flat.items()} == dict.fromkeys(batch, (1, 12))
-    assert flat["position_ids"][0].tolist() == batch["position_ids"].flatten().tolist()
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
@@ -87,7 +84,7 @@ def test_no_attention_across_documents(attention, layout):
     model.set_attn_implementation(attention)
     ids = tokens(2, 10).tolist()
     lengths = [[4, 1, 5], [10]]
-    batch = PackedCollator()([{"input_ids": i, "lengths": n} for i, n in zip(ids, lengths, strict=True)])
+    batch = collate_packed([{"input_ids": i, "lengths": n} for i, n in zip(ids, lengths, strict=True)])
     with torch.no_grad():
         packed = model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
         for row, pieces in enumerate(lengths):

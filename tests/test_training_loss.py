@@ -8,18 +8,20 @@ import torch
 from accelerate import FullyShardedDataParallelPlugin
 from conftest import pico_tokenizer
 from torch import nn
-from transformers import TrainingArguments
+from transformers import AttentionInterface, AttentionMaskInterface, TrainingArguments
+from transformers.masking_utils import flash_attention_mask
+from transformers.models.llama.modeling_llama import repeat_kv
 
 from mha2mla.conversion.refine import robust_error
 from mha2mla.training import (
     Distillation,
     LossArguments,
     ModelArguments,
-    PackedCollator,
     RecoveryTrainer,
     RecoveryTrainingArguments,
     add_lora,
     attention_error,
+    collate_packed,
     describe_trainable,
     freeze_except,
     recover,
@@ -104,7 +106,7 @@ def test_no_tensor_of_the_whole_vocabulary_is_kept():
 @pytest.mark.parametrize("tied", [False, True])
 def test_mixed_loss_and_its_gradient_against_whole_logits(tied):
     model, teacher = make_mla(tie_word_embeddings=tied).train(), make_source(seed=1).requires_grad_(False)
-    batch = PackedCollator()(ROWS)
+    batch = collate_packed(ROWS)
     cross_entropy, kl, count = plain_losses(model, teacher, batch, 2.0)
     expected = (0.3 * cross_entropy + 0.7 * kl) / count
     expected.backward()
@@ -133,7 +135,7 @@ def test_hidden_errors_against_a_loop():
 
 def test_states_behind_each_layer_join_the_loss():
     model, teacher = make_mla().train(), make_source(seed=1).requires_grad_(False)
-    batch = PackedCollator()(ROWS)
+    batch = collate_packed(ROWS)
     keys = dict(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
     ends = [m.model.layers[-1].register_forward_hook(lambda m, a, o: last.append(o)) for m in (model, teacher)]
     last: list[torch.Tensor] = []  # the last of `hidden_states` comes behind the final norm
@@ -154,8 +156,45 @@ def test_states_behind_each_layer_join_the_loss():
     assert_equal(gradients(model), before)
 
 
+def reference_flash_attention(
+    module, query, key, value, attention_mask, dropout, scaling,
+    cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, **kwargs,
+):  # fmt: skip
+    """What flash attention makes of a batch that it is told the documents of: sdpa in each of them."""
+    sizes = cu_seq_lens_q.diff()
+    assert attention_mask is None and dropout == 0 and torch.equal(cu_seq_lens_q, cu_seq_lens_k)
+    assert type(max_length_q) is int and max_length_q == max_length_k == sizes.max()
+    states = query, *(repeat_kv(each, query.shape[1] // key.shape[1]) for each in (key, value))
+    documents = zip(*(each.transpose(1, 2).flatten(0, 1).split(sizes.tolist()) for each in states), strict=True)
+    outputs = [
+        nn.functional.scaled_dot_product_attention(*(x.transpose(0, 1) for x in each), is_causal=True, scale=scaling)
+        for each in documents
+    ]
+    return torch.cat(outputs, 1).transpose(0, 1).unflatten(0, (len(query), -1)), None  # [B, T, H, v]
+
+
+@pytest.mark.parametrize("objective", ["language", "attention"])
+def test_flash_attention_is_told_where_documents_begin(objective):
+    AttentionInterface.register("flash_reference", reference_flash_attention)
+    AttentionMaskInterface.register("flash_reference", flash_attention_mask)
+    losses, gradients = [], []
+    for implementation in ("sdpa", "flash_reference"):
+        model, teacher = make_mla().train(), make_source()
+        for each in (model, teacher):
+            each.config._attn_implementation = implementation  # set_attn_implementation looks for a real one
+        if objective == "language":
+            use_language_loss(model, Distillation(teacher, 0.5, 1.0, 1.0))
+        else:
+            use_attention_loss(model, teacher)
+        losses.append(model(**collate_packed(ROWS)).loss)
+        losses[-1].backward()
+        gradients.append(model.model.layers[0].self_attn.kv_a_proj.weight.grad)
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
 def test_evaluation_gives_the_likelihood_of_each_label():
-    model, batch = make_mla(), PackedCollator()(ROWS)
+    model, batch = make_mla(), collate_packed(ROWS)
     cross_entropy, _, count = plain_losses(model, model, batch, 1.0)
     logits = model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits.log_softmax(-1)
     use_language_loss(model, Distillation(make_source()))
@@ -217,7 +256,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
 
 def test_attention_error_against_running_each_layer_by_hand():
     model, teacher = make_mla().train(), make_source()
-    batch = PackedCollator()(ROWS)
+    batch = collate_packed(ROWS)
     keys = dict(input_ids=batch["input_ids"], position_ids=batch["position_ids"])
     with torch.no_grad():
         states = teacher(**keys, use_cache=False, output_hidden_states=True).hidden_states[:2]
@@ -237,7 +276,7 @@ def test_attention_error_against_running_each_layer_by_hand():
 
 def test_matching_attention_brings_it_nearer(tmp_path):
     model, teacher = make_mla("shared"), make_source().requires_grad_(False)
-    batch = PackedCollator()(ROWS)
+    batch = collate_packed(ROWS)
     use_attention_loss(model.train(), teacher)
     freeze_except(model, "self_attn")
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -265,7 +304,7 @@ def test_what_trains_moves_and_nothing_else_is_in_the_optimizer(trainable, expec
     use_language_loss(model)
     arguments = RecoveryTrainingArguments(output_dir=str(tmp_path), max_steps=2, use_cpu=True, disable_tqdm=True)
     arguments.set_save(strategy="no")
-    trainer = RecoveryTrainer(model, arguments, data_collator=PackedCollator(), train_dataset=ROWS)
+    trainer = RecoveryTrainer(model, arguments, data_collator=collate_packed, train_dataset=ROWS)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer.train()
     in_optimizer = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
@@ -308,6 +347,20 @@ def test_schedule_is_warm_up_stable_and_one_minus_root(tmp_path):
         trainer.lr_scheduler.step()
     expected = [2 * i / 5 for i in range(5)] + [2.0] * 75 + [2 * (1 - (i / 20) ** 0.5) for i in range(21)]
     assert rates == pytest.approx(expected)
+
+
+def test_attention_has_a_rate_of_its_own(tmp_path):
+    arguments = RecoveryTrainingArguments(
+        output_dir=str(tmp_path), max_steps=10, learning_rate=1.0, attention_learning_rate=3.0, use_cpu=True
+    )
+    model = make_mla()
+    trainer = RecoveryTrainer(model, arguments, train_dataset=ROWS)
+    trainer.create_optimizer_and_scheduler(10)
+    assert trainer.create_optimizer() is trainer.optimizer  # and it is not split again
+    rates = {id(p): group["initial_lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert rates == {id(p): 3.0 if ".self_attn." in name else 1.0 for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"attention_learning_rate=0\.0 must be above 0"):
+        RecoveryTrainingArguments(output_dir=str(tmp_path), attention_learning_rate=0.0)
 
 
 def test_fsdp2_neither_rounds_losses_nor_sums_gradients_in_16_bits():

@@ -12,7 +12,7 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import distributed
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from mha2mla.training import Distillation, PackedCollator, loss, parse_arguments, use_language_loss
+from mha2mla.training import Distillation, collate_packed, loss, parse_arguments, use_language_loss
 from mha2mla.training.run import close, train
 from pico import make_mla, make_source, tokens
 
@@ -35,7 +35,7 @@ def check_sharded_loss(tied: bool, checkpointing: bool) -> torch.nn.Module:
     for model in (whole, sharded):
         use_language_loss(model, Distillation(make_source().requires_grad_(False), hidden_weight=1.0))
     sharded = shard(sharded)
-    batch = PackedCollator()([{"input_ids": ids, "lengths": [5, 7]} for ids in tokens(4, 12).tolist()])
+    batch = collate_packed([{"input_ids": ids, "lengths": [5, 7]} for ids in tokens(4, 12).tolist()])
     half = {name: tensor[2 * rank : 2 * rank + 2] for name, tensor in batch.items()}
     count = (batch["labels"] != -100).sum()
     mean = 2 * sharded(**half, num_items_in_batch=count).loss  # FSDP averages over processes

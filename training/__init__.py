@@ -8,7 +8,7 @@ from .arguments import (
     parse_arguments,
 )
 from .loss import Distillation, RecoveryOutput, attention_error, use_attention_loss, use_language_loss
-from .packing import PackedCollator, pack_documents
+from .packing import collate_packed, pack_documents
 from .parameters import add_lora, describe_trainable, freeze_except
 from .trainer import RecoveryTrainer, recover
 
@@ -17,12 +17,12 @@ __all__ = [
     "Distillation",
     "LossArguments",
     "ModelArguments",
-    "PackedCollator",
     "RecoveryOutput",
     "RecoveryTrainer",
     "RecoveryTrainingArguments",
     "add_lora",
     "attention_error",
+    "collate_packed",
     "describe_trainable",
     "freeze_except",
     "pack_documents",

@@ -141,6 +141,10 @@ class RecoveryTrainingArguments(TrainingArguments):
     decay_fraction: float = field(
         default=0.1, metadata={"help": "warmup_stable_decay: last share of the steps, over which the rate falls."}
     )
+    attention_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Highest rate of attention, which conversion made anew; by default learning_rate."},
+    )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
     include_num_input_tokens_seen: str = field(
         default="all", metadata={"help": "Count tokens and tokens per second: all, non_padding or no."}
@@ -164,6 +168,11 @@ class RecoveryTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if not 0 <= self.decay_fraction <= 1:
             raise ValueError(f"decay_fraction={self.decay_fraction} must lie between 0 and 1.")
+        if self.attention_learning_rate is not None and self.attention_learning_rate <= 0:
+            raise ValueError(
+                f"attention_learning_rate={self.attention_learning_rate} must be above 0; what is not to be trained, "
+                "--trainable leaves out."
+            )
         if self.compile_layers and self.torch_compile:
             raise ValueError("compile_layers and torch_compile both compile the decoder layers: choose one.")
         super().__post_init__()

@@ -22,7 +22,7 @@ from transformers.utils import ModelOutput
 
 from mha2mla.conversion.refine import robust_error, robust_errors
 
-from .packing import IGNORED
+from .packing import IGNORED, packed_inputs
 
 # Logits in memory at a time. Fused, they are held in 16 bits and few copies, and larger pieces are faster: weights are
 # cast, and their gradients added up, once a piece.
@@ -219,11 +219,10 @@ def use_language_loss(
     """
 
     def forward(self, input_ids, position_ids=None, labels=None, num_items_in_batch=None, **kwargs):
-        states = dict(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         teacher = distillation if self.training else None
         match_hidden = teacher is not None and teacher.hidden_weight > 0
         with recorded_calls(self.model.layers if match_hidden else ()) as calls:
-            hidden = self.model(**states, **kwargs).last_hidden_state
+            hidden = self.model(**packed_inputs(self, input_ids, position_ids), **kwargs).last_hidden_state
         # The state at t predicts the label at t + 1; the last one predicts nothing.
         targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
         teacher_head = teacher_hidden = None
@@ -231,7 +230,8 @@ def use_language_loss(
             teacher_head = teacher.teacher.lm_head
             teacher_layers = teacher.teacher.model.layers if match_hidden else ()
             with torch.no_grad(), recorded_calls(teacher_layers) as teacher_calls:
-                teacher_hidden = teacher.teacher.model(**states).last_hidden_state.flatten(0, 1)
+                inputs = packed_inputs(teacher.teacher, input_ids, position_ids)
+                teacher_hidden = teacher.teacher.model(**inputs).last_hidden_state.flatten(0, 1)
         cross_entropy, distance = token_losses(
             self.lm_head,
             hidden.flatten(0, 1),
@@ -272,7 +272,7 @@ def attention_error(
         A scalar. Only the student's attention gets a gradient.
     """
     with torch.no_grad(), recorded_calls(layer.self_attn for layer in teacher.model.layers) as calls:
-        teacher.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        teacher.model(**packed_inputs(teacher, input_ids, position_ids))
     errors = [
         robust_error(layer.self_attn(**kwargs)[0].float(), wanted[0].float())
         for layer, (kwargs, wanted) in zip(student.model.layers, calls, strict=True)

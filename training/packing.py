@@ -1,11 +1,11 @@
 """Documents to tokens, to rows of one length without padding, to batches that keep documents apart."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
 IGNORED = -100  # a label that does not count
 
@@ -68,25 +68,36 @@ def pack_documents(
     return {"input_ids": input_ids, "lengths": lengths}
 
 
-@dataclass(frozen=True)
-class PackedCollator:
+def collate_packed(rows: Sequence[dict[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
     """
     Rows of [`pack_documents`] as a batch of `input_ids`, `position_ids` and `labels`, each [B, T].
 
-    Positions start again with each document: transformers' masks keep documents apart by them, given that there is
-    neither an attention mask nor a cache. Labels are the tokens themselves, end-of-sequence tokens included. The first
-    token of a document counts for nothing: what stands before it is another document, which must not predict it.
-
-    Attributes:
-        flatten (`bool`): Put all rows behind one another, [1, B * T]. Flash attention looks for documents in a
-            batch of one row only; for the other implementations a long row would cost a large mask.
+    Positions start again with each document, which keeps documents apart (see [`packed_inputs`]). Labels are the
+    tokens themselves, end-of-sequence tokens included. The first token of a document counts for nothing: what stands
+    before it is another document, which must not predict it.
     """
+    input_ids = torch.stack([torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows])
+    position_ids = torch.stack([torch.cat([torch.arange(int(n)) for n in row["lengths"]]) for row in rows])
+    labels = input_ids.masked_fill(position_ids == 0, IGNORED)
+    return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
 
-    flatten: bool = False
 
-    def __call__(self, rows: Sequence[dict[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
-        input_ids = torch.stack([torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows])
-        position_ids = torch.stack([torch.cat([torch.arange(int(n)) for n in row["lengths"]]) for row in rows])
-        labels = input_ids.masked_fill(position_ids == 0, IGNORED)
-        batch = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
-        return {name: tensor.view(1, -1) for name, tensor in batch.items()} if self.flatten else batch
+def packed_inputs(
+    model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor | None
+) -> dict[str, Any]:
+    """
+    What a model's decoder is called with, so that no token attends to another document.
+
+    transformers' masks follow from positions that start again, given that there is neither an attention mask nor a
+    cache. Flash attention has no mask, and for it transformers looks for documents in a batch of one row only; told
+    where they begin, it takes any batch as one row of documents.
+
+    Args:
+        input_ids, position_ids (`torch.Tensor`): [B, T], as [`collate_packed`] gives them.
+    """
+    inputs: dict[str, Any] = dict(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+    if position_ids is not None and "flash" in model.config._attn_implementation:
+        (begins, _), (longest, _) = prepare_fa_kwargs_from_position_ids(position_ids)
+        inputs |= dict(cu_seq_lens_q=begins, cu_seq_lens_k=begins)
+        inputs |= dict(max_length_q=int(longest), max_length_k=int(longest))  # flash attention 4 refuses tensors
+    return inputs

@@ -9,11 +9,12 @@ from torch import nn
 
 from mha2mla.modeling import MLALlamaConfig, MLALlamaForCausalLM
 
+ATTENTION = r"\.self_attn\."
 # Named choices beside `lora`; anything else is a regular expression of the user's.
 NAMED_PATTERNS = {
     "all": "",
     # The paper's open question: MLP, embeddings and head keep what they know.
-    "attention": r"\.self_attn\.|norm\.weight$",
+    "attention": rf"{ATTENTION}|norm\.weight$",
 }
 LORA = "lora"
 PROJECTIONS = ["q_proj", "kv_a_proj", "kv_b_proj", "o_proj"]

@@ -1,6 +1,7 @@
 """The stock Trainer, with what recovery adds: the length of the decay, exact perplexity, complete checkpoints."""
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,8 +18,8 @@ from mha2mla.evaluation.perplexity import Perplexity
 
 from .arguments import LossArguments, ModelArguments, RecoveryTrainingArguments
 from .loss import Distillation, use_attention_loss, use_language_loss
-from .packing import IGNORED, PackedCollator
-from .parameters import LORA, add_lora, describe_trainable, freeze_except
+from .packing import IGNORED, collate_packed
+from .parameters import ATTENTION, LORA, add_lora, describe_trainable, freeze_except
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +40,17 @@ def token_perplexity(prediction: EvalPrediction) -> dict[str, float]:
 
 
 class RecoveryTrainer(Trainer):
-    """[`~transformers.Trainer`] that knows how long `warmup_stable_decay` decays once it knows how long the run is."""
+    """[`~transformers.Trainer`] with a rate for attention of its own, that knows how long `warmup_stable_decay` decays
+    once it knows how long the run is."""
 
     args: RecoveryTrainingArguments
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        created, rate = self.optimizer is None, self.args.attention_learning_rate
+        optimizer = super().create_optimizer(model)
+        if created and rate is not None:
+            split_groups(optimizer, self.model if model is None else model, ATTENTION, rate)
+        return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         if self.args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
@@ -56,6 +65,19 @@ class RecoveryTrainer(Trainer):
             state_dict = {name: weight for name, weight in state_dict.items() if name not in tied}
         with own_class(self.model):
             super()._save(output_dir, state_dict)
+
+
+def split_groups(optimizer: torch.optim.Optimizer, model: torch.nn.Module, pattern: str, rate: float) -> None:
+    """Give the parameters in whose names the pattern is found a rate of their own. No group is left empty."""
+    chosen = {id(parameter) for name, parameter in model.named_parameters() if re.search(pattern, name)}
+    for group in list(optimizer.param_groups):
+        apart = [parameter for parameter in group["params"] if id(parameter) in chosen]
+        rest = [parameter for parameter in group["params"] if id(parameter) not in chosen]
+        if rest and apart:
+            group["params"] = rest
+            optimizer.add_param_group({**group, "params": apart, "lr": rate})
+        elif apart:
+            group["lr"] = rate
 
 
 @contextmanager
@@ -149,7 +171,7 @@ def recover(
     trainer = RecoveryTrainer(
         prepared,
         arguments,
-        data_collator=PackedCollator(flatten="flash" in model_arguments.attn_implementation),
+        data_collator=collate_packed,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=tokenizer,

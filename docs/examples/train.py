@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import mha2mla.modeling  # noqa: F401  # registers the family: no trust_remote_code needed
 from mha2mla.training import (
     Distillation,
-    PackedCollator,
     RecoveryTrainer,
     add_lora,
+    collate_packed,
     describe_trainable,
     freeze_except,
     parse_arguments,
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
     trainer = RecoveryTrainer(
         trained,
         training_args,
-        data_collator=PackedCollator(),
+        data_collator=collate_packed,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=tokenizer,
