@@ -76,7 +76,7 @@ def draw(rows: list[dict], original: dict | None, path: Path) -> None:
 
     if original is None:
         raise ValueError(f"The plot needs the row {Run(ORIGINAL, 'none', 0.0, 0).name}: measure it with `run --only`.")
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure = Figure(figsize=(14, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     groups: dict[str, list[dict]] = {}
     untrained = {row["run"]["model"]: row for row in rows if row["run"]["tokens"] == 0}
@@ -85,12 +85,13 @@ def draw(rows: list[dict], original: dict | None, path: Path) -> None:
         if run.tokens:
             label = f"{run.model}, {run.trainable}" + (f", distilled {run.distillation:g}" if run.distillation else "")
             groups.setdefault(label, [untrained[run.model]] if run.model in untrained else []).append(row)
-    for label, members in groups.items():
+    for number, (label, members) in enumerate(groups.items()):
         members.sort(key=lambda row: row["run"]["tokens"])
         tokens = [row["run"]["tokens"] / 1e6 for row in members]
         left.plot(tokens, [math.log(row["eval_perplexity"][0]) for row in members], marker="o", label=label)
         points, errors = zip(*(points_lost(row, original) for row in members), strict=True)
-        right.errorbar(tokens, points, errors, marker="o", capsize=3, label=label)
+        beside = [count * 1.03 ** (number - (len(groups) - 1) / 2) for count in tokens]  # or errors hide one another
+        right.errorbar(beside, points, errors, marker="o", capsize=3, label=label)
     for axes, level in ((left, math.log(original["eval_perplexity"][0])), (right, 0)):
         axes.axhline(level, color="grey", linestyle="--", label=ORIGINAL)
     budgets = sorted({row["run"]["tokens"] / 1e6 for members in groups.values() for row in members})
@@ -105,5 +106,5 @@ def draw(rows: list[dict], original: dict | None, path: Path) -> None:
         axes.set_xticks(budgets, [f"{budget:g}" for budget in budgets], minor=False)
         axes.minorticks_off()
     right.invert_yaxis()
-    right.legend(fontsize="x-small")
+    figure.legend(*right.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=150)
