@@ -14,6 +14,7 @@ import platform
 import shlex
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +27,6 @@ from mha2mla.evaluation.pictures import encode_png
 from mha2mla.evaluation.speed import (
     CACHES,
     Speed,
-    as_json,
     attention_bandwidth,
     copy_bandwidth,
     measure_speed,
@@ -111,7 +111,7 @@ def main(argv: list[str]) -> None:
         versions=versions,
         copy_bytes_per_s=bandwidth,
         attention=shares,
-        speed=as_json(measured),
+        speed=[asdict(m) for m in measured],
     )
     (args.output / "speed.json").write_text(json.dumps(results, indent=1) + "\n")
     (args.output / "speed.md").write_text(table)

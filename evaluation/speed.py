@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from matplotlib import pyplot
@@ -347,7 +347,3 @@ def plot_speed(measured: list[Speed]) -> Figure:
         axis.grid(alpha=0.3, which="both")
     figure.tight_layout()
     return figure
-
-
-def as_json(measured: list[Speed]) -> list[dict]:
-    return [asdict(m) for m in measured]
