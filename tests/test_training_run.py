@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -203,6 +204,18 @@ def test_shipped_accelerate_configurations_are_read():
     assert read["fsdp2"].fsdp_config["fsdp_state_dict_type"] == "FULL_STATE_DICT"
     assert read["fsdp2"].fsdp_config["fsdp_cpu_ram_efficient_loading"] is False
     assert read["zero3"].deepspeed_config["zero3_save_16bit_model"] is True
+
+
+@pytest.mark.parametrize("trainable", ["all", "lora"])
+def test_the_example_script_does_what_the_command_does(folder, trainable):
+    options = ("--teacher", folder / "source", "--trainable", trainable)
+    assert main(arguments(folder, f"command-{trainable}", *options)) == 0
+    script = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "examples" / "train.py"))
+    script["main"](arguments(folder, f"script-{trainable}", *options)[1:])
+    last = [folder / f"{name}-{trainable}" / "checkpoint-6" for name in ("command", "script")]
+    assert losses(last[1]) == losses(last[0])
+    weights = "adapter_model.safetensors" if trainable == "lora" else "model.safetensors"
+    assert (last[1].parent / weights).is_file()
 
 
 def test_the_shipped_recipe_is_read():

@@ -45,6 +45,10 @@ class RecoveryTrainer(Trainer):
 
     args: RecoveryTrainingArguments
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        sum_in_full_precision(self.accelerator)
+
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         created, rate = self.optimizer is None, self.args.attention_learning_rate
         optimizer = super().create_optimizer(model)
@@ -177,7 +181,6 @@ def recover(
         processing_class=tokenizer,
         compute_metrics=token_perplexity,
     )
-    sum_in_full_precision(trainer.accelerator)
     # The Trainer turns the config's use_cache off, and every checkpoint would carry that to its users. The loss calls
     # the model without a cache whatever the config says.
     model.config.use_cache = use_cache

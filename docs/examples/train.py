@@ -8,7 +8,7 @@ accelerate launch --config_file docs/examples/accelerate/fsdp2.yaml docs/example
 import sys
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 import mha2mla.modeling  # noqa: F401  # registers the family: no trust_remote_code needed
 from mha2mla.training import (
@@ -26,6 +26,7 @@ from mha2mla.training.data import load_rows
 
 def main(argv: list[str]) -> None:
     model_args, loss_args, data_args, training_args = parse_arguments(argv)
+    set_seed(training_args.seed)  # of LoRA's first weights and dropout
 
     # Data: documents packed into rows of one length, shuffled once.
     tokenizer = AutoTokenizer.from_pretrained(model_args.model)
@@ -69,6 +70,7 @@ def main(argv: list[str]) -> None:
     model.config.use_cache = use_cache  # the Trainer turns it off, and would save it so
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()
+    trainer.accelerator.end_training()  # closes the process group
 
 
 if __name__ == "__main__":
