@@ -106,7 +106,7 @@ def test_compiled_layers_give_the_same_losses(folder):
 
 def test_full_run_with_teacher_leaves_complete_checkpoints(folder):
     teacher = ("--teacher", folder / "source", "--eval_fraction", 0.2, "--eval_strategy", "steps", "--eval_steps", 3)
-    assert main(arguments(folder, "out", *teacher)) == 0
+    assert main(arguments(folder, "out", *teacher, "--attention_learning_rate", 2e-2)) == 0
     out = folder / "out"
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]
     logged = [entry for entry in history if "loss" in entry]
@@ -115,7 +115,15 @@ def test_full_run_with_teacher_leaves_complete_checkpoints(folder):
     assert logged[-1]["loss"] < logged[0]["loss"]
     assert len([entry for entry in history if "eval_perplexity" in entry]) == 2
     card = (out / "README.md").read_text()
-    for part in ("texts.jsonl 100 %", "| Steps | 6 |", "| Tokens | 192 |", "KL(", "perplexity", "instead of 48"):
+    for part in (
+        "texts.jsonl 100 %",
+        "| Steps | 6 |",
+        "| Tokens | 192 |",
+        "KL(",
+        "perplexity",
+        "instead of 48",
+        "0.01 (attention 0.02)",
+    ):
         assert part in card, part
 
     names = {path.name for path in (out / "checkpoint-2").iterdir()}

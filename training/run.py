@@ -155,6 +155,9 @@ def describe_run(
     held_out = [entry for entry in history if "eval_perplexity" in entry]
     last = held_out[-1] if held_out else None
     batch = trainer.state.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    rate = f"rate {arguments.learning_rate:g}"
+    if arguments.attention_learning_rate is not None:
+        rate += f" (attention {arguments.attention_learning_rate:g})"
     rows = f"{batch} rows x {data.length} tokens a step"
     if data.short_length is not None:
         rows += f", documents of every second row cut to {data.short_length}"
@@ -164,7 +167,7 @@ def describe_run(
         trained=f"{model.trainable}: " + describe_trainable(trainer.model).splitlines()[0].removeprefix("Training "),
         objective=objective,
         schedule=(
-            f"AdamW {arguments.adam_beta1:g}/{arguments.adam_beta2:g}, rate {arguments.learning_rate:g}, "
+            f"AdamW {arguments.adam_beta1:g}/{arguments.adam_beta2:g}, {rate}, "
             f"{SchedulerType(arguments.lr_scheduler_type).value}, {rows}"
         ),
         steps=trainer.state.global_step,
