@@ -182,8 +182,8 @@ def main() -> None:
             else:
                 results[name] = made
         except Exception:
-            results[name] = traceback.format_exc()
-            print(results[name][-600:])
+            results[f"{name}, failed"] = traceback.format_exc()  # beside the rows that it gave before
+            print(results[f"{name}, failed"][-600:])
         print(f"-- {name} [{time.perf_counter() - started:.0f} s]", flush=True)
         write()
 
@@ -198,8 +198,7 @@ def main() -> None:
             if args.tiny:
                 case = (case[0], 9, 16, 8, *case[4:])
             run(case[0], lambda case=case: kernel_case(*case, sizes, sweep, bandwidth))
-            row = results[case[0]]
-            if isinstance(row, dict):
+            if row := results.get(case[0]):
                 print(
                     f"{row['case']}: target {row['target_us']}, floor {row['floor_us']:.0f}, default "
                     f"{row['default']['us']:.0f} (error {row['default'].get('error', float('nan')):.1e}), best "
