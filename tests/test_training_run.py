@@ -231,7 +231,8 @@ def test_the_shipped_recipe_is_read():
     given = ["--model", "m", "--teacher", "t", "--data", "d", "--output_dir", "o", "--use_cpu"]
     _, loss, data, training = parse_arguments(["--config", str(path), *given])
     assert (loss.distillation_weight, loss.hidden_weight, data.short_length) == (1, 4, 256)
-    assert (training.learning_rate, training.attention_learning_rate, training.decay_fraction) == (3e-4, 1.2e-3, 0.5)
+    assert (training.learning_rate, training.decay_fraction, training.compile_layers) == (3e-4, 0.5, True)
+    assert training.attention_learning_rate == 1.2e-3
 
 
 def test_yaml_and_command_line_say_the_same_and_the_latter_wins(folder):

@@ -100,3 +100,10 @@ def test_fsdp2_neither_rounds_losses_nor_sums_gradients_in_16_bits():
     sum_in_full_precision(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
     policy = plugin.mixed_precision_policy
     assert (policy.param_dtype, policy.output_dtype, policy.reduce_dtype) == (torch.bfloat16, None, torch.float32)
+
+
+def test_the_trainer_sees_to_it_by_itself(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("mha2mla.training.trainer.sum_in_full_precision", seen.append)
+    trainer = RecoveryTrainer(make_mla(), RecoveryTrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+    assert seen == [trainer.accelerator]
