@@ -98,7 +98,7 @@ def recompiles() -> int:
 
 
 def batch_case(sizes) -> Iterator[dict]:
-    """The largest batch at the context that memory holds, found by halving, and the tokens per second there."""
+    """The largest batch at the context that memory holds, found by trying fewer and fewer, and its speed."""
     context = sizes["step_context"]
     makers = random_models(
         sizes["name"], sizes["dtype"], DEVICE.type, *((512, 64) if DEVICE.type == "cuda" else (8, 4)), 1

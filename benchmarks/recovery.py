@@ -44,7 +44,7 @@ from mha2mla.evaluation import MultipleChoice, choice_bytes, preference_error, r
 from mha2mla.training import RecoveryTrainer, pack_documents, parse_arguments, recover
 from mha2mla.training.checks import find_checkpoint
 from mha2mla.training.loss import token_losses
-from mha2mla.training.packing import IGNORED, collate_packed, tokenize
+from mha2mla.training.packing import IGNORED, collate_packed, packed_inputs, tokenize
 from mha2mla.training.trainer import compile_layers
 
 
@@ -175,7 +175,9 @@ def measure_divergence(model: PreTrainedModel, original: PreTrainedModel, rows: 
         batch = collate_packed(rows[begin : begin + batch_size])
         labels = batch.pop("labels")[:, 1:].flatten().to(model.device)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        states = [m.model(**batch, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1) for m in (model, original)]
+        states = [
+            m.model(**packed_inputs(m, **batch)).last_hidden_state[:, :-1].flatten(0, 1) for m in (model, original)
+        ]
         _, distances = token_losses(model.lm_head, states[0], labels, original.lm_head, states[1])
         total, count = total + distances.double().sum().item(), count + int((labels != IGNORED).sum())
     return total / count if count else math.nan
