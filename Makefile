@@ -14,8 +14,7 @@ test: .venv-test/ready
 	.venv-test/bin/pip install --quiet --no-deps --force-reinstall .
 	.venv-test/bin/ruff check .
 	.venv-test/bin/ruff format --check .
-	.venv-test/bin/mypy -p mha2mla.modeling -p mha2mla.conversion -p mha2mla.evaluation \
-		-p mha2mla.training -p mha2mla.cli
+	.venv-test/bin/mypy -p mha2mla
 	.venv-test/bin/python -m pytest -q -n 2 --dist loadgroup
 
 .venv-demo/ready: pyproject.toml

@@ -25,7 +25,9 @@ import torch
 import torch.multiprocessing as multiprocessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mha2mla.conversion import ConversionConfig, calibrated, convert, pair_scores, pipeline, refine
+from mha2mla.conversion import ConversionConfig, convert, pipeline
+from mha2mla.conversion.presets.calibrated import closed_form as calibrated
+from mha2mla.conversion.presets.calibrated import pair_scores, refine
 from mha2mla.evaluation import measure_perplexity
 
 SIZES = {120: (40, 80), 72: (24, 48), 48: (16, 32)}  # cache of SmolLM2-135M: rotary key + latent; a third rotary

@@ -26,7 +26,7 @@ if not torch.cuda.is_available():
 import transformers
 from decode_gpu_kernel import DEVICE, KERNEL_CASES, SWEEP, TINY_SWEEP, check_shapes, compile_kernels, kernel_case
 
-from mha2mla.evaluation.speed import (
+from mha2mla.evaluation.speed.speed import (
     DIMENSIONS,
     allocated_nbytes,
     copy_bandwidth,
@@ -37,7 +37,7 @@ from mha2mla.evaluation.speed import (
     random_models,
 )
 from mha2mla.modeling import cache_nbytes, modeling_mla_llama
-from mha2mla.modeling.decode_mla_llama import kernel_can_run
+from mha2mla.modeling.latent_decode import kernel_can_run
 
 FULL = dict(
     batch=16, context=16384, step_batch=16, step_context=4096, steps=20, name="llama-2-7b", dtype=torch.bfloat16

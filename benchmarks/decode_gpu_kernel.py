@@ -7,9 +7,9 @@ from multiprocessing import get_context
 
 import torch
 
-from mha2mla.evaluation.speed import time_calls
-from mha2mla.modeling.decode_mla_llama import MAX_RANK, Part, Tiles, decode_attention
-from mha2mla.modeling.quantization_mla_llama import dequantize, pack, quantize, unpack
+from mha2mla.evaluation.speed.speed import time_calls
+from mha2mla.modeling.latent_decode import MAX_RANK, Part, Tiles, decode_attention
+from mha2mla.modeling.latent_quantization import dequantize, pack, quantize, unpack
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mha2mla.modeling  # noqa: F401  # registers the family
 from mha2mla.evaluation import read_items
-from mha2mla.evaluation.scoring import encode_request, score_requests
+from mha2mla.evaluation.measures.scoring import encode_request, score_requests
 
 
 def main() -> None:

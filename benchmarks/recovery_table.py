@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from mha2mla.evaluation.multiple_choice import paired_difference
+from mha2mla.evaluation.measures.multiple_choice import paired_difference
 
 ORIGINAL = "original"
 SETS = ("arc_easy", "arc_challenge", "hellaswag", "openbookqa", "piqa", "winogrande", "mmlu")

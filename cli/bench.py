@@ -23,8 +23,8 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from mha2mla.evaluation.pictures import encode_png
-from mha2mla.evaluation.speed import (
+from mha2mla.evaluation.report.pictures import encode_png
+from mha2mla.evaluation.speed.speed import (
     CACHES,
     Speed,
     attention_bandwidth,

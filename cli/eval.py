@@ -16,9 +16,9 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from mha2mla.evaluation.caches import CacheKind
+from mha2mla.evaluation.measures.caches import CacheKind
+from mha2mla.evaluation.report.tables import PAGE_NAME, make_tables
 from mha2mla.evaluation.run import evaluate_models
-from mha2mla.evaluation.tables import PAGE_NAME, make_tables
 from mha2mla.evaluation.tasks import EvaluationSettings, find_tasks
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from mha2mla.conversion.calibration_data import load_blocks
+from mha2mla.common.text import load_blocks
 from mha2mla.evaluation import measure_perplexity
-from mha2mla.evaluation.pictures import ORIGINAL, Measured
-from mha2mla.evaluation.report import read_record, write_report
+from mha2mla.evaluation.report.conversion_page import read_record, write_report
+from mha2mla.evaluation.report.pictures import ORIGINAL, Measured
 
 
 def main(argv: list[str]) -> None:

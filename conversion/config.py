@@ -5,7 +5,8 @@ from typing import Literal
 
 from transformers import PreTrainedConfig
 
-from . import low_rank, rope_selection
+from mha2mla.conversion.presets.paper import low_rank, rope_selection
+
 from .source import head_dim
 
 ROPE_SHARES = (0.2, 0.27, 0.34, 0.41)  # of a cache, for the rotary keys: tried by the preset `calibrated`

@@ -9,14 +9,16 @@ from functools import partial
 import torch
 from transformers import PreTrainedConfig
 
-from . import calibrated, paper
+from mha2mla.conversion.presets.calibrated import closed_form as calibrated
+from mha2mla.conversion.presets.paper import closed_form as paper
+
 from .attention_weights import LatentAttention, SourceAttention
-from .calibration_state import CalibrationState
 from .checkpoint import CheckpointReader
 from .config import CachePlan, ConversionConfig
 from .layerwise import LayerVisit, embed, language_loss, run_layers
-from .refine import RefineSettings, attend, refine_layer, robust_error
-from .rope_selection import pair_norms, select_by_position, select_by_score, two_norm_scores
+from .presets.calibrated.refine import RefineSettings, attend, refine_layer, robust_error
+from .presets.calibrated.state import CalibrationState
+from .presets.paper.rope_selection import pair_norms, select_by_position, select_by_score, two_norm_scores
 from .source import head_dim, rope_attention_scaling
 
 logger = logging.getLogger(__name__)

@@ -1,10 +1,16 @@
 """What conversion cost and what it bought."""
 
-from .agreement import Agreement, measure_agreement
-from .items import read_items
-from .long_context import PositionRange, Retrieval, measure_position_perplexity, measure_retrieval
-from .multiple_choice import MultipleChoice, choice_bytes, measure_multiple_choice, preference_error, score_choices
-from .perplexity import Perplexity, measure_perplexity, measure_text_perplexity
+from .measures.agreement import Agreement, measure_agreement
+from .measures.items import read_items
+from .measures.long_context import PositionRange, Retrieval, measure_position_perplexity, measure_retrieval
+from .measures.multiple_choice import (
+    MultipleChoice,
+    choice_bytes,
+    measure_multiple_choice,
+    preference_error,
+    score_choices,
+)
+from .measures.perplexity import Perplexity, measure_perplexity, measure_text_perplexity
 
 __all__ = [
     "Agreement",

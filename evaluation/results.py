@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .pictures import ORIGINAL
-from .report import RECORD_NAME
+from .report.conversion_page import RECORD_NAME
+from .report.pictures import ORIGINAL
 from .tasks import EvaluationSettings, Task
 
 RESULTS_NAME = "results.json"

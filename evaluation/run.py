@@ -18,10 +18,10 @@ from transformers import (
 
 from mha2mla.modeling import CACHE_ARGUMENT, cache_nbytes
 
-from .caches import PLAIN, CacheKind
+from .measures.caches import PLAIN, CacheKind
+from .measures.scoring import inference, prefix_token
+from .report.tables import write_tables
 from .results import ModelResult, Results, describe_environment, describe_model, is_done
-from .scoring import inference, prefix_token
-from .tables import write_tables
 from .tasks import EvaluationSettings, Task, measure_task
 
 logger = logging.getLogger(__name__)

@@ -9,13 +9,13 @@ from typing import Any
 from accelerate.utils import find_executable_batch_size
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .agreement import measure_agreement
-from .caches import PLAIN, CacheKind
-from .harness import measure_harness, require_harness_task
-from .items import Item, item_kind, read_items
-from .long_context import measure_position_perplexity, measure_retrieval
-from .multiple_choice import measure_multiple_choice
-from .perplexity import Perplexity, measure_text_perplexity
+from .measures.agreement import measure_agreement
+from .measures.caches import PLAIN, CacheKind
+from .measures.harness import measure_harness, require_harness_task
+from .measures.items import Item, item_kind, read_items
+from .measures.long_context import measure_position_perplexity, measure_retrieval
+from .measures.multiple_choice import measure_multiple_choice
+from .measures.perplexity import Perplexity, measure_text_perplexity
 
 # What a file of texts is measured with if its name says so; a bare name means the first.
 TEXT_KINDS = ("perplexity", "positions", "agreement")

@@ -2,10 +2,10 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from .cache_mla_llama import CACHE_ARGUMENT, GrowingBuffer, LatentDynamicLayer, LatentStaticLayer, cache_nbytes
 from .configuration_mla_llama import MLALlamaConfig
+from .latent_cache import CACHE_ARGUMENT, GrowingBuffer, LatentDynamicLayer, LatentStaticLayer, cache_nbytes
+from .latent_quantized_cache import LatentQuantizedLayer, quantized_cache
 from .modeling_mla_llama import MLALlamaForCausalLM, MLALlamaModel, MLALlamaPreTrainedModel
-from .quantized_cache_mla_llama import LatentQuantizedLayer, quantized_cache
 
 AutoConfig.register("mla_llama", MLALlamaConfig)
 AutoModel.register(MLALlamaConfig, MLALlamaModel)

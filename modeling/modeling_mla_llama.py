@@ -29,7 +29,8 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
-from .attention_mla_llama import (
+from .configuration_mla_llama import MLALlamaConfig
+from .latent_attention import (
     MAX_ABSORBED_QUERY_TOKENS,
     absorb_query,
     absorbed_attention,
@@ -40,11 +41,10 @@ from .attention_mla_llama import (
     rotate,
     select_frequencies,
 )
-from .cache_mla_llama import CACHE_ARGUMENT, LatentDynamicLayer, LatentStaticLayer, cache_nbytes
-from .configuration_mla_llama import MLALlamaConfig
-from .decode_mla_llama import Part, decode_attention, decode_attention_op, kernel_can_run
-from .quantization_mla_llama import importance
-from .quantized_cache_mla_llama import LatentQuantizedLayer, quantized_cache
+from .latent_cache import CACHE_ARGUMENT, LatentDynamicLayer, LatentStaticLayer, cache_nbytes
+from .latent_decode import Part, decode_attention, decode_attention_op, kernel_can_run
+from .latent_quantization import importance
+from .latent_quantized_cache import LatentQuantizedLayer, quantized_cache
 
 
 def is_plain_linear(module: nn.Module) -> bool:

@@ -4,7 +4,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
 
 from mha2mla.conversion.attention_weights import LatentAttention, SourceAttention
-from mha2mla.conversion.paper import convert_attention
+from mha2mla.conversion.presets.paper.closed_form import convert_attention
 from mha2mla.conversion.source import head_dim, rope_attention_scaling
 from mha2mla.modeling import MLALlamaConfig, MLALlamaForCausalLM
 
@@ -21,15 +21,15 @@ sys.meta_path.insert(0, Block())
 
 # What a checkpoint carries for `trust_remote_code`.
 CODE_FILES = [
-    "attention_mla_llama.py",
-    "cache_mla_llama.py",
     "configuration_mla_llama.py",
-    "decode_mla_llama.py",
-    "kernels_mla_llama.py",
+    "latent_attention.py",
+    "latent_cache.py",
+    "latent_decode.py",
+    "latent_kernels.py",
+    "latent_quantization.py",
+    "latent_quantized_cache.py",
+    "latent_wide_kernel.py",
     "modeling_mla_llama.py",
-    "quantization_mla_llama.py",
-    "quantized_cache_mla_llama.py",
-    "wide_kernel_mla_llama.py",
 ]
 
 VOCAB = 96

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from mha2mla.modeling import CACHE_ARGUMENT
-from mha2mla.modeling import attention_mla_llama as attention_module
-from mha2mla.modeling.attention_mla_llama import (
+from mha2mla.modeling import latent_attention as attention_module
+from mha2mla.modeling.latent_attention import (
     absorbed_attention,
     absorbed_costs_less,
     add_mask,

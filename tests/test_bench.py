@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mha2mla.cli.main import main
-from mha2mla.evaluation.speed import allocated_nbytes, fill, make_cache, measure_speed, numbers_per_token
+from mha2mla.evaluation.speed.speed import allocated_nbytes, fill, make_cache, measure_speed, numbers_per_token
 from mha2mla.modeling import cache_nbytes
 from pico import make_mla, make_source
 

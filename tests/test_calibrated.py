@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from mha2mla.conversion import calibrated
-from mha2mla.conversion.low_rank import joint_low_rank
-from mha2mla.conversion.pair_scores import (
+from mha2mla.conversion.presets.calibrated import closed_form as calibrated
+from mha2mla.conversion.presets.calibrated.low_rank import joint_low_rank
+from mha2mla.conversion.presets.calibrated.pair_scores import (
     mean_rotation,
     pair_moments,
     received_attention,
@@ -14,8 +14,14 @@ from mha2mla.conversion.pair_scores import (
     select_shared,
     softmax_weight,
 )
-from mha2mla.conversion.refine import RefineSettings, attend, robust_error
-from mha2mla.conversion.shared_key import components, head_factors, shared_key_basis, to_complex, to_real
+from mha2mla.conversion.presets.calibrated.refine import RefineSettings, attend, robust_error
+from mha2mla.conversion.presets.calibrated.shared_key import (
+    components,
+    head_factors,
+    shared_key_basis,
+    to_complex,
+    to_real,
+)
 from mha2mla.conversion.source import rope_attention_scaling
 from pico import ROPES, assemble, attention_of, make_source, tokens
 
@@ -215,8 +221,8 @@ def test_robust_error_is_relative_and_bounded():
 
 
 def test_refinement_brings_the_stream_back(monkeypatch):
-    from mha2mla.conversion import refine
     from mha2mla.conversion.layerwise import LayerVisit
+    from mha2mla.conversion.presets.calibrated import refine
 
     source = make_source("gqa").requires_grad_(False)
     ids = tokens(4, 16)

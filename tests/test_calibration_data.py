@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import pico_tokenizer
 
-from mha2mla.conversion.calibration_data import PIECE_LENGTH, load_blocks
+from mha2mla.common.text import PIECE_LENGTH, load_blocks
 
 NUM_DOCUMENTS = 40  # each of one word, many times over
 

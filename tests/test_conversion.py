@@ -296,7 +296,7 @@ def test_exact_sizes_lose_nothing_through_the_whole_pipeline(save_source, calibr
 def test_calibration_state_serves_several_ratios_and_refuses_other_text(
     save_source, calibration_file, tmp_path, monkeypatch, capsys
 ):
-    from mha2mla.conversion import calibrated
+    from mha2mla.conversion.presets.calibrated import closed_form as calibrated
 
     source, state = save_source("gqa"), tmp_path / "state"
     base = ("--calibration-data", calibration_file, "--calibration-state", state, *CALIBRATED)

@@ -5,10 +5,10 @@ import random
 import pytest
 import torch
 
-from mha2mla.modeling import decode_mla_llama as decode
-from mha2mla.modeling import quantized_cache_mla_llama
-from mha2mla.modeling.decode_mla_llama import Part, Tiles, WideTiles, choose_wide_tiles, decode_attention
-from mha2mla.modeling.quantization_mla_llama import dequantize, pack, quantize, unpack
+from mha2mla.modeling import latent_decode as decode
+from mha2mla.modeling import latent_quantized_cache
+from mha2mla.modeling.latent_decode import Part, Tiles, WideTiles, choose_wide_tiles, decode_attention
+from mha2mla.modeling.latent_quantization import dequantize, pack, quantize, unpack
 from pico import LAYOUTS, make_mla, tokens
 
 triton = pytest.importorskip("triton")
@@ -209,7 +209,7 @@ def test_quantised_cache_through_the_kernel(monkeypatch):
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
 
-    monkeypatch.setattr(quantized_cache_mla_llama, "MEAN_TOKENS", 2)
+    monkeypatch.setattr(latent_quantized_cache, "MEAN_TOKENS", 2)
 
     def logits():
         cache = modeling.quantized_cache(model, nbits=4, residual_length=4)

@@ -10,11 +10,11 @@ from test_evaluation import random_texts
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mha2mla.cli.main import main
-from mha2mla.evaluation import caches
-from mha2mla.evaluation.caches import PLAIN, CacheKind
-from mha2mla.evaluation.perplexity import measure_text_perplexity, text_tokens
+from mha2mla.evaluation.measures import caches
+from mha2mla.evaluation.measures.caches import PLAIN, CacheKind
+from mha2mla.evaluation.measures.perplexity import measure_text_perplexity, text_tokens
+from mha2mla.evaluation.measures.scoring import Request, score_requests
 from mha2mla.evaluation.run import measure_cache
-from mha2mla.evaluation.scoring import Request, score_requests
 from mha2mla.modeling import CACHE_ARGUMENT, quantized_cache
 from pico import BASE, make_mla, make_source, tokens
 
@@ -30,7 +30,7 @@ def small_window(monkeypatch):
     """The pico models' context is no longer than the usual window."""
     monkeypatch.setattr(caches, "RESIDUAL_LENGTH", 4)
     monkeypatch.setattr(caches, "PIECE", 2)
-    monkeypatch.setattr("mha2mla.modeling.quantized_cache_mla_llama.MEAN_TOKENS", 4)
+    monkeypatch.setattr("mha2mla.modeling.latent_quantized_cache.MEAN_TOKENS", 4)
 
 
 def test_names():

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mha2mla.cli.main import main
-from mha2mla.evaluation import harness, run
+from mha2mla.evaluation import run
+from mha2mla.evaluation.measures import harness
 from pico import VOCAB
 
 SIZES = ("--length", "16", "--long-length", "20", "--agreement-length", "16")

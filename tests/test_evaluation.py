@@ -7,9 +7,14 @@ import torch
 from conftest import pico_tokenizer
 
 from mha2mla.evaluation import measure_perplexity, measure_text_perplexity
-from mha2mla.evaluation.agreement import greedy_continuation, kl_divergence, matching_prefix, measure_agreement
-from mha2mla.evaluation.long_context import measure_position_perplexity, measure_retrieval
-from mha2mla.evaluation.perplexity import text_tokens, text_windows, token_losses
+from mha2mla.evaluation.measures.agreement import (
+    greedy_continuation,
+    kl_divergence,
+    matching_prefix,
+    measure_agreement,
+)
+from mha2mla.evaluation.measures.long_context import measure_position_perplexity, measure_retrieval
+from mha2mla.evaluation.measures.perplexity import text_tokens, text_windows, token_losses
 from pico import exact_model, make_mla, make_source, tokens
 
 TOKENIZER = pico_tokenizer()

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mha2mla.conversion.low_rank import balanced_svd, factorise, max_rank
+from mha2mla.conversion.presets.paper.low_rank import balanced_svd, factorise, max_rank
 
 
 @pytest.fixture

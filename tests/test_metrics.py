@@ -8,7 +8,7 @@ from conftest import pico_tokenizer
 from transformers import Trainer, TrainingArguments
 
 from mha2mla.evaluation import measure_multiple_choice, measure_perplexity
-from mha2mla.evaluation.scoring import token_log_likelihoods
+from mha2mla.evaluation.measures.scoring import token_log_likelihoods
 from pico import make_mla, tokens
 
 
@@ -22,7 +22,7 @@ def evaluate(tmp_path_factory):
 
 
 def test_trainer_reports_perplexity_through_the_metric(evaluate, tmp_path):
-    from mha2mla.evaluation import metric_token_perplexity
+    from mha2mla.evaluation.measures import metric_token_perplexity
 
     metric = evaluate.load(metric_token_perplexity.__file__, cache_dir=str(tmp_path))
     model, blocks = make_mla(), tokens(5, 12)
@@ -42,7 +42,7 @@ def test_trainer_reports_perplexity_through_the_metric(evaluate, tmp_path):
 
 
 def test_labels_that_do_not_count_are_left_out(evaluate, tmp_path):
-    from mha2mla.evaluation import metric_token_perplexity
+    from mha2mla.evaluation.measures import metric_token_perplexity
 
     metric = evaluate.load(metric_token_perplexity.__file__, cache_dir=str(tmp_path))
     logits, labels = torch.randn(2, 4, 7), torch.tensor([[1, 2, -100, 3], [-100, -100, -100, -100]])
@@ -56,7 +56,7 @@ def test_labels_that_do_not_count_are_left_out(evaluate, tmp_path):
 
 
 def test_choice_accuracy_is_ours(evaluate, tmp_path):
-    from mha2mla.evaluation import metric_choice_accuracy
+    from mha2mla.evaluation.measures import metric_choice_accuracy
 
     metric = evaluate.load(metric_choice_accuracy.__file__, cache_dir=str(tmp_path))
     result = metric.compute(
@@ -67,7 +67,7 @@ def test_choice_accuracy_is_ours(evaluate, tmp_path):
 
 def test_harness_task_gives_our_accuracies(tmp_path):
     pytest.importorskip("lm_eval")
-    from mha2mla.evaluation.harness import measure_harness, require_harness_task
+    from mha2mla.evaluation.measures.harness import measure_harness, require_harness_task
 
     model, tokenizer = make_mla(max_position_embeddings=64), pico_tokenizer()
     words = [" ".join(f"w{i}" for i in row) for row in tokens(30, 4).clamp(min=4).tolist()]
@@ -103,7 +103,7 @@ def test_harness_task_gives_our_accuracies(tmp_path):
 def test_harness_tasks_that_generate(tmp_path):
     """As LongBench's do: greedy text after a prompt, judged by the task's own function."""
     pytest.importorskip("lm_eval")
-    from mha2mla.evaluation.harness import collect_numbers, measure_harness, require_harness_task
+    from mha2mla.evaluation.measures.harness import collect_numbers, measure_harness, require_harness_task
 
     model, tokenizer = make_mla(max_position_embeddings=64), pico_tokenizer()
     prompts = [" ".join(f"w{i}" for i in row) for row in tokens(4, 6).clamp(min=4).tolist()]

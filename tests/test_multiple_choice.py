@@ -13,9 +13,9 @@ from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 from mha2mla.evaluation import choice_bytes, measure_multiple_choice, preference_error, score_choices
-from mha2mla.evaluation.items import read_items
-from mha2mla.evaluation.multiple_choice import paired_difference
-from mha2mla.evaluation.scoring import encode_request, score_requests
+from mha2mla.evaluation.measures.items import read_items
+from mha2mla.evaluation.measures.multiple_choice import paired_difference
+from mha2mla.evaluation.measures.scoring import encode_request, score_requests
 from pico import VOCAB, make_mla, make_source
 
 WORDS = "the cat sat on a mat and saw that the other cat was not there at all"

@@ -132,11 +132,11 @@ def test_an_adapter_names_a_base_that_others_can_load(adapter, model, hub):
 def test_what_would_not_load_is_not_pushed(model, tmp_path, capsys):
     with pytest.raises(ValueError, match="--base-model belongs to adapters"):
         plan_upload(model, base_model="me/model")
-    (model / "cache_mla_llama.py").unlink()
-    with pytest.raises(ValueError, match=r"lacks cache_mla_llama\.py"):
+    (model / "latent_cache.py").unlink()
+    with pytest.raises(ValueError, match=r"lacks latent_cache\.py"):
         plan_upload(model)
     (model / "modeling_mla_llama.py").unlink()
-    with pytest.raises(ValueError, match=r"lacks cache_mla_llama\.py, modeling_mla_llama\.py"):
+    with pytest.raises(ValueError, match=r"lacks latent_cache\.py, modeling_mla_llama\.py"):
         plan_upload(model)
     (model / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"no \.safetensors weights"):

@@ -10,10 +10,10 @@ from mha2mla.modeling import (
     CACHE_ARGUMENT,
     LatentQuantizedLayer,
     cache_nbytes,
+    latent_quantized_cache,
     quantized_cache,
-    quantized_cache_mla_llama,
 )
-from mha2mla.modeling.quantization_mla_llama import dequantize, pack, quantize, random_rotation, unpack
+from mha2mla.modeling.latent_quantization import dequantize, pack, quantize, random_rotation, unpack
 from pico import LAYOUTS, make_mla, tokens
 
 NEW = 10
@@ -21,7 +21,7 @@ NEW = 10
 
 @pytest.fixture(autouse=True)
 def quantise_short_sequences(monkeypatch):
-    monkeypatch.setattr(quantized_cache_mla_llama, "MEAN_TOKENS", 2)
+    monkeypatch.setattr(latent_quantized_cache, "MEAN_TOKENS", 2)
 
 
 @pytest.fixture(params=LAYOUTS)

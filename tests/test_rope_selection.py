@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mha2mla.conversion.rope_selection import (
+from mha2mla.conversion.presets.paper.rope_selection import (
     pair_norms,
     select_by_position,
     select_by_score,

@@ -22,7 +22,7 @@ from datasets import (
 )
 from transformers import PreTrainedTokenizerBase
 
-from mha2mla.conversion.calibration_data import FILE_BUILDERS
+from mha2mla.common.text import FILE_BUILDERS
 
 from .arguments import DataArguments, read_yaml
 from .packing import is_chat, pack_documents, tokenize

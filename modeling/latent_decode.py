@@ -1,7 +1,7 @@
 """One decoding step over the latent cache in Triton: absorbed attention, split over the sequence, in two stages.
 
-This is the host's side: which tiles, how many programs, when. The kernels are in `kernels_mla_llama.py`, and in
-`wide_kernel_mla_llama.py` the one for latents of more than 1,024 numbers.
+This is the host's side: which tiles, how many programs, when. The kernels are in `latent_kernels.py`, and in
+`latent_wide_kernel.py` the one for latents of more than 1,024 numbers.
 
 - Entries are [B, S, W] in any row strides, W = R + n*r.
 - The number of entries may be a tensor on the device (static cache): nothing here waits for the device, the grid
@@ -19,8 +19,8 @@ from functools import lru_cache
 
 import torch
 
-from .kernels_mla_llama import attend_split, combine, triton
-from .wide_kernel_mla_llama import attend_split_wide
+from .latent_kernels import attend_split, combine, triton
+from .latent_wide_kernel import attend_split_wide
 
 # Of a wider latent a program of `attend_split` cannot hold the output.
 MAX_RANK = 1024

@@ -12,10 +12,9 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import nn
 
-from mha2mla.modeling.attention_mla_llama import expand_keys_values, rotate, select_frequencies
-
-from .attention_weights import LatentAttention
-from .layerwise import LayerVisit
+from mha2mla.conversion.attention_weights import LatentAttention
+from mha2mla.conversion.layerwise import LayerVisit
+from mha2mla.modeling.latent_attention import expand_keys_values, rotate, select_frequencies
 
 ERROR_SCALE = 0.3  # relative squared error beyond which a token's weight falls
 

@@ -2,7 +2,8 @@
 
 import torch
 
-from .attention_weights import LatentAttention, SourceAttention
+from mha2mla.conversion.attention_weights import LatentAttention, SourceAttention
+
 from .low_rank import factorise
 
 

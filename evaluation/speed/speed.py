@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
+from mha2mla.evaluation.report.tables import Table
 from mha2mla.modeling import (
     CACHE_ARGUMENT,
     LatentQuantizedLayer,
@@ -19,10 +20,8 @@ from mha2mla.modeling import (
     cache_nbytes,
     quantized_cache,
 )
-from mha2mla.modeling.cache_mla_llama import round_up
-from mha2mla.modeling.decode_mla_llama import Part, decode_attention, kernel_can_run
-
-from .tables import Table
+from mha2mla.modeling.latent_cache import round_up
+from mha2mla.modeling.latent_decode import Part, decode_attention, kernel_can_run
 
 CACHES = ("dynamic", "static", "static-compiled", "int8", "int4")
 WARM_UP_STEPS = 3  # a compiled step is recorded as a CUDA graph in the second and third run

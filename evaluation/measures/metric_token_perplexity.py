@@ -13,7 +13,7 @@ With the `Trainer`, `preprocess_logits_for_metrics` keeps one number a token ins
 import datasets
 import evaluate
 
-from mha2mla.evaluation.perplexity import Perplexity
+from mha2mla.evaluation.measures.perplexity import Perplexity
 
 IGNORED = -100
 

@@ -16,9 +16,9 @@ look at, stays in full precision, as does a window of recent tokens.
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, HQQQuantizedLayer, QuantizedLayer, QuantoQuantizedLayer
 
-from .cache_mla_llama import GrowingBuffer, tensor_bytes
-from .decode_mla_llama import Part
-from .quantization_mla_llama import dequantize, pack, quantize, random_rotation, unpack
+from .latent_cache import GrowingBuffer, tensor_bytes
+from .latent_decode import Part
+from .latent_quantization import dequantize, pack, quantize, random_rotation, unpack
 
 # Tokens whose mean is taken off the rotary keys: the newest when quantisation begins, as left padding is the oldest.
 # A mean of few tokens is a bad one: nothing is quantised before there are so many.

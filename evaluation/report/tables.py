@@ -11,9 +11,10 @@ from typing import Any
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from .multiple_choice import paired_difference
+from mha2mla.evaluation.measures.multiple_choice import paired_difference
+from mha2mla.evaluation.results import ModelResult, Results
+
 from .pictures import ORIGINAL, Measured, encode_png, html_page, html_picture, html_table, plot_against_cache
-from .results import ModelResult, Results
 
 PAGE_NAME = "report.html"
 MARKDOWN_NAME = "table.md"

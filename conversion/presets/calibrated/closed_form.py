@@ -14,7 +14,9 @@ from functools import cached_property
 
 import torch
 
-from .attention_weights import LatentAttention, SourceAttention
+from mha2mla.conversion.attention_weights import LatentAttention, SourceAttention
+from mha2mla.conversion.presets.paper.rope_selection import pair_norms
+
 from .low_rank import joint_low_rank
 from .pair_scores import (
     PairMoments,
@@ -27,7 +29,6 @@ from .pair_scores import (
     select_shared,
     softmax_weight,
 )
-from .rope_selection import pair_norms
 from .shared_key import (
     components,
     head_factors,

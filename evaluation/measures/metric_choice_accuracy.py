@@ -5,7 +5,7 @@ from dataclasses import asdict
 import datasets
 import evaluate
 
-from mha2mla.evaluation.multiple_choice import MultipleChoice
+from mha2mla.evaluation.measures.multiple_choice import MultipleChoice
 
 KWARGS = """
 Args:

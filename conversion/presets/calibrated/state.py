@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig
 
-from .calibrated import LayerStatistics
+from .closed_form import LayerStatistics
 from .pair_scores import PairMoments
 
 FINGERPRINT_NAME = "calibration.json"

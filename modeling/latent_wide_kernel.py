@@ -13,7 +13,7 @@ try:  # within a try block, so that transformers does not ask the user of a chec
 except ImportError:
     triton = None
 
-from .kernels_mla_llama import visible_scores
+from .latent_kernels import visible_scores
 
 if triton is not None:
 

@@ -1,0 +1,1 @@
+"""What conversion, training and evaluation share."""

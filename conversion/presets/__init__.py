@@ -1,0 +1,1 @@
+"""Ways to make MLA weights: one folder a preset."""

@@ -1,0 +1,1 @@
+"""The preset `paper`: MHA2MLA, arXiv 2502.14837."""
