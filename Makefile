@@ -2,6 +2,8 @@
 PYTHON ?= python3
 # The CPU build by default: plain "torch" brings gigabytes of CUDA. On a GPU machine: make demo TORCH=torch
 TORCH ?= torch==2.13.0
+# Another release to test against: make clean test TRANSFORMERS='transformers==5.17.*'
+TRANSFORMERS ?= transformers
 
 .PHONY: demo test clean
 
@@ -27,8 +29,8 @@ test: .venv-test/ready
 	$(PYTHON) -m venv .venv-test
 	.venv-test/bin/pip install --quiet $(TORCH)
 	rm -rf build
-	.venv-test/bin/pip install --quiet '.[dev,gguf,eval]'
+	.venv-test/bin/pip install --quiet '.[dev,gguf,eval]' '$(TRANSFORMERS)'
 	touch $@
 
 clean:
-	rm -rf .venv-demo .venv-test .cache out build *.egg-info
+	rm -rf .venv-demo .venv-test .cache out build dist src/*.egg-info

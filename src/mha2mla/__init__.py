@@ -1,14 +1,13 @@
 """Convert pretrained transformers to Multi-head Latent Attention (MLA), train them further and serve them."""
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .conversion import ConversionConfig, convert
     from .modeling import MLALlamaConfig, MLALlamaForCausalLM, MLALlamaModel
 
-__version__ = version("mha2mla")
+__version__ = "0.1.0"
 
 # Where each name lives; imported when it is first asked for, as torch and transformers take seconds.
 _HOMES = {
