@@ -7,6 +7,8 @@ from .latent_shape import LatentShape
 
 # The name by which `DynamicCache` and `StaticCache` find the latent cache layers.
 LATENT_LAYER_TYPE = "latent_attention"
+# The newest layout of weights and config that this code reads. A change that older code would misread raises it.
+FORMAT_VERSION = 1
 
 
 @dataclass(repr=False, kw_only=True)
@@ -30,6 +32,8 @@ class LatentConfigMixin:
             each key/value head, the layout of the paper MHA2MLA, arXiv 2502.14837).
         num_nope_key_heads (`int`, *optional*, defaults to `num_attention_heads`):
             Un-rotated keys expanded per token: `num_attention_heads` or `num_key_value_heads`.
+        mla_format_version (`int`, *optional*, defaults to the newest):
+            Layout of the checkpoint's weights and config.
 
     The cache holds `kv_lora_rank + num_rope_key_heads * qk_rope_head_dim` numbers per token and layer
     (`latent_cache_dim`), against `2 * num_key_value_heads * head_dim` of the source.
@@ -47,8 +51,15 @@ class LatentConfigMixin:
     v_head_dim: int = 128
     num_rope_key_heads: int = 1
     num_nope_key_heads: int | None = None
+    mla_format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs):
+        if self.mla_format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"The checkpoint has mla_format_version={self.mla_format_version}; this code reads versions up to "
+                f"{FORMAT_VERSION}. Upgrade it (pip install --upgrade mha2mla), or use the code that lies beside the "
+                "weights: from_pretrained(..., trust_remote_code=True) in a process that does not import mha2mla."
+            )
         if self.num_nope_key_heads is None:
             self.num_nope_key_heads = self.num_attention_heads
         super().__post_init__(**kwargs)
