@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
+
+from mha2mla.common.files import read_yaml
 
 from .parameters import PROJECTIONS
 
@@ -212,13 +213,3 @@ def use_defaults(parser: HfArgumentParser, values: Any, path: Path) -> None:
             raise ValueError(f"{path}: there is no argument {name!r}; mha2mla train --help tells which there are.")
         actions[name].required = False
     parser.set_defaults(**values)
-
-
-def read_yaml(path: Path) -> Any:
-    """The content of a YAML file; a `ValueError` that says where, if it is malformed."""
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist.")
-    try:
-        return yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None

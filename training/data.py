@@ -22,9 +22,10 @@ from datasets import (
 )
 from transformers import PreTrainedTokenizerBase
 
+from mha2mla.common.files import read_yaml
 from mha2mla.common.text import FILE_BUILDERS
 
-from .arguments import DataArguments, read_yaml
+from .arguments import DataArguments
 from .packing import is_chat, pack_documents, tokenize
 
 RECIPES = {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
