@@ -11,7 +11,9 @@ from torch import distributed
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, SchedulerType, set_seed
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
+from mha2mla.common.loading import copy_notices
 from mha2mla.common.records import copy_record
+from mha2mla.common.text_sources import hub_datasets
 
 from .arguments import DataArguments, LossArguments, ModelArguments, RecoveryTrainingArguments
 from .checks import check_model, check_run, check_teacher, find_checkpoint, wants_resume
@@ -70,10 +72,12 @@ def train(
         title = arguments.hub_model_id or folder.resolve().name
         write_model_card(folder, title, record, config, adapter=model.trainable == LORA)
         copy_record(model.model, folder)
+        copy_notices(model.model, folder)
         if model.merge:
             save_merged(folder, tokenizer, model)
             write_model_card(folder / MERGED, f"{title}-merged", record, config, adapter=False)
             copy_record(model.model, folder / MERGED)
+            copy_notices(model.model, folder / MERGED)
         logger.info("Wrote %s", folder)
         if arguments.push_to_hub:
             logger.info("Pushed to %s", push_folder(folder, trainer.hub_model_id, bool(arguments.hub_private_repo)))
@@ -157,6 +161,7 @@ def describe_run(
     return TrainingRecord(
         base=model.model,
         data=shares,
+        datasets=hub_datasets(data.data),
         trained=f"{model.trainable}: " + describe_trainable(trainer.model).splitlines()[0].removeprefix("Training "),
         objective=objective,
         schedule=(
