@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
+
+from mha2mla.common.files import read_yaml
 
 from .parameters import PROJECTIONS
 
@@ -95,8 +96,12 @@ class DataArguments:
             "Hub, or .txt, .jsonl, .json or .parquet files, compressed or not; patterns name several."
         }
     )
-    column: str = field(
-        default="text", metadata={"help": "Column of the text, or of the messages of a chat. In a recipe: of its own."}
+    column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the text, or of the messages of a chat; by default text, or messages where there is no "
+            "text. A recipe has its own."
+        },
     )
     subset: str | None = field(default=None, metadata={"help": "Configuration of the data set, if any."})
     split: str = field(default="train", metadata={"help": "Split of a data set from the Hub."})
@@ -212,13 +217,3 @@ def use_defaults(parser: HfArgumentParser, values: Any, path: Path) -> None:
             raise ValueError(f"{path}: there is no argument {name!r}; mha2mla train --help tells which there are.")
         actions[name].required = False
     parser.set_defaults(**values)
-
-
-def read_yaml(path: Path) -> Any:
-    """The content of a YAML file; a `ValueError` that says where, if it is malformed."""
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist.")
-    try:
-        return yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None

@@ -1,7 +1,6 @@
 """`mha2mla train` as a function: check, read the text, load the models, train, and write what was done."""
 
 import logging
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,11 +11,13 @@ from torch import distributed
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, SchedulerType, set_seed
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from mha2mla.conversion.checkpoint import RECORD_NAME
+from mha2mla.common.loading import copy_notices
+from mha2mla.common.records import copy_record
+from mha2mla.common.text_sources import hub_datasets
 
 from .arguments import DataArguments, LossArguments, ModelArguments, RecoveryTrainingArguments
 from .checks import check_model, check_run, check_teacher, find_checkpoint, wants_resume
-from .data import find_sources, load_rows
+from .data import data_sources, load_rows
 from .model_card import TrainingRecord, write_model_card
 from .parameters import LORA, describe_trainable
 from .publish import push_folder
@@ -70,11 +71,13 @@ def train(
         record = describe_run(trainer, model, loss, data, arguments)
         title = arguments.hub_model_id or folder.resolve().name
         write_model_card(folder, title, record, config, adapter=model.trainable == LORA)
-        copy_conversion_record(model.model, folder)
+        copy_record(model.model, folder)
+        copy_notices(model.model, folder)
         if model.merge:
             save_merged(folder, tokenizer, model)
             write_model_card(folder / MERGED, f"{title}-merged", record, config, adapter=False)
-            copy_conversion_record(model.model, folder / MERGED)
+            copy_record(model.model, folder / MERGED)
+            copy_notices(model.model, folder / MERGED)
         logger.info("Wrote %s", folder)
         if arguments.push_to_hub:
             logger.info("Pushed to %s", push_folder(folder, trainer.hub_model_id, bool(arguments.hub_private_repo)))
@@ -123,12 +126,6 @@ def save_merged(folder: Path, tokenizer: PreTrainedTokenizerBase, model: ModelAr
     tokenizer.save_pretrained(folder / MERGED)
 
 
-def copy_conversion_record(source: str, folder: Path) -> None:
-    """The record of the conversion goes along, so that a trained model still tells how it was converted."""
-    if (Path(source) / RECORD_NAME).is_file():
-        shutil.copyfile(Path(source) / RECORD_NAME, folder / RECORD_NAME)
-
-
 def describe_run(
     trainer: RecoveryTrainer,
     model: ModelArguments,
@@ -137,7 +134,7 @@ def describe_run(
     arguments: RecoveryTrainingArguments,
 ) -> TrainingRecord:
     """What was done, for the model card, from the arguments and the Trainer's log."""
-    sources = find_sources(data.data, data)
+    sources, _ = data_sources(data)
     total = sum(source.weight for source in sources)
     shares = [f"{source} {100 * source.weight / total:.3g} %" for source in sources]
     objective = "cross-entropy"
@@ -164,6 +161,7 @@ def describe_run(
     return TrainingRecord(
         base=model.model,
         data=shares,
+        datasets=hub_datasets(data.data),
         trained=f"{model.trainable}: " + describe_trainable(trainer.model).splitlines()[0].removeprefix("Training "),
         objective=objective,
         schedule=(
