@@ -85,6 +85,11 @@ def copy_notices(name: str, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
+def head_dim(config: PreTrainedConfig) -> int:
+    """Dimensions of an attention head; not every config says it."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 @contextmanager
 def loading(name: str, role: str, part: str) -> Iterator[None]:
     """Errors of loading, in one sentence."""

@@ -87,8 +87,8 @@ def plan_upload(folder: Path, base_model: str | None = None, repo: str | None = 
         base_model = str(base_model or config["base_model_name_or_path"])
         if Path(base_model).exists():
             raise ValueError(
-                f"{folder} is an adapter of {base_model}, a folder that nobody else has. Push that first and give its name "
-                "with --base-model, or push the merged model (mha2mla train --merge)."
+                f"{folder} is an adapter of {base_model}, a folder that nobody else has. Push that first and give its "
+                "name with --base-model, or push the merged model (mha2mla train --merge)."
             )
         config["base_model_name_or_path"] = base_model
         uploads[ADAPTER_CONFIG] = Upload(ADAPTER_CONFIG, (json.dumps(config, indent=2) + "\n").encode())
