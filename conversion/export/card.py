@@ -108,3 +108,34 @@ def write_card(
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
     )
     ModelCard(text).save(path)
+
+
+WAY_BACK = """---
+{front_matter}
+---
+
+# {title}
+
+The DeepSeek checkpoint `{model}` as a model of the [mha2mla] family, to train or measure it further: the same
+function, without zero padding and without a norm on the latents. Its cache holds {width} values per token and layer.
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{title}", trust_remote_code=True)
+```
+
+[mha2mla]: https://arxiv.org/abs/2502.14837
+"""
+
+
+def write_way_back_card(path: Path, title: str, folder: Path, model: str, config: MLALlamaConfig) -> None:
+    """Write the card of a checkpoint of our family that was made of the DeepSeek checkpoint in `folder`."""
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["mla", "multi-head-latent-attention", "kv-cache-compression", "mha2mla"],
+        **inherited_data(folder),
+    )
+    text = WAY_BACK.format(front_matter=data.to_yaml(), title=title, model=model, width=config.latent_cache_dim)
+    ModelCard(text).save(path)

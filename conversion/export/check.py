@@ -12,19 +12,18 @@ CHECK_LENGTH = 192  # tokens
 # differ; a wrong table, layout or scale gives about 1.
 BOUNDS = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1, "q8_0": 2e-1}
 
-TEXT = """The harbour master kept two clocks in the office above the quay. One showed the time of the town, and the \
-other the time of the tide, which comes about fifty minutes later every day. "If they ever agree," she used to say, \
-"check both." In the winter of 1987 a storm took the roof of the fish market, broke 14 of the 23 moorings and put the \
-pilot boat on the steps of the customs house. The insurance paid for the roof. The moorings were paid for by the \
-fishermen themselves, who met on the first Monday of each month and wrote down, in a green book, what each of them had \
-given:
+TEXT = """The harbour master kept two clocks in the office above the quay. One showed the time of the town, and the
+other the time of the tide, which comes about fifty minutes later every day. "If they ever agree," she used to say,
+"check both." In the winter of 1987 a storm took the roof of the fish market, broke 14 of the 23 moorings and put the
+pilot boat on the steps of the customs house. The insurance paid for the roof. The moorings were paid for by the
+fishermen themselves, who met on the first Monday of each month and wrote down what each of them had given:
 
 def total(payments):
     return sum(amount for _, amount in payments)
 
-By spring the boats were out again. Water expands when it freezes, so a pipe that is full in December is often open in \
-March; the plumber, who knew this, had drained the pipes of every house that he could get into, and was never thanked \
-for what had not happened."""
+By spring the boats were out again. Water expands when it freezes, so a pipe that is full in December is often open
+in March; the plumber, who knew this, had drained the pipes of every house that he could get into, and was never
+thanked for what had not happened."""
 
 
 class TensorSource(Protocol):

@@ -45,9 +45,7 @@ class ExportConfig:
         if self.dtype not in ("auto", *DTYPES[self.format]):
             reason = ""
             if (self.format, self.dtype) == ("deepseek-v3", "float16"):
-                reason = (
-                    " The stock class normalises latents, and what makes that do nothing is too small for float16."
-                )
+                reason = " What makes the stock norm on latents do nothing is too small for float16."
             raise ValueError(
                 f"dtype={self.dtype!r} with format={self.format!r} must be one of auto, "
                 f"{', '.join(DTYPES[self.format])}.{reason}"

@@ -8,12 +8,15 @@ import torch
 from accelerate.utils.modeling import convert_file_size_to_int
 
 from mha2mla.conversion.checkpoint import CheckpointReader, CheckpointWriter, atomic_folder, check_output
+from mha2mla.conversion.convert import check_complete, write_companions
 from mha2mla.conversion.source import copy_companions, local_checkpoint
 
-from .card import write_card
+from .card import write_card, write_way_back_card
 from .check import check_agreement, check_ids, compare_logits, streamed_logits
 from .config import DTYPES, ExportConfig
 from .deepseek import stock_config, stock_names, stock_tensors, tiny_gauge
+from .from_deepseek import find_layout, find_rope, load_stock_config, our_config, our_tensors
+from .gguf import GGUFTensors, atomic_file, big_gauge, check_output_file, check_package, write_gguf
 from .plan import engines, load_model_config, plan_export
 from .record import EXPORT_RECORD_NAME, write_record
 
@@ -43,7 +46,8 @@ def export(
     """
     options, output = options or ExportConfig(), Path(output)
     with local_checkpoint(str(model), revision) as folder:
-        export_deepseek(folder, str(model), output, options)
+        write = {"deepseek-v3": export_deepseek, "gguf": export_gguf, "mla-llama": export_ours}[options.format]
+        write(folder, str(model), output, options)
     logger.info("Wrote %s", output)
     return output
 
@@ -88,4 +92,61 @@ def export_deepseek(folder: Path, model: str, output: Path, options: ExportConfi
         logger.info("Check: %s", agreement.describe())
         check_agreement(agreement, dtype)
         write_card(partial / "README.md", output.name, folder, model, config, plan, agreement, dtype)
-        write_record(partial, model, options, config, plan, agreement, time.perf_counter() - start)
+        details = {
+            "cache_width": plan.width,
+            "model_cache_width": config.latent_cache_dim,
+            # How our family says the same table; the way back takes it from here.
+            "source": {
+                "head_dim": config.head_dim,
+                "rope_parameters": config.rope_parameters,
+                "slot_of_frequency": plan.table.slots,
+            },
+        }
+        write_record(partial, model, options, details, agreement, time.perf_counter() - start)
+
+
+def export_ours(folder: Path, model: str, output: Path, options: ExportConfig) -> None:
+    """The way back: a checkpoint of our family."""
+    start = time.perf_counter()
+    check_output(output, options.overwrite, EXPORT_RECORD_NAME)
+    config = load_stock_config(folder, model)
+    reader = CheckpointReader(folder)
+    layout = find_layout(reader, config)
+    rope = find_rope(folder, config, layout)
+    dtype = weights_dtype(options, reader.get("model.norm.weight").dtype)
+    ours = our_config(config, layout, rope, getattr(torch, dtype))
+    logger.info("Cache: %d values per token and layer in use", ours.latent_cache_dim)
+    ids = check_ids(folder, config)
+    stock = streamed_logits(config, reader, ids)
+    with atomic_folder(output, options.overwrite, EXPORT_RECORD_NAME) as partial:
+        writer = CheckpointWriter(partial, convert_file_size_to_int(options.max_shard_size))
+        for name, tensor in our_tensors(reader, config, ours, layout, rope):
+            writer.add(name, tensor.to(ours.dtype).contiguous() if tensor.is_floating_point() else tensor)
+        writer.finish()
+        check_complete(writer, ours)
+        write_companions(partial, folder, ours)
+        agreement = compare_logits(stock, streamed_logits(ours, CheckpointReader(partial), ids))
+        logger.info("Check: %s", agreement.describe())
+        check_agreement(agreement, dtype)
+        write_way_back_card(partial / "README.md", output.name, folder, model, ours)
+        write_record(partial, model, options, {}, agreement, time.perf_counter() - start)
+
+
+def export_gguf(folder: Path, model: str, output: Path, options: ExportConfig) -> None:
+    """A file for llama.cpp."""
+    check_package()
+    check_output_file(output, options.overwrite)
+    config = load_model_config(folder, model)
+    reader = CheckpointReader(folder)
+    plan = plan_export(folder, config, reader, options, allow_step=False)
+    dtype = weights_dtype(options, reader.get("model.norm.weight").dtype)
+    gauge = big_gauge(config.rms_norm_eps, dtype)
+    stock = stock_config(config, plan, gauge, torch.float32)
+    logger.info(plan.describe(config, 2))
+    ids = check_ids(folder, config)
+    ours = streamed_logits(config, reader, ids)
+    with atomic_file(output) as partial:
+        write_gguf(partial, folder, model, reader, config, stock, plan, gauge, dtype)
+        agreement = compare_logits(ours, streamed_logits(stock, GGUFTensors(partial, stock), ids, gauge.norm_eps))
+        logger.info("Check: %s", agreement.describe())
+        check_agreement(agreement, dtype)

@@ -172,10 +172,11 @@ def find_table(
             f"{num_slots}. Leave --pad out (transformers then runs it), or convert with fewer: `{remedy}`."
         )
     kept = [index for index in range(len(places)) if places[index] == index]
+    moved = [index for index in frequencies if index not in kept]
+    known = "engines know" if allow_step else "llama.cpp knows"
     raise ValueError(
-        f"The rotary frequencies {frequencies} are in no table that {'engines know' if allow_step else 'llama.cpp knows'}"
-        f": rope_parameters.rope_type={config.rope_parameters['rope_type']!r} moves "
-        f"{[index for index in frequencies if index not in kept]} of them. "
+        f"The rotary frequencies {frequencies} are in no table that {known}: "
+        f"rope_parameters.rope_type={config.rope_parameters['rope_type']!r} moves {moved} of them. "
         + (
             f"It leaves {kept} where they are: convert with frequencies among these: `{remedy}`."
             if kept

@@ -5,38 +5,23 @@ import platform
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-
-from mha2mla.modeling import MLALlamaConfig
+from typing import Any
 
 from .check import Agreement
 from .config import ExportConfig
-from .plan import ExportPlan
 
 EXPORT_RECORD_NAME = "export.json"
 PACKAGES = ("mha2mla", "torch", "transformers", "safetensors")
 
 
 def write_record(
-    folder: Path,
-    model: str,
-    options: ExportConfig,
-    config: MLALlamaConfig,
-    plan: ExportPlan,
-    agreement: Agreement,
-    seconds: float,
+    folder: Path, model: str, options: ExportConfig, details: dict[str, Any], agreement: Agreement, seconds: float
 ) -> None:
-    slots = {str(frequency): slot for frequency, slot in plan.table.slots.items()}
+    """Write the record; `details` is what the format has to say."""
     record = {
         "model": model,
         "options": asdict(options),
-        "cache_width": plan.width,
-        "model_cache_width": config.latent_cache_dim,
-        # How our family says the same model; the way back takes it from here.
-        "source": {
-            "head_dim": config.head_dim,
-            "rope_parameters": config.rope_parameters,
-            "slot_of_frequency": slots,
-        },
+        **details,
         "agreement": asdict(agreement),
         "seconds": round(seconds, 1),
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .conversion import ConversionConfig, convert
+    from .conversion.export import ExportConfig, export
     from .modeling import MLALlamaConfig, MLALlamaForCausalLM, MLALlamaModel
 
 __version__ = "0.1.0"
@@ -13,12 +14,23 @@ __version__ = "0.1.0"
 _HOMES = {
     "ConversionConfig": "conversion",
     "convert": "conversion",
+    "ExportConfig": "conversion.export",
+    "export": "conversion.export",
     "MLALlamaConfig": "modeling",
     "MLALlamaForCausalLM": "modeling",
     "MLALlamaModel": "modeling",
 }
 
-__all__ = ["ConversionConfig", "MLALlamaConfig", "MLALlamaForCausalLM", "MLALlamaModel", "__version__", "convert"]
+__all__ = [
+    "ConversionConfig",
+    "ExportConfig",
+    "MLALlamaConfig",
+    "MLALlamaForCausalLM",
+    "MLALlamaModel",
+    "__version__",
+    "convert",
+    "export",
+]
 
 
 def __getattr__(name: str):
