@@ -28,6 +28,7 @@ CODE_FILES = [
     "latent_decode.py",
     "latent_kernels.py",
     "latent_module.py",
+    "latent_projection.py",
     "latent_quantization.py",
     "latent_quantized_cache.py",
     "latent_shape.py",
