@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +17,7 @@ INDEX_NAME = "model.safetensors.index.json"
 RECORD_NAME = "conversion.json"  # what it takes to repeat the conversion; marks a folder as our output
 
 
-class CheckpointReader:
+class CheckpointReader(Mapping[str, torch.Tensor]):
     """
     Tensors of a safetensors checkpoint by name, read when asked for.
 
@@ -43,23 +43,21 @@ class CheckpointReader:
         else:
             raise ValueError(f"No {WEIGHTS_NAME} or {INDEX_NAME} in {folder}.")
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.files
-
-    def get(self, name: str) -> torch.Tensor:
+    def __getitem__(self, name: str) -> torch.Tensor:
         """One tensor. Its file is mapped only as long as the tensor lives."""
         if name not in self.files:
             raise ValueError(f"{self.folder} has no tensor {name!r}; is the checkpoint complete?")
         with safe_open(self.folder / self.files[name], framework="pt") as file:
             return file.get_tensor(name)
 
-    def names(self, prefix: str) -> list[str]:
-        """What follows `prefix` in the names that start with it."""
-        return [name[len(prefix) :] for name in self.files if name.startswith(prefix)]
+    def __contains__(self, name: object) -> bool:
+        return name in self.files
 
-    def with_prefix(self, prefix: str) -> dict[str, torch.Tensor]:
-        """All tensors whose names start with `prefix`, by the rest of their names."""
-        return {name: self.get(prefix + name) for name in self.names(prefix)}
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
 
 
 class CheckpointWriter:

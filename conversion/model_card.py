@@ -2,7 +2,8 @@
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from .config import CachePlan, ConversionConfig
+from .cache_plan import CachePlan
+from .config import ConversionConfig
 
 TEMPLATE = """---
 {front_matter}
@@ -38,13 +39,6 @@ It needs transformers >= 5.17 and nothing else; `generate` picks the latent cach
 [mha2mla]: https://arxiv.org/abs/2502.14837
 """
 
-NOTES = {
-    "paper": "**The paper's conversion needs recovery training**: as converted, before any training, the model's text "
-    "is not good.",
-    "calibrated": "Converted on calibration text alone, without training; recovery fine-tuning brings the model "
-    "nearer to its source.",
-}
-
 
 def write_model_card(
     path, source: str, source_is_repo: bool, repo: str, options: ConversionConfig, plan: CachePlan, versions: dict
@@ -52,15 +46,12 @@ def write_model_card(
     """Write the card; `source` is named as the base model only if it is a repository on the Hub."""
     rows = {
         "Source": source,
-        "Preset": options.preset,
+        "Preset": options.preset.name,
         "kv_lora_rank": plan.kv_lora_rank,
         "Rotary keys x dims": f"{plan.num_rope_key_heads} x {plan.qk_rope_head_dim}",
     }
-    if options.preset == "paper":
-        rows |= {"RoPE selection": options.rope_selection, "SVD": options.svd}
-    else:
-        rows["Refinement"] = f"{options.refine_steps} steps a layer x {options.refine_batch_size} blocks"
-    if options.needs_calibration:
+    rows |= options.preset.card_rows()
+    if options.preset.use_of_text is not None:
         size = f"{options.calibration_samples} x {options.calibration_length} tokens"
         rows["Calibration"] = f"{size} of {options.calibration_data}, seed {options.seed}"
     rows["Made with"] = ", ".join(f"{name} {version}" for name, version in versions.items())
@@ -77,7 +68,7 @@ def write_model_card(
         width=plan.width,
         source_width=plan.source_width,
         percent=100 * (plan.ratio - 1),
-        note=NOTES[options.preset],
+        note=options.preset.card_note,
         repo=repo,
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
     )
