@@ -345,7 +345,7 @@ def test_help_shows_the_options_of_every_preset(capsys):
     shown = capsys.readouterr().out
     assert end.value.code == 0
     for preset, option in (("calibrated", "--refine-steps"), ("paper", "--svd")):
-        assert option in shown.split(f"preset {preset}", 1)[1].split("\npreset", 1)[0]
+        assert option in shown.split(f"\npreset {preset}", 1)[1].split("\npreset", 1)[0]
 
 
 def test_options_of_a_preset_are_its_own():

@@ -9,7 +9,8 @@ from .base import ConvertedLayer, Preset
 @cache
 def preset_classes() -> dict[str, type[Preset]]:
     """All presets by name."""
-    return {preset.name: preset for preset in defined_classes(__name__, __path__, Preset)}
+    found = defined_classes(__name__, __path__, Preset)  # type: ignore[type-abstract]
+    return {preset.name: preset for preset in found}
 
 
 __all__ = ["ConvertedLayer", "Preset", "preset_classes"]
