@@ -59,6 +59,19 @@ class CheckpointReader(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return len(self.files)
 
+    def names(self, prefix: str) -> list[str]:
+        """What follows `prefix` in the names that start with it."""
+        return [name[len(prefix) :] for name in self.files if name.startswith(prefix)]
+
+    def with_prefix(self, prefix: str) -> dict[str, torch.Tensor]:
+        """See [`with_prefix`]."""
+        return with_prefix(self, prefix)
+
+
+def with_prefix(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """All tensors whose names start with `prefix`, by the rest of their names."""
+    return {name[len(prefix) :]: tensors[name] for name in tensors if name.startswith(prefix)}
+
 
 class CheckpointWriter:
     """

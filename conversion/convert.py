@@ -85,7 +85,7 @@ def convert(
             )
             max_shard_bytes = convert_file_size_to_int(options.max_shard_size)
             records = write_weights(partial, job, mla_config, preset.layers(job, plan), max_shard_bytes)
-            write_companions(partial, folder, architecture, mla_config)
+            write_companions(partial, folder, mla_config)
             versions = {name: version(name) for name in PACKAGES}
             record = {
                 "source": source,

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
 from mha2mla.modeling import MLALlamaConfig
 
-from .architectures import Architecture
 from .attention_weights import LatentAttention
 from .checkpoint import CheckpointWriter
 from .job import ConversionJob
@@ -39,14 +39,19 @@ def write_weights(
         dtype = mla_config.dtype if tensor.is_floating_point() else tensor.dtype
         writer.add(name, tensor.to("cpu", dtype).contiguous())
     writer.finish()
-    check_complete(writer, job.architecture, mla_config)
+    check_complete(writer, mla_config)
     return records
 
 
-def check_complete(writer: CheckpointWriter, architecture: Architecture, mla_config: MLALlamaConfig) -> None:
-    """What was written is what the model loads, name by name."""
+def empty_model(mla_config: MLALlamaConfig) -> PreTrainedModel:
+    """The converted model without weights."""
     with torch.device("meta"):
-        model = architecture.mla_model_class(mla_config)
+        return AutoModelForCausalLM.from_config(mla_config)
+
+
+def check_complete(writer: CheckpointWriter, mla_config: MLALlamaConfig) -> None:
+    """What was written is what the model loads, name by name."""
+    model = empty_model(mla_config)
     expected = set(model.state_dict())
     if mla_config.tie_word_embeddings:
         expected -= set(model.all_tied_weights_keys)
@@ -54,10 +59,9 @@ def check_complete(writer: CheckpointWriter, architecture: Architecture, mla_con
     assert written == expected, f"written and expected tensors differ: {sorted(written ^ expected)}"
 
 
-def write_companions(output: Path, folder: Path, architecture: Architecture, mla_config: MLALlamaConfig) -> None:
+def write_companions(output: Path, folder: Path, mla_config: MLALlamaConfig) -> None:
     """Config, code, tokenizer and generation config."""
     mla_config.save_pretrained(output)
-    with torch.device("meta"):
-        custom_object_save(architecture.mla_model_class(mla_config), output)
+    custom_object_save(empty_model(mla_config), output)
     if not any(name.startswith("tokenizer") for name in copy_companions(folder, output)):
         logger.warning("%s has no tokenizer; the converted checkpoint has none either.", folder)

@@ -10,6 +10,7 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from mha2mla.modeling import MLALlamaConfig, MLALlamaForCausalLM
 
 from ..attention_weights import LatentAttention, SourceAttention
+from ..checkpoint import with_prefix
 from ..rotary import head_dim, rope_attention_scaling
 from . import refusals
 
@@ -17,11 +18,6 @@ EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_he
 LAYER, ATTENTION = "model.layers.{}.", "self_attn."
 # Fields of the source's config that say how it is served or stored, not what it computes.
 NOT_INHERITED = ("architectures", "dtype", "head_dim", "attention_bias", "pretraining_tp")
-
-
-def with_prefix(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """All tensors whose names start with `prefix`, by the rest of their names."""
-    return {name[len(prefix) :]: tensors[name] for name in tensors if name.startswith(prefix)}
 
 
 class Architecture:
