@@ -36,7 +36,7 @@ from mha2mla.evaluation.speed.speed import (
     numbers_per_token,
     random_models,
 )
-from mha2mla.modeling import cache_nbytes, modeling_mla_llama
+from mha2mla.modeling import cache_nbytes, latent_module
 from mha2mla.modeling.latent_decode import kernel_can_run
 
 FULL = dict(
@@ -81,7 +81,7 @@ def eager_case(sizes) -> Iterator[dict]:
     model = random_models(name, sizes["dtype"], DEVICE.type, *ranks, 1)
     for which, kernel in (("original", False), ("converted", True), ("converted", False)):
         made = model[which]()
-        with patch.object(modeling_mla_llama, "kernel_can_run", kernel_can_run if kernel else lambda *_: False):
+        with patch.object(latent_module, "kernel_can_run", kernel_can_run if kernel else lambda *_: False):
             for batch, context in shapes:
                 done = measure_speed(made, which, "dynamic", batch, context, sizes["steps"], prefill=False)
                 yield dict(model=which, kernel=kernel, batch=batch, context=context, ms=done.step_ms)

@@ -6,7 +6,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-COMMANDS = ("convert", "report", "eval", "bench", "train", "push")
+COMMANDS = ("convert", "export", "report", "eval", "bench", "train", "push")
 
 
 def summary(command: str) -> str:

@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--base-model", help="Adapter: the name on the Hub of the model that it belongs to.")
     parser.add_argument("--dry-run", action="store_true", help="List what would be uploaded, and upload nothing.")
     args = parser.parse_args(argv)
-    uploads = plan_upload(args.folder, args.base_model)
+    uploads = plan_upload(args.folder, args.base_model, args.repo)
     print(describe_upload(uploads))
     if not args.dry_run:
         print(push_folder(args.folder, args.repo, args.private, args.base_model))

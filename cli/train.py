@@ -20,4 +20,5 @@ def main(argv: list[str]) -> None:
     trainer = train(
         *parse_arguments(argv, prog="mha2mla train", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     )
-    close(trainer)
+    if trainer is not None:
+        close(trainer)

@@ -4,6 +4,8 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
+from mha2mla.modeling import LatentShape
+
 
 def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x [..., T, D] through a projection by head [heads, d, D] with bias [heads, d]: [..., heads, T, d]."""
@@ -83,3 +85,16 @@ class LatentAttention:
     q_rope_bias: torch.Tensor | None = None
     k_rope_bias: torch.Tensor | None = None
     o_bias: torch.Tensor | None = None
+
+    @property
+    def shape(self) -> LatentShape:
+        return LatentShape(
+            num_attention_heads=self.q_rope.shape[0],
+            num_key_value_heads=self.v_up.shape[0],
+            num_nope_key_heads=self.k_up.shape[0],
+            num_rope_key_heads=self.k_rope.shape[0],
+            kv_lora_rank=self.latent.shape[0],
+            qk_nope_head_dim=self.k_up.shape[1],
+            qk_rope_head_dim=self.k_rope.shape[1],
+            v_head_dim=self.v_up.shape[1],
+        )

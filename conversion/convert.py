@@ -11,10 +11,11 @@ from tempfile import TemporaryDirectory
 import torch
 from accelerate.utils.modeling import convert_file_size_to_int
 
+from mha2mla.common.records import RECORD_NAME
 from mha2mla.common.text import load_blocks
 
 from .architectures import architecture_of
-from .checkpoint import RECORD_NAME, CheckpointReader, atomic_folder, check_output
+from .checkpoint import CheckpointReader, atomic_folder, check_output
 from .config import ConversionConfig
 from .job import ConversionJob
 from .model_card import write_model_card
@@ -101,7 +102,7 @@ def convert(
             }
             (partial / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n")
             is_repo = not Path(source).exists()
-            write_model_card(partial / "README.md", source, is_repo, output.name, options, plan, versions)
+            write_model_card(partial / "README.md", source, is_repo, output.name, options, plan, versions, revision)
     logger.info("Wrote %s", output)
     return output
 

@@ -115,19 +115,14 @@ def attend(
     Returns:
         The attention output [B, T, D].
     """
-    num_heads, head_dim = layer.q_rope.shape[0], layer.v_up.shape[1]
+    head_dim = layer.shape.v_head_dim
     cos, sin = select_frequencies(*position_embeddings, layer.rope_frequencies)
     q_rope = rotate(project(x, layer.q_rope, layer.q_rope_bias), cos, sin)
     k_rope = rotate(project(x, layer.k_rope, layer.k_rope_bias), cos, sin)
     up = torch.cat((layer.k_up.flatten(0, 1), layer.v_up.flatten(0, 1)))
-    keys, values = expand_keys_values(
-        nn.functional.linear(nn.functional.linear(x, layer.latent), up),
-        k_rope,
-        layer.k_up.shape[0],
-        layer.k_up.shape[1],
-        head_dim,
-    )
-    repeats = num_heads // keys.shape[1]
+    expanded = nn.functional.linear(nn.functional.linear(x, layer.latent), up)
+    keys, values = expand_keys_values(expanded, k_rope, layer.shape)
+    repeats = layer.shape.num_attention_heads // keys.shape[1]
     # Fused attention wants one width; padded, it runs twice as fast on a CPU as unfused.
     values = nn.functional.pad(values, (0, keys.shape[-1] - head_dim))
     output = nn.functional.scaled_dot_product_attention(

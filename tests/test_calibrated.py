@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mha2mla.common.robust_error import robust_error
 from mha2mla.conversion.architectures import architecture_of
 from mha2mla.conversion.layerwise import LayerVisit, attend
 from mha2mla.conversion.presets.calibrated import closed_form as calibrated
@@ -17,7 +18,7 @@ from mha2mla.conversion.presets.calibrated.pair_scores import (
     select_shared,
     softmax_weight,
 )
-from mha2mla.conversion.presets.calibrated.refine import RefineSettings, robust_error
+from mha2mla.conversion.presets.calibrated.refine import RefineSettings
 from mha2mla.conversion.presets.calibrated.shared_key import (
     components,
     head_factors,

@@ -12,7 +12,7 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import distributed
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from mha2mla.training import Distillation, collate_packed, loss, parse_arguments, use_language_loss
+from mha2mla.training import collate_packed, loss, make_losses, parse_arguments, use_losses
 from mha2mla.training.run import close, train
 from pico import make_mla, make_source, tokens
 
@@ -33,7 +33,7 @@ def check_sharded_loss(tied: bool, checkpointing: bool) -> torch.nn.Module:
     if checkpointing:
         sharded.gradient_checkpointing_enable()
     for model in (whole, sharded):
-        use_language_loss(model, Distillation(make_source().requires_grad_(False), hidden_weight=1.0))
+        use_losses(model, make_losses(hidden_weight=1.0), make_source().requires_grad_(False))
     sharded = shard(sharded)
     batch = collate_packed([{"input_ids": ids, "lengths": [5, 7]} for ids in tokens(4, 12).tolist()])
     half = {name: tensor[2 * rank : 2 * rank + 2] for name, tensor in batch.items()}

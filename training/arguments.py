@@ -1,12 +1,14 @@
-"""What the user chooses: four dataclasses, from the command line and from YAML alike."""
+"""What the user chooses: dataclasses, from the command line and from YAML alike; losses bring their own."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from mha2mla.common.files import read_yaml
+
+from .losses import Loss, find_losses, make_losses, weigh
 from .parameters import PROJECTIONS
 
 
@@ -38,6 +40,9 @@ class ModelArguments:
     attn_implementation: str = field(
         default="sdpa", metadata={"help": "Of transformers: sdpa, eager, flex_attention, flash_attention_2, ..."}
     )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Allow code that the model or the teacher brings along to run here."}
+    )
 
     def __post_init__(self):
         if self.lora_rank < 1:
@@ -47,42 +52,32 @@ class ModelArguments:
 
 
 @dataclass
-class LossArguments:
-    """What is minimised."""
+class TeacherArguments:
+    """The original model, which losses may compare with."""
 
-    objective: Literal["language", "attention"] = field(
-        default="language",
-        metadata={
-            "help": "language: cross-entropy, mixed with the distance to the teacher if there is one. attention: the "
-            "output of each attention layer is matched to the teacher's; a first stage, in a run of its own."
-        },
-    )
     teacher: str | None = field(default=None, metadata={"help": "The original model: a folder, or a name on the Hub."})
-    distillation_weight: float = field(
-        default=0.5, metadata={"help": "language: share of the distance to the teacher in the loss, 0 to 1."}
-    )
-    temperature: float = field(default=1.0, metadata={"help": "language: divides both models' logits."})
-    hidden_weight: float = field(
-        default=0.0,
-        metadata={"help": "language: weight of the distance between both models' states behind each layer, added."},
-    )
 
-    def __post_init__(self):
-        if self.objective not in ("language", "attention"):
-            raise ValueError(f"objective={self.objective!r} must be language or attention.")
-        if self.objective == "attention" and self.teacher is None:
-            raise ValueError("objective='attention' matches a teacher: give --teacher, the original model.")
-        if not 0 <= self.distillation_weight <= 1:
-            raise ValueError(f"distillation_weight={self.distillation_weight} must lie between 0 and 1.")
-        if self.hidden_weight < 0:
-            raise ValueError(f"hidden_weight={self.hidden_weight} must be 0 or more.")
-        if self.hidden_weight > 0 and (self.teacher is None or self.objective != "language"):
-            raise ValueError(
-                f"hidden_weight={self.hidden_weight} adds to the distance to a teacher: give --teacher, the original "
-                "model, and the objective language."
-            )
-        if self.temperature <= 0:
-            raise ValueError(f"temperature={self.temperature} must be above 0.")
+
+@dataclass
+class LossArguments(TeacherArguments):
+    """
+    What is minimised.
+
+    Attributes:
+        losses (`dict[str, Loss]`): Every loss by its name, with its options; see [`make_losses`].
+    """
+
+    losses: dict[str, Loss] = field(default_factory=make_losses)
+
+    @property
+    def weighed(self) -> list[tuple[float, Loss]]:
+        """The losses that count, with their weights."""
+        return weigh(self.losses.values(), self.teacher is not None)
+
+    def describe(self) -> str:
+        """The weighted sum, for the model card."""
+        terms = [(weight, loss.describe(self.teacher)) for weight, loss in self.weighed]
+        return " + ".join(text if weight == 1 else f"{weight:g} {text}" for weight, text in terms)
 
 
 @dataclass
@@ -95,8 +90,12 @@ class DataArguments:
             "Hub, or .txt, .jsonl, .json or .parquet files, compressed or not; patterns name several."
         }
     )
-    column: str = field(
-        default="text", metadata={"help": "Column of the text, or of the messages of a chat. In a recipe: of its own."}
+    column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the text, or of the messages of a chat; by default text, or messages where there is no "
+            "text. A recipe has its own."
+        },
     )
     subset: str | None = field(default=None, metadata={"help": "Configuration of the data set, if any."})
     split: str = field(default="train", metadata={"help": "Split of a data set from the Hub."})
@@ -178,9 +177,6 @@ class RecoveryTrainingArguments(TrainingArguments):
         super().__post_init__()
 
 
-ARGUMENTS = (ModelArguments, LossArguments, DataArguments, RecoveryTrainingArguments)
-
-
 def parse_arguments(
     argv: list[str], **parser_options: Any
 ) -> tuple[ModelArguments, LossArguments, DataArguments, RecoveryTrainingArguments]:
@@ -191,15 +187,17 @@ def parse_arguments(
     Raises:
         ValueError: If the file is none of YAML, or names an argument that there is not.
     """
-    parser = HfArgumentParser(ARGUMENTS, **parser_options)
+    losses = find_losses()
+    arguments = (ModelArguments, TeacherArguments, *losses.values(), DataArguments, RecoveryTrainingArguments)
+    parser = HfArgumentParser(arguments, **parser_options)
     parser.add_argument("--config", type=Path, help="YAML file of arguments; the command line overrules it.")
     first = HfArgumentParser([], add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path)
     path = first.parse_known_args(argv)[0].config
     if path is not None:
         use_defaults(parser, read_yaml(path), path)
-    *parsed, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    return tuple(parsed)
+    model, teacher, *chosen, data, training, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    return model, LossArguments(teacher.teacher, dict(zip(losses, chosen, strict=True))), data, training
 
 
 def use_defaults(parser: HfArgumentParser, values: Any, path: Path) -> None:
@@ -212,13 +210,3 @@ def use_defaults(parser: HfArgumentParser, values: Any, path: Path) -> None:
             raise ValueError(f"{path}: there is no argument {name!r}; mha2mla train --help tells which there are.")
         actions[name].required = False
     parser.set_defaults(**values)
-
-
-def read_yaml(path: Path) -> Any:
-    """The content of a YAML file; a `ValueError` that says where, if it is malformed."""
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist.")
-    try:
-        return yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedConfig
 
+from mha2mla.common.robust_error import robust_error
 from mha2mla.conversion.attention_weights import LatentAttention
 from mha2mla.conversion.cache_plan import CachePlan, CacheSizes, plan_caches
 from mha2mla.conversion.job import ConversionJob
@@ -22,7 +23,7 @@ from mha2mla.conversion.search import lowest_loss
 
 from .closed_form import LayerStatistics, collect_statistics, convert_attention
 from .low_rank import ranks
-from .refine import RefineSettings, robust_error
+from .refine import RefineSettings
 from .state import CalibrationState, fingerprint
 from .steps import DEFAULT_STEPS
 
