@@ -4,9 +4,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import safe_open
@@ -18,7 +19,17 @@ WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
 
-class CheckpointReader(Mapping[str, torch.Tensor]):
+class TensorSource(Protocol):
+    """What weights are read from, by their names in a checkpoint."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def get(self, name: str) -> torch.Tensor: ...
+
+    def with_prefix(self, prefix: str) -> dict[str, torch.Tensor]: ...
+
+
+class CheckpointReader:
     """
     Tensors of a safetensors checkpoint by name, read when asked for.
 
@@ -44,34 +55,23 @@ class CheckpointReader(Mapping[str, torch.Tensor]):
         else:
             raise ValueError(f"No {WEIGHTS_NAME} or {INDEX_NAME} in {folder}.")
 
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def __contains__(self, name: str) -> bool:
+        return name in self.files
+
+    def get(self, name: str) -> torch.Tensor:
         """One tensor. Its file is mapped only as long as the tensor lives."""
         if name not in self.files:
             raise ValueError(f"{self.folder} has no tensor {name!r}; is the checkpoint complete?")
         with safe_open(self.folder / self.files[name], framework="pt") as file:
             return file.get_tensor(name)
 
-    def __contains__(self, name: object) -> bool:
-        return name in self.files
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.files)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
     def names(self, prefix: str) -> list[str]:
         """What follows `prefix` in the names that start with it."""
         return [name[len(prefix) :] for name in self.files if name.startswith(prefix)]
 
     def with_prefix(self, prefix: str) -> dict[str, torch.Tensor]:
-        """See [`with_prefix`]."""
-        return with_prefix(self, prefix)
-
-
-def with_prefix(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """All tensors whose names start with `prefix`, by the rest of their names."""
-    return {name[len(prefix) :]: tensors[name] for name in tensors if name.startswith(prefix)}
+        """All tensors whose names start with `prefix`, by the rest of their names."""
+        return {name: self.get(prefix + name) for name in self.names(prefix)}
 
 
 class CheckpointWriter:

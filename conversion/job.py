@@ -1,6 +1,5 @@
 """What a conversion works on, carried through it as one thing."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from .architectures import Architecture
+from .checkpoint import TensorSource
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class ConversionJob:
     """
     Attributes:
         architecture (`Architecture`): Of the source; has its config.
-        tensors (`Mapping[str, torch.Tensor]`): The source's checkpoint by name, read when asked for.
+        tensors (`TensorSource`): The source's checkpoint.
         blocks (`torch.Tensor`, *optional*): Token ids of the calibration text, [blocks, T]; None if the preset has no
             use for text.
         device (`str`): Where layers live while it is their turn.
@@ -24,7 +24,7 @@ class ConversionJob:
     """
 
     architecture: Architecture
-    tensors: Mapping[str, torch.Tensor]
+    tensors: TensorSource
     blocks: torch.Tensor | None
     device: str
     seed: int

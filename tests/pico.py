@@ -108,9 +108,16 @@ def make_source(kind: str = "gqa", rope: str = "default", seed: int = 0) -> torc
     return model
 
 
+class StateDict(dict):
+    """Weights of a model that is in memory, as the conversion reads them."""
+
+    def with_prefix(self, prefix: str) -> dict[str, torch.Tensor]:
+        return {name[len(prefix) :]: tensor for name, tensor in self.items() if name.startswith(prefix)}
+
+
 def attention_of(model: torch.nn.Module, layer: int) -> SourceAttention:
     architecture = architecture_of(model.config)
-    return architecture.source_attention(architecture.attention_tensors(model.state_dict(), layer))
+    return architecture.source_attention(architecture.attention_tensors(StateDict(model.state_dict()), layer))
 
 
 def shared_layout(source: SourceAttention) -> LatentAttention:
@@ -154,7 +161,7 @@ def assemble(source: torch.nn.Module, layers: list[LatentAttention]) -> MLALlama
         attention_bias=first.o_bias is not None,
     )
     model = architecture.mla_model_class(config).eval()
-    state = dict(architecture.converted_tensors(source.state_dict(), layers))
+    state = dict(architecture.converted_tensors(StateDict(source.state_dict()), layers))
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected and set(missing) <= set(model.all_tied_weights_keys)
     return model

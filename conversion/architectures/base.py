@@ -5,12 +5,12 @@ from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig
 
 from mha2mla.modeling import MLALlamaConfig, MLALlamaForCausalLM
 
 from ..attention_weights import LatentAttention, SourceAttention
-from ..checkpoint import with_prefix
+from ..checkpoint import TensorSource
 from ..rotary import head_dim, rope_attention_scaling
 from . import refusals
 
@@ -25,8 +25,8 @@ class Architecture:
     A source architecture, as Llama has it; a subclass says what differs.
 
     Its methods translate: from the names and shapes of the source's checkpoint to those of the converted one. Fused
-    matrices are taken apart there, and multipliers folded into weights. `tensors` is always a whole checkpoint by
-    name, which may read a tensor when it is asked for, so that nothing holds more than a layer.
+    matrices are taken apart there, and multipliers folded into weights. `tensors` is always a whole checkpoint, of
+    which a tensor is read when it is asked for, so that nothing holds more than a layer.
 
     Args:
         config (`PreTrainedConfig`): Of the source; one that the architecture accepts.
@@ -37,8 +37,8 @@ class Architecture:
 
     model_type: ClassVar[str]
     # The family that the converted model belongs to.
-    mla_config_class: ClassVar[type[MLALlamaConfig]] = MLALlamaConfig
-    mla_model_class: ClassVar[type[PreTrainedModel]] = MLALlamaForCausalLM
+    mla_config_class: ClassVar[Any] = MLALlamaConfig
+    mla_model_class: ClassVar[Any] = MLALlamaForCausalLM
     refusals: ClassVar[tuple[Callable[[PreTrainedConfig], None], ...]] = (
         refusals.refuse_experts,
         refusals.refuse_sliding_window,
@@ -60,36 +60,36 @@ class Architecture:
 
     # What the source's checkpoint holds.
 
-    def check_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def check_tensors(self, tensors: TensorSource) -> None:
         """Raise a `ValueError` for weights that must not be there."""
         refusals.refuse_normalised_heads(tensors, LAYER.format(0) + ATTENTION)
 
-    def embedding(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def embedding(self, tensors: TensorSource) -> torch.Tensor:
         """Token embeddings, [vocabulary, hidden]."""
-        return tensors[EMBEDDING]
+        return tensors.get(EMBEDDING)
 
-    def norm(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def norm(self, tensors: TensorSource) -> torch.Tensor:
         """Weight of the last norm, [hidden]."""
-        return tensors[NORM]
+        return tensors.get(NORM)
 
-    def head(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def head(self, tensors: TensorSource) -> torch.Tensor:
         """Language model head, [vocabulary, hidden]."""
-        return tensors[EMBEDDING if self.config.tie_word_embeddings else HEAD]
+        return tensors.get(EMBEDDING if self.config.tie_word_embeddings else HEAD)
 
     @property
     def ties_embeddings(self) -> bool:
         """Whether the converted model's head is its embedding."""
         return self.config.tie_word_embeddings
 
-    def layer_tensors(self, tensors: Mapping[str, torch.Tensor], index: int) -> dict[str, torch.Tensor]:
+    def layer_tensors(self, tensors: TensorSource, index: int) -> dict[str, torch.Tensor]:
         """A decoder layer as transformers' own class loads it."""
-        return with_prefix(tensors, LAYER.format(index))
+        return tensors.with_prefix(LAYER.format(index))
 
-    def attention_tensors(self, tensors: Mapping[str, torch.Tensor], index: int) -> dict[str, torch.Tensor]:
+    def attention_tensors(self, tensors: TensorSource, index: int) -> dict[str, torch.Tensor]:
         """A layer's attention as transformers' own class loads it."""
-        return with_prefix(tensors, LAYER.format(index) + ATTENTION)
+        return tensors.with_prefix(LAYER.format(index) + ATTENTION)
 
-    def has_attention_bias(self, tensors: Mapping[str, torch.Tensor]) -> bool:
+    def has_attention_bias(self, tensors: TensorSource) -> bool:
         return any(name.endswith(".bias") for name in self.attention_tensors(tensors, 0))
 
     def source_attention(self, attention: Mapping[str, torch.Tensor]) -> SourceAttention:
@@ -141,7 +141,7 @@ class Architecture:
 
     def mla_config(self, **latent: Any) -> MLALlamaConfig:
         """The converted model's config: what the family shares with the source, and the fields of its attention."""
-        inherited = {field.name for field in fields(self.mla_config_class)} - set(NOT_INHERITED)  # type: ignore[arg-type]
+        inherited = {field.name for field in fields(self.mla_config_class)} - set(NOT_INHERITED)
         values = {name: value for name, value in self.config.to_dict().items() if name in inherited}
         return self.mla_config_class(
             **values | {"tie_word_embeddings": self.ties_embeddings},
@@ -151,7 +151,7 @@ class Architecture:
             **latent,
         )
 
-    def passed_on(self, tensors: Mapping[str, torch.Tensor], index: int) -> dict[str, torch.Tensor]:
+    def passed_on(self, tensors: TensorSource, index: int) -> dict[str, torch.Tensor]:
         """What the converted layer takes over: all but attention."""
         layer = self.layer_tensors(tensors, index)
         return {name: tensor for name, tensor in layer.items() if not name.startswith(ATTENTION)}
@@ -176,7 +176,7 @@ class Architecture:
         return attention
 
     def converted_tensors(
-        self, tensors: Mapping[str, torch.Tensor], layers: Iterable[LatentAttention]
+        self, tensors: TensorSource, layers: Iterable[LatentAttention]
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """All tensors of the converted model by name, one after another, given the attention of each layer."""
         yield EMBEDDING, self.embedding(tensors)

@@ -1,11 +1,10 @@
 """What cannot be converted, each with the field that says so and what to do instead."""
 
-from collections.abc import Mapping
 from typing import NoReturn
 
-import torch
 from transformers import PreTrainedConfig
 
+from ..checkpoint import TensorSource
 from ..rotary import head_dim
 
 # Model types that people try, and why they are not here.
@@ -63,7 +62,7 @@ def refuse_odd_heads(config: PreTrainedConfig) -> None:
         raise ValueError(f"head_dim={head_dim(config)} must be even for rotary embeddings.")
 
 
-def refuse_normalised_heads(tensors: Mapping[str, torch.Tensor], prefix: str) -> None:
+def refuse_normalised_heads(tensors: TensorSource, prefix: str) -> None:
     """For weights of the attention, named from `prefix` on, that an unsuspicious config does not tell of."""
     for name in ("q_norm", "k_norm"):
         if f"{prefix}{name}.weight" in tensors:
