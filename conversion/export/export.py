@@ -8,7 +8,7 @@ import torch
 from accelerate.utils.modeling import convert_file_size_to_int
 
 from mha2mla.conversion.checkpoint import CheckpointReader, CheckpointWriter, atomic_folder, check_output
-from mha2mla.conversion.convert import check_complete, write_companions
+from mha2mla.conversion.output import check_complete, write_companions
 from mha2mla.conversion.source import copy_companions, local_checkpoint
 
 from .card import write_card, write_way_back_card
