@@ -1,11 +1,11 @@
 """Recovery fine-tuning of converted checkpoints on the stock Trainer."""
 
 from .arguments import (
+    ARGUMENTS,
     DataArguments,
     LossArguments,
     ModelArguments,
     RecoveryTrainingArguments,
-    parse_arguments,
 )
 from .loss import Distillation, RecoveryOutput, attention_error, use_attention_loss, use_language_loss
 from .packing import collate_packed, pack_documents
@@ -13,6 +13,7 @@ from .parameters import add_lora, describe_trainable, freeze_except
 from .trainer import RecoveryTrainer, recover
 
 __all__ = [
+    "ARGUMENTS",
     "DataArguments",
     "Distillation",
     "LossArguments",
@@ -26,7 +27,6 @@ __all__ = [
     "describe_trainable",
     "freeze_except",
     "pack_documents",
-    "parse_arguments",
     "recover",
     "use_attention_loss",
     "use_language_loss",

@@ -23,8 +23,9 @@ from datasets import (
 from transformers import PreTrainedTokenizerBase
 
 from mha2mla.common.text import FILE_BUILDERS
+from mha2mla.common.yaml_files import read_yaml
 
-from .arguments import DataArguments, read_yaml
+from .arguments import DataArguments
 from .packing import is_chat, pack_documents, tokenize
 
 RECIPES = {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
