@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from mha2mla.common.yaml_files import read_yaml
+from mha2mla.common.files import read_yaml
 
 
 class Names(tuple[str, ...]):

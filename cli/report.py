@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
+from mha2mla.common.records import read_record
 from mha2mla.common.text import load_blocks
 from mha2mla.evaluation import measure_perplexity
-from mha2mla.evaluation.report.conversion_page import read_record, write_report
+from mha2mla.evaluation.report.conversion_page import write_report
 from mha2mla.evaluation.report.pictures import ORIGINAL, Measured
 
 

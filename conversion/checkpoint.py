@@ -12,9 +12,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from mha2mla.common.records import RECORD_NAME
+
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-RECORD_NAME = "conversion.json"  # what it takes to repeat the conversion; marks a folder as our output
 
 
 class CheckpointReader:

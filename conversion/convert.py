@@ -17,10 +17,11 @@ from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.llama.configuration_llama import LlamaConfig
 
+from mha2mla.common.records import RECORD_NAME
 from mha2mla.common.text import load_blocks
 from mha2mla.modeling import MLALlamaConfig, MLALlamaForCausalLM
 
-from .checkpoint import RECORD_NAME, CheckpointReader, CheckpointWriter, atomic_folder, check_output
+from .checkpoint import CheckpointReader, CheckpointWriter, atomic_folder, check_output
 from .config import CachePlan, ConversionConfig, plan_caches
 from .model_card import write_model_card
 from .pipeline import ConvertedLayer, calibrated_layers, collect_state, paper_layers, search_split

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from transformers import PreTrainedConfig
 
+from mha2mla.common.robust_error import robust_error
 from mha2mla.conversion.presets.calibrated import closed_form as calibrated
 from mha2mla.conversion.presets.paper import closed_form as paper
 
@@ -16,7 +17,7 @@ from .attention_weights import LatentAttention, SourceAttention
 from .checkpoint import CheckpointReader
 from .config import CachePlan, ConversionConfig
 from .layerwise import LayerVisit, embed, language_loss, run_layers
-from .presets.calibrated.refine import RefineSettings, attend, refine_layer, robust_error
+from .presets.calibrated.refine import RefineSettings, attend, refine_layer
 from .presets.calibrated.state import CalibrationState
 from .presets.paper.rope_selection import pair_norms, select_by_position, select_by_score, two_norm_scores
 from .source import head_dim, rope_attention_scaling

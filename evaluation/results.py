@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .report.conversion_page import RECORD_NAME
+from mha2mla.common.records import recorded_preset
+
 from .report.pictures import ORIGINAL
 from .tasks import EvaluationSettings, Task
 
@@ -133,12 +134,6 @@ def checkpoint_digest(path: str, model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def preset_of(path: str) -> str:
-    """What the conversion's record says."""
-    record = Path(path) / RECORD_NAME
-    return json.loads(record.read_text())["options"]["preset"] if record.is_file() else "other"
-
-
 def describe_model(
     path: str, model: PreTrainedModel, cache: str, cache_bytes_per_token: float, is_original: bool
 ) -> ModelResult:
@@ -146,7 +141,7 @@ def describe_model(
     return ModelResult(
         name=ORIGINAL if is_original else Path(path).name,
         path=path,
-        preset=ORIGINAL if is_original else preset_of(path),
+        preset=ORIGINAL if is_original else recorded_preset(path) or "other",
         cache=cache,
         digest=checkpoint_digest(path, model),
         cache_bytes_per_token=cache_bytes_per_token,

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mha2mla.common.robust_error import robust_error
 from mha2mla.conversion.presets.calibrated import closed_form as calibrated
 from mha2mla.conversion.presets.calibrated.low_rank import joint_low_rank
 from mha2mla.conversion.presets.calibrated.pair_scores import (
@@ -14,7 +15,7 @@ from mha2mla.conversion.presets.calibrated.pair_scores import (
     select_shared,
     softmax_weight,
 )
-from mha2mla.conversion.presets.calibrated.refine import RefineSettings, attend, robust_error
+from mha2mla.conversion.presets.calibrated.refine import RefineSettings, attend
 from mha2mla.conversion.presets.calibrated.shared_key import (
     components,
     head_factors,

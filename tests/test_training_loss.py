@@ -10,7 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 from transformers.models.llama.modeling_llama import repeat_kv
 
-from mha2mla.conversion.presets.calibrated.refine import robust_error
+from mha2mla.common.robust_error import robust_error
 from mha2mla.training import (
     Distillation,
     LossArguments,

@@ -22,8 +22,8 @@ from datasets import (
 )
 from transformers import PreTrainedTokenizerBase
 
+from mha2mla.common.files import read_yaml
 from mha2mla.common.text import FILE_BUILDERS
-from mha2mla.common.yaml_files import read_yaml
 
 from .arguments import DataArguments
 from .packing import is_chat, pack_documents, tokenize

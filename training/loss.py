@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from mha2mla.conversion.presets.calibrated.refine import robust_error, robust_errors
+from mha2mla.common.robust_error import robust_error, robust_errors
 
 from .packing import IGNORED, packed_inputs
 

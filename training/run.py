@@ -1,7 +1,6 @@
 """`mha2mla train` as a function: check, read the text, load the models, train, and write what was done."""
 
 import logging
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from torch import distributed
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, SchedulerType, set_seed
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from mha2mla.conversion.checkpoint import RECORD_NAME
+from mha2mla.common.records import copy_record
 
 from .arguments import DataArguments, LossArguments, ModelArguments, RecoveryTrainingArguments
 from .checks import check_model, check_run, check_teacher, find_checkpoint, wants_resume
@@ -70,11 +69,11 @@ def train(
         record = describe_run(trainer, model, loss, data, arguments)
         title = arguments.hub_model_id or folder.resolve().name
         write_model_card(folder, title, record, config, adapter=model.trainable == LORA)
-        copy_conversion_record(model.model, folder)
+        copy_record(model.model, folder)
         if model.merge:
             save_merged(folder, tokenizer, model)
             write_model_card(folder / MERGED, f"{title}-merged", record, config, adapter=False)
-            copy_conversion_record(model.model, folder / MERGED)
+            copy_record(model.model, folder / MERGED)
         logger.info("Wrote %s", folder)
         if arguments.push_to_hub:
             logger.info("Pushed to %s", push_folder(folder, trainer.hub_model_id, bool(arguments.hub_private_repo)))
@@ -121,12 +120,6 @@ def save_merged(folder: Path, tokenizer: PreTrainedTokenizerBase, model: ModelAr
     adapted = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, model.dtype))
     adapted.merge_and_unload().save_pretrained(folder / MERGED)
     tokenizer.save_pretrained(folder / MERGED)
-
-
-def copy_conversion_record(source: str, folder: Path) -> None:
-    """The record of the conversion goes along, so that a trained model still tells how it was converted."""
-    if (Path(source) / RECORD_NAME).is_file():
-        shutil.copyfile(Path(source) / RECORD_NAME, folder / RECORD_NAME)
 
 
 def describe_run(

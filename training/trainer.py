@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import Dataset
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, SchedulerType, Trainer
 
-from mha2mla.evaluation.measures.perplexity import Perplexity
+from mha2mla.common.perplexity import Perplexity
 
 from .arguments import LossArguments, ModelArguments, RecoveryTrainingArguments
 from .loss import Distillation, use_attention_loss, use_language_loss

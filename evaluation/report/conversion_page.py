@@ -10,16 +10,7 @@ from matplotlib.figure import Figure
 
 from .pictures import Measured, encode_png, html_page, html_picture, html_table, plot_against_cache
 
-RECORD_NAME = "conversion.json"
 MAIN_PICTURE = "perplexity.png"
-
-
-def read_record(folder: Path) -> dict:
-    """The record that a conversion left; a `ValueError` if there is none."""
-    path = folder / RECORD_NAME
-    if not path.is_file():
-        raise ValueError(f"{folder} has no {RECORD_NAME}: give a folder that `mha2mla convert` wrote.")
-    return json.loads(path.read_text())
 
 
 def plot_frequencies(record: dict) -> Figure:
@@ -54,7 +45,7 @@ def write_report(folder: Path, record: dict, measured: list[Measured], text: str
 
     Args:
         folder (`Path`): Of the conversion that the report is about.
-        record (`dict`): From [`read_record`].
+        record (`dict`): From [`~mha2mla.common.records.read_record`].
         measured (`list[Measured]`): This conversion, others to compare it with, and the original.
         text (`str`): What the perplexities were measured on, for the captions.
 

@@ -12,11 +12,10 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import nn
 
+from mha2mla.common.robust_error import robust_error
 from mha2mla.conversion.attention_weights import LatentAttention
 from mha2mla.conversion.layerwise import LayerVisit
 from mha2mla.modeling.latent_attention import expand_keys_values, rotate, select_frequencies
-
-ERROR_SCALE = 0.3  # relative squared error beyond which a token's weight falls
 
 
 @dataclass(frozen=True)
@@ -98,27 +97,6 @@ def rate_factor(step: int, settings: RefineSettings) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, settings.steps - warmup)))
-
-
-def robust_errors(output: torch.Tensor, wanted: torch.Tensor, scale: float = ERROR_SCALE) -> torch.Tensor:
-    """
-    s log(1 + e / s) of each token, e being |output - wanted|^2 / |wanted|^2: relative, as the norm that reads the
-    stream next sees it, and with the weight of tokens that are lost anyway bounded.
-
-    Args:
-        output, wanted (`torch.Tensor`): [B, T, D].
-        scale (`float`): s.
-
-    Returns:
-        [B, T].
-    """
-    error = (output - wanted).square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-12)
-    return scale * torch.log1p(error / scale)
-
-
-def robust_error(output: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """The mean of [`robust_errors`] over tokens."""
-    return robust_errors(output, wanted).mean()
 
 
 @torch.enable_grad()

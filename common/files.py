@@ -1,0 +1,58 @@
+"""Small files of values that people write by hand or another run left: YAML and JSON, with errors that say where."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def read_text(path: Path) -> str:
+    """
+    The content of a text file.
+
+    Raises:
+        ValueError: If there is no such file, or it is not UTF-8.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist.")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: byte {error.start} cannot be read. Save it as UTF-8.") from None
+
+
+def read_yaml(path: Path) -> Any:
+    """
+    The content of a YAML file.
+
+    Raises:
+        ValueError: If it cannot be read; with the line, where it is malformed.
+    """
+    try:
+        return yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = path if mark is None else f"{path}:{mark.line + 1}"
+        raise ValueError(f"{place} is not YAML: {getattr(error, 'problem', None) or error}.") from None
+
+
+def read_json(path: Path) -> Any:
+    """
+    The content of a JSON file.
+
+    Raises:
+        ValueError: If it cannot be read; with the line, where it is malformed.
+    """
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno} is not JSON: {error.msg}.") from None
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds; a `ValueError` as [`read_json`], or if it holds another thing."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}.")
+    return content

@@ -1,0 +1,128 @@
+"""Checkpoints by their names: what a name means, and their configs, tokenizers, models and other files.
+
+A name is a local folder, or OWNER/NAME on the Hub. Code that a checkpoint brings along runs only where the user has
+said so (`trust_remote_code`).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    StrictDataclassError,
+)
+from huggingface_hub.utils import validate_repo_id
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name has the form of one on the Hub, OWNER/NAME. A folder of that name goes before it."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") == 1
+
+
+def on_hub(name: str) -> bool:
+    """Whether a name stands for a repository on the Hub: it has the form, and there is no file or folder of it."""
+    return is_hub_name(name) and not Path(name).exists()
+
+
+def check_name(name: str, role: str) -> None:
+    """
+    Look at the name of a checkpoint, before anything is asked of the Hub.
+
+    Args:
+        role (`str`): What it is to be, for the message: "model", "teacher", "source".
+
+    Raises:
+        ValueError: If it is neither a folder nor of the form OWNER/NAME.
+    """
+    if not Path(name).is_dir() and not on_hub(name):
+        raise ValueError(f"{role}: there is no folder {name!r}, and a name on the Hub has the form OWNER/NAME.")
+
+
+def find_file(name: str, filename: str, revision: str | None = None) -> Path | None:
+    """A file of a checkpoint that not every one has; from the Hub it is downloaded. None also where the Hub cannot be
+    reached: for what a run can do without."""
+    if not on_hub(name):
+        path = Path(name) / filename
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(name, filename, revision=revision))
+    except (EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled):
+        return None
+
+
+@contextmanager
+def loading(name: str, role: str, part: str) -> Iterator[None]:
+    """Errors of loading, in one sentence."""
+    check_name(name, role)
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{role}: {name} brings code of its own for its {part}, which would run on this machine. Read it, and "
+            "allow it by --trust_remote_code."
+        ) from error
+    except (StrictDataclassError, KeyError, TypeError, AttributeError) as error:
+        if part != "config":
+            raise
+        reason = str(error).strip().replace("\n", " ")
+        raise ValueError(f"{role}: the config.json of {name} is not valid ({reason}). Mend it.") from error
+
+
+def load_config(
+    name: str, role: str = "model", trust_remote_code: bool = False, revision: str | None = None
+) -> PreTrainedConfig:
+    """
+    The config of a checkpoint.
+
+    Args:
+        name (`str`): A folder, or OWNER/NAME on the Hub.
+        role (`str`): What the checkpoint is to be, for messages.
+        trust_remote_code (`bool`): Whether code that the checkpoint brings along may run.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+
+    Raises:
+        ValueError: If there is no such checkpoint, its config is malformed, or it needs code of its own.
+    """
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise ValueError(f"{role}: {name} has no config.json: it is not a transformers checkpoint.")
+    with loading(name, role, "config"):
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision or "main")
+
+
+def load_tokenizer(
+    name: str, role: str = "model", trust_remote_code: bool = False, revision: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint; arguments and errors as [`load_config`]'s."""
+    with loading(name, role, "tokenizer"):
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision or "main")
+
+
+def load_model(
+    name: str, role: str = "model", trust_remote_code: bool = False, revision: str | None = None, **options: Any
+) -> PreTrainedModel:
+    """The causal language model of a checkpoint; `options` are those of `from_pretrained`: dtype, ... Arguments and
+    errors are otherwise [`load_config`]'s."""
+    with loading(name, role, "model"):
+        return AutoModelForCausalLM.from_pretrained(
+            name, trust_remote_code=trust_remote_code, revision=revision or "main", **options
+        )
