@@ -27,6 +27,9 @@ class Names(tuple[str, ...]):
     def __new__(cls, names: str | Iterable[str]) -> "Names":
         return super().__new__(cls, names.split(",") if isinstance(names, str) else map(str, names))
 
+    def __str__(self) -> str:
+        return ",".join(self)
+
 
 class Sizes(tuple[int, ...]):
     """Value of an option that takes several numbers above 0."""
@@ -36,6 +39,9 @@ class Sizes(tuple[int, ...]):
         if min(values) < 1:
             raise ArgumentTypeError(f"must be above 0, got {min(values)}")
         return super().__new__(cls, values)
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self))
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
@@ -74,7 +80,8 @@ class CommandParser(HfArgumentParser):
         positionals: Mapping[str, dict[str, Any]] | None = None,
     ):
         self.positionals = dict(positionals or {})
-        usage = " ".join([command, *(name.upper() for name in self.positionals), "[options]"])
+        words = [name.upper() + ("..." if "nargs" in given else "") for name, given in self.positionals.items()]
+        usage = " ".join([command, *words, "[options]"])
         super().__init__(
             dataclasses,
             prog=command,
