@@ -1,6 +1,9 @@
 """Small files of values that people write by hand or another run left: YAML and JSON, with errors that say where."""
 
+import gzip
 import json
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +59,24 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}.")
     return content
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """
+    The lines of a .jsonl file, compressed by gzip or not, with their numbers from 1; empty lines are passed over.
+
+    Raises:
+        ValueError: At a line that is not JSON, or where the file cannot be read further; with the line.
+    """
+    number = 0
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{number} is not JSON: {error.msg}.") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}:{number} is not UTF-8 text. Save the file as UTF-8.") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read after line {number} ({error}). Is it complete?") from None

@@ -1,14 +1,16 @@
-"""Calibration text as blocks of tokens."""
+"""Text as blocks of tokens, to calibrate and to measure on."""
 
 from collections.abc import Iterable, Iterator
-from glob import glob
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-# Builder of the `datasets` library for each kind of local file.
-FILE_BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+from .loading import load_tokenizer
+from .text_sources import TextSource, check_source, clean_documents, find_sources, is_chat, load_source, reading
+
 # Short pieces bring many documents into few blocks. At equal cost they convert better than long ones, also where a
 # model is measured over longer contexts (docs/conversion.md).
 PIECE_LENGTH = 128
@@ -16,64 +18,68 @@ SHUFFLE_BUFFER = 40_000  # pieces
 CHARACTERS_PER_TOKEN = 4  # roughly, in English
 
 
-def iterate_texts(
-    data: str,
-    column: str = "text",
-    subset: str | None = None,
-    split: str = "train",
-    seed: int | None = 0,
-    piece_length: int = PIECE_LENGTH,
-) -> Iterator[str]:
+def iterate_pieces(
+    source: TextSource, tokenizer: PreTrainedTokenizerBase, seed: int | None = 0, piece_length: int = PIECE_LENGTH
+) -> Iterator[str | list[int]]:
     """
-    Pieces of the documents of a data set or of local files, streamed, in an order drawn from `seed`, or, with None,
-    in the order they lie in.
+    Pieces of the documents of a source, streamed, in an order drawn from `seed`, or, with None, in the order they lie
+    in.
 
     Documents are cut into pieces before they are shuffled, so that a block of text comes from anywhere in a document
-    and a long document counts by its length.
+    and a long document counts by its length. A chat stays whole: parts of a template mean nothing.
 
     Args:
-        data (`str`): A name on the Hub, or a .txt (paragraphs are the documents), .jsonl, .json or .parquet file,
-            compressed or not; patterns such as `train-*.jsonl.gz` name several.
-        column (`str`): The column of the text; .txt files have "text".
         piece_length (`int`): Tokens of a piece, roughly.
 
-    Raises:
-        ValueError: If the file or the column is not there.
-    """
-    from datasets import load_dataset  # slow to import, and what is tokenised already does without it
+    Yields:
+        Text, or the token ids of a chat.
 
-    suffixes = [s for s in Path(data).suffixes if s in FILE_BUILDERS]
-    files = sorted(file for file in glob(data) if Path(file).is_file())
-    if files:
-        if not suffixes:
-            raise ValueError(f"{data}: calibration files must end in {', '.join(FILE_BUILDERS)} (or with .gz behind).")
-        builder = FILE_BUILDERS[suffixes[-1]]
-        options = {"sample_by": "paragraph"} if builder == "text" else {}
-        dataset = load_dataset(builder, data_files=files, split="train", streaming=True, **options)
-    elif suffixes:
-        raise ValueError(f"Calibration file {data} does not exist.")
-    else:
-        dataset = load_dataset(data, subset, split=split, streaming=True)
+    Raises:
+        ValueError: If the source cannot be read; with the line of the file, where it is known.
+    """
+    column = check_source(source, tokenizer)
+    dataset = load_source(source, streaming=True)
     size = CHARACTERS_PER_TOKEN * piece_length
 
-    def cut(batch: dict[str, list]) -> dict[str, list[str]]:
-        if column not in batch:
-            raise ValueError(f"{data} has no column {column!r}; it has {', '.join(batch)}. Set --calibration-column.")
-        return {"piece": [text[i : i + size] for text in batch[column] for i in range(0, len(text), size)]}
+    def cut(batch: dict[str, list]) -> dict[str, list[str] | list[list[int]]]:
+        documents = clean_documents(batch[column], source, column)
+        if documents and is_chat(documents[0]):
+            return {"piece": tokenizer.apply_chat_template(documents, tokenize=True, return_dict=True)["input_ids"]}
+        return {"piece": [text[i : i + size] for text in documents for i in range(0, len(text), size)]}
 
-    columns = list(next(iter(dataset)))
-    pieces = dataset.map(cut, batched=True, remove_columns=columns)
-    if seed is not None:
-        pieces = pieces.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
-    for row in pieces:
-        yield row["piece"]
+    with reading(source):
+        columns = list(next(iter(dataset)))
+        pieces = dataset.map(cut, batched=True, remove_columns=columns)
+        if seed is not None:
+            pieces = pieces.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+        for row in pieces:
+            yield row["piece"]
+
+
+def mix_pieces(
+    sources: list[TextSource], tokenizer: PreTrainedTokenizerBase, seed: int | None, piece_length: int
+) -> Iterator[str | list[int]]:
+    """Pieces of several sources, each drawn with the probability of its weight, until one is used up; without a seed
+    one source after another."""
+    streams = [iterate_pieces(source, tokenizer, seed, piece_length) for source in sources]
+    if seed is None or len(sources) == 1:
+        yield from chain.from_iterable(streams)
+        return
+    weights = np.array([source.weight for source in sources], dtype=float)
+    generator = np.random.default_rng(seed)
+    while True:
+        piece = next(streams[generator.choice(len(streams), p=weights / weights.sum())], None)
+        if piece is None:
+            return
+        yield piece
 
 
 def pack_blocks(
-    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, num_blocks: int, length: int
+    texts: Iterable[str | list[int]], tokenizer: PreTrainedTokenizerBase, num_blocks: int, length: int
 ) -> torch.Tensor:
     """
-    Tokenise texts one after another, each with an end-of-sequence token behind it, and cut the stream into blocks.
+    Texts one after another, cut into blocks. Each is tokenised and closed by an end-of-sequence token; what is
+    tokenised already is taken as it is.
 
     Returns:
         Token ids, [num_blocks, length].
@@ -85,7 +91,9 @@ def pack_blocks(
     stream: list[int] = []
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for text in texts:
-        stream += tokenizer(text, add_special_tokens=False)["input_ids"] + separator
+        if isinstance(text, str):
+            text = tokenizer(text, add_special_tokens=False)["input_ids"] + separator
+        stream += text
         if len(stream) >= needed:
             return torch.tensor(stream[:needed]).view(num_blocks, length)
     raise ValueError(
@@ -95,19 +103,25 @@ def pack_blocks(
 
 
 def load_blocks(
-    tokenizer_folder: Path,
+    tokenizer_folder: str | Path,
     data: str,
     num_blocks: int,
     length: int,
-    column: str = "text",
+    column: str | None = None,
     subset: str | None = None,
     split: str = "train",
     seed: int | None = 0,
+    trust_remote_code: bool = False,
 ) -> torch.Tensor:
     """
-    Token blocks [num_blocks, length] from [`iterate_texts`], with the tokenizer of the checkpoint: of short pieces
-    from all over the text, or, without a seed, of pieces of a block's length in the order of the text.
+    Token blocks [num_blocks, length] of what a user names as text (see [`find_sources`]), with the tokenizer of a
+    checkpoint: of short pieces from all over the text, or, without a seed, of pieces of a block's length in the order
+    of the text.
+
+    Raises:
+        ValueError: If the text cannot be read, or is too short.
     """
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer = load_tokenizer(str(tokenizer_folder), "tokenizer", trust_remote_code)
     piece_length = length if seed is None else PIECE_LENGTH
-    return pack_blocks(iterate_texts(data, column, subset, split, seed, piece_length), tokenizer, num_blocks, length)
+    pieces = mix_pieces(find_sources(data, column, subset, split), tokenizer, seed, piece_length)
+    return pack_blocks(pieces, tokenizer, num_blocks, length)

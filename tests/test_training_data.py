@@ -9,8 +9,9 @@ import torch
 from conftest import pico_tokenizer
 from datasets import load_dataset
 
+from mha2mla.common.text_sources import RECIPES, find_sources, read_recipe
 from mha2mla.training import DataArguments, collate_packed, pack_documents
-from mha2mla.training.data import RECIPES, find_sources, load_rows, read_recipe
+from mha2mla.training.data import load_rows
 from mha2mla.training.packing import tokenize
 from pico import LAYOUTS, make_mla, make_source, tokens
 
@@ -186,8 +187,8 @@ def test_data_errors_name_the_source_and_the_remedy(tmp_path):
     numbers = write_texts(tmp_path / "numbers.jsonl", [3])
     for arguments, message in (
         (dict(data="papr"), "is no recipe .there are paper."),
-        (dict(data=str(tmp_path / "none.jsonl")), "there is no such file"),
-        (dict(data=empty), "there is no such file, or it is empty"),
+        (dict(data=str(tmp_path / "none.jsonl")), "none.jsonl does not exist: there is no such file"),
+        (dict(data=empty), "empty.jsonl: the file is there, but it is empty"),
         (dict(data=ids), "no column 'text'; it has blob_id. Set --column"),
         (dict(data=numbers), "holds neither text nor messages"),
         (dict(data=texts, length=16), "less than one row of length=16"),
@@ -200,7 +201,7 @@ def test_data_errors_name_the_source_and_the_remedy(tmp_path):
         chat = write_texts(tmp_path / "chat.jsonl", [[{"role": "user", "content": "w5"}]])
         load_rows(DataArguments(data=chat), tokenizer, seed=0)
     with pytest.raises(ValueError, match="does not exist"):
-        find_sources(str(tmp_path / "no.yaml"), DataArguments(data="x"))
+        find_sources(str(tmp_path / "no.yaml"))
     with pytest.raises(ValueError, match="either eval_data or eval_fraction"):
         DataArguments(data=texts, eval_data=texts, eval_fraction=0.1)
     with pytest.raises(ValueError, match="eval_fraction needs all documents"):

@@ -93,8 +93,12 @@ class DataArguments:
             "Hub, or .txt, .jsonl, .json or .parquet files, compressed or not; patterns name several."
         }
     )
-    column: str = field(
-        default="text", metadata={"help": "Column of the text, or of the messages of a chat. In a recipe: of its own."}
+    column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the text, or of the messages of a chat; by default text, or messages where there is no "
+            "text. A recipe has its own."
+        },
     )
     subset: str | None = field(default=None, metadata={"help": "Configuration of the data set, if any."})
     split: str = field(default="train", metadata={"help": "Split of a data set from the Hub."})

@@ -7,12 +7,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
+from mha2mla.common.text_sources import is_chat
+
 IGNORED = -100  # a label that does not count
-
-
-def is_chat(value: Any) -> bool:
-    """Whether a document is a list of messages rather than text."""
-    return isinstance(value, list) and all(isinstance(message, dict) and "role" in message for message in value)
 
 
 def tokenize(documents: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -15,7 +15,7 @@ from mha2mla.common.records import copy_record
 
 from .arguments import DataArguments, LossArguments, ModelArguments, RecoveryTrainingArguments
 from .checks import check_model, check_run, check_teacher, find_checkpoint, wants_resume
-from .data import find_sources, load_rows
+from .data import data_sources, load_rows
 from .model_card import TrainingRecord, write_model_card
 from .parameters import LORA, describe_trainable
 from .publish import push_folder
@@ -130,7 +130,7 @@ def describe_run(
     arguments: RecoveryTrainingArguments,
 ) -> TrainingRecord:
     """What was done, for the model card, from the arguments and the Trainer's log."""
-    sources = find_sources(data.data, data)
+    sources, _ = data_sources(data)
     total = sum(source.weight for source in sources)
     shares = [f"{source} {100 * source.weight / total:.3g} %" for source in sources]
     objective = "cross-entropy"

@@ -1,0 +1,247 @@
+"""What text is called by, for calibration, training and evaluation alike: files, data sets on the Hub, and recipes.
+
+A recipe is a YAML list of sources with weights. A document is a text, or a chat: a list of messages, each with a role.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from glob import glob
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedTokenizerBase
+
+from .files import read_json_lines, read_yaml
+from .loading import is_hub_name
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+# Builder of the `datasets` library for each kind of local file.
+FILE_BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+RECIPES = {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
+COLUMNS = ("text", "messages")  # looked for, in this order, where the user names none
+LOOKED_AT = 100  # rows among which a source must have a document
+
+
+class TextError(ValueError):
+    """What is wrong with a text, said for its user."""
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """
+    A data set of the Hub, or local files.
+
+    Attributes:
+        data (`str`): OWNER/NAME on the Hub, or files; patterns name several.
+        subset (`str`, *optional*): Configuration of a data set on the Hub.
+        split (`str`): Split of a data set on the Hub.
+        column (`str`, *optional*): Column of the text, or of the messages of a chat; by default `text`, or `messages`
+            where there is no such column.
+        weight (`float`): Share of the tokens, relative to the other sources of a recipe.
+    """
+
+    data: str
+    subset: str | None = None
+    split: str = "train"
+    column: str | None = None
+    weight: float = 1.0
+
+    def __post_init__(self):
+        for name in ("data", "subset", "split", "column"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and not (value is None and name in ("subset", "column")):
+                raise ValueError(f"{self.data}: {name}={value!r} must be a string. Put it in quotes.")
+        number = isinstance(self.weight, int | float) and not isinstance(self.weight, bool)
+        if not number or not 0 < self.weight < math.inf:
+            raise ValueError(f"{self}: weight={self.weight!r} must be a number above 0. Leave the source out instead.")
+
+    def __str__(self) -> str:
+        return f"{self.data} ({self.subset})" if self.subset else self.data
+
+    @property
+    def builder(self) -> str | None:
+        """The builder of `datasets` for local files, by their ending; None for a data set on the Hub."""
+        endings = [suffix for suffix in Path(self.data).suffixes if suffix in FILE_BUILDERS]
+        return FILE_BUILDERS[endings[-1]] if endings else None
+
+    def files(self) -> list[str]:
+        """
+        The local files that it names, those that are empty left out.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        found = [file for file in sorted(glob(self.data)) if Path(file).is_file()]
+        if not found:
+            raise TextError(f"{self.data} does not exist: there is no such file.")
+        files = [file for file in found if Path(file).stat().st_size > 0]
+        if not files:
+            raise TextError(f"{self.data}: the file is there, but it is empty.")
+        return files
+
+
+def is_chat(document: Any) -> bool:
+    """Whether a document is a list of messages rather than text."""
+    return isinstance(document, list) and all(isinstance(message, dict) and "role" in message for message in document)
+
+
+def read_recipe(path: Path) -> list[TextSource]:
+    """The sources of a recipe: a YAML list of mappings with the attributes of [`TextSource`]."""
+    entries = read_yaml(path)
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{path} must be a list of sources, each with `data` and `weight`.")
+    known = [f.name for f in fields(TextSource)]
+    sources = []
+    for number, entry in enumerate(entries, 1):
+        if not isinstance(entry, dict) or "data" not in entry:
+            raise ValueError(f"{path}: source {number} has no `data`.")
+        for name in entry:
+            if name not in known:
+                raise ValueError(f"{path}: source {number} has {name!r}; there are {', '.join(known)}.")
+        try:
+            sources.append(TextSource(**entry))
+        except ValueError as error:
+            raise ValueError(f"{path}: source {number}: {error}") from None
+    return sources
+
+
+def find_sources(
+    data: str, column: str | None = None, subset: str | None = None, split: str = "train"
+) -> list[TextSource]:
+    """
+    What a user names as text: one source, or those of a recipe, which has columns, subsets and splits of its own.
+
+    Raises:
+        ValueError: If it is neither a recipe, nor files of a known kind, nor a name on the Hub.
+    """
+    if Path(data).suffix in (".yaml", ".yml"):
+        return read_recipe(Path(data))
+    if data in RECIPES:
+        return read_recipe(RECIPES[data])
+    source = TextSource(data, subset, split, column)
+    if source.builder is None and any(Path(file).is_file() for file in glob(data)):
+        raise ValueError(f"{data}: files of text must end in {', '.join(FILE_BUILDERS)} (or with .gz after it).")
+    if source.builder is None and not is_hub_name(data):
+        raise ValueError(
+            f"{data!r} is no recipe (there are {', '.join(RECIPES)}), no {', '.join(FILE_BUILDERS)} file, and no name "
+            "on the Hub, which has the form OWNER/NAME."
+        )
+    return [source]
+
+
+def load_source(source: TextSource, streaming: bool) -> "Dataset | IterableDataset":
+    """The rows of a source, through the `datasets` library; paragraphs of .txt files are rows with a column `text`."""
+    from datasets import load_dataset  # slow to import, and what is tokenised already does without it
+
+    if source.builder is None:
+        return load_dataset(source.data, source.subset, split=source.split, streaming=streaming)
+    options = {"sample_by": "paragraph"} if source.builder == "text" else {}
+    with reading(source):
+        return load_dataset(source.builder, data_files=source.files(), split="train", streaming=streaming, **options)
+
+
+def find_column(source: TextSource, names: list[str]) -> str:
+    """
+    The column that holds the documents.
+
+    Raises:
+        ValueError: If it is not among the names.
+    """
+    wanted = COLUMNS if source.column is None else (source.column,)
+    for column in wanted:
+        if column in names:
+            return column
+    raise TextError(
+        f"{source} has no column {wanted[0]!r}; it has {', '.join(names)}. Set --column (--calibration-column), or "
+        "`column` in the recipe. (A set that holds ids only, such as the Hub's python-edu, must be given its text "
+        "first.)"
+    )
+
+
+def check_source(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> str:
+    """
+    Look at the first document, before the whole set is read and long before a model is.
+
+    Returns:
+        The column of the documents.
+
+    Raises:
+        ValueError: If there is none, or it has no such column, or it is a chat and the tokenizer has no template.
+    """
+    with reading(source):
+        rows = list(islice(load_source(source, streaming=True), LOOKED_AT))
+    if not rows:
+        raise TextError(f"{source}: the file is there, but it is empty." if source.builder else f"{source} is empty.")
+    column = find_column(source, list(rows[0]))
+    documents = clean_documents([row.get(column) for row in rows], source, column)
+    if not documents:
+        raise TextError(f"{source}: column {column!r} is empty in the first {len(rows)} rows.")
+    if is_chat(documents[0]) and tokenizer.chat_template is None:
+        raise TextError(f"{source}: column {column!r} holds messages, and the tokenizer has no chat template.")
+    return column
+
+
+def clean_documents(values: list[Any], source: TextSource, column: str) -> list[Any]:
+    """
+    Values of a column without those that are empty (null, or no text).
+
+    Raises:
+        ValueError: If one is neither text nor a chat; with the line of the file, where there are lines.
+    """
+    documents = [value for value in values if value is not None and value != "" and value != []]
+    for document in documents:
+        if not is_document(document):
+            raise TextError(find_fault(source, column) or f"{source}: {describe_fault(document, column)}")
+    if len({is_chat(document) for document in documents}) > 1:
+        raise TextError(f"{source}: column {column!r} mixes texts and chats. Give each a file of its own.")
+    return documents
+
+
+def is_document(value: Any) -> bool:
+    return isinstance(value, str) or is_chat(value)
+
+
+def describe_fault(value: Any, column: str) -> str:
+    return f"column {column!r} holds neither text nor messages, but {value!r:.80}."
+
+
+@contextmanager
+def reading(source: TextSource) -> Iterator[None]:
+    """Errors of the `datasets` library over local files, in one sentence; those of the Hub stay as they are."""
+    try:
+        yield
+    except TextError:
+        raise
+    except Exception as error:
+        if source.builder is None:
+            raise
+        reason = str(error.__cause__ or error).strip().split("\n")[0] or type(error).__name__
+        raise TextError(find_fault(source) or f"{source} cannot be read as {source.builder}: {reason}") from error
+
+
+def find_fault(source: TextSource, column: str | None = None) -> str | None:
+    """
+    What is wrong with the .jsonl files of a source, at the first line that is no JSON object or, given a column, holds
+    something else than a document in it. None if nothing is found, or the files are of another kind.
+    """
+    if source.builder != "json":
+        return None
+    for path in map(Path, source.files()):
+        if ".jsonl" not in path.suffixes:
+            continue
+        try:
+            for number, row in read_json_lines(path):
+                if not isinstance(row, dict):
+                    return f"{path}:{number} is no JSON object: {row!r:.80}."
+                value = None if column is None else row.get(column)
+                if value is not None and not is_document(value):
+                    assert column is not None
+                    return f"{path}:{number}: {describe_fault(value, column)}"
+        except ValueError as error:
+            return str(error)
+    return None
