@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -61,11 +62,8 @@ def test_a_file_says_the_same_and_the_command_line_wins(tmp_path):
     assert given.folders == [Path("a"), Path("b")]
     options, given = read("c", f"--config={file}", "--kind", "one", "--tasks", "w")
     assert (options.kind, options.tasks, options.share, given.folders) == ("one", ("w",), 0.25, [Path("c")])
-    assert (peek(["--config", str(file)], "kind"), peek(["--kind", "x"], "kind"), peek([], "kind")) == (
-        "two",
-        "x",
-        None,
-    )
+    assert peek(["--config", str(file)], "kind") == "two"
+    assert (peek(["--kind", "x", "--config", str(file)], "kind"), peek([], "kind")) == ("x", None)
 
 
 @pytest.mark.parametrize(
@@ -113,20 +111,19 @@ def test_mistakes_on_the_command_line(argv, message):
 
 
 def test_version_and_help_need_no_torch():
-    program = "import sys; from mha2mla.cli.main import main; main(sys.argv[1:]); print('torch' in sys.modules)"
+    program = "import sys; from mha2mla.cli.main import main\ntry: main(sys.argv[1:])\n"
+    program += "finally: print('torch' in sys.modules)"
 
     def run(*argv):
         done = subprocess.run([sys.executable, "-c", program, *argv], capture_output=True, text=True)
         return done.returncode, done.stdout
 
     assert run("--version") == (0, f"mha2mla {mha2mla.__version__}\nFalse\n")
-    program = "import sys; from mha2mla.cli.main import main\ntry: main(sys.argv[1:])\n"
-    program += "finally: print('torch' in sys.modules)"
     for command in ("eval", "bench", "push"):
         status, printed = run(command, "--help")
         assert status == 0 and printed.endswith("False\n"), command
-        assert "--output" in printed or command == "push"
-        assert "--config" in printed and "_" not in printed.split("options:")[1].replace("_", "", 0).split("--")[1]
+        assert "--config" in printed
+        assert not re.search(r"--\w+_", printed)  # of both spellings, one is shown
 
 
 def failing(error):
