@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from .parsing import Names, Sizes, parse
+from .parsing import Names, Positionals, Sizes, parse
 
-POSITIONALS = {"models": dict(nargs="*", help="The original, then its conversions: folders, or names on the Hub.")}
+POSITIONALS: Positionals = {
+    "models": dict(nargs="*", help="The original, then its conversions: folders, or names on the Hub.")
+}
 
 
 @dataclass

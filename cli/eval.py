@@ -17,9 +17,9 @@ from pathlib import Path
 
 from mha2mla.evaluation.settings import EvaluationSettings
 
-from .parsing import Names, parse
+from .parsing import Names, Positionals, parse
 
-POSITIONALS = {
+POSITIONALS: Positionals = {
     "models": dict(
         nargs="+",
         help="The original, then its conversions: folders, or names on the Hub. The original may be left out if it is "

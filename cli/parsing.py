@@ -20,6 +20,8 @@ from transformers.hf_argparser import string_to_bool
 
 from mha2mla.common.files import read_yaml
 
+Positionals = Mapping[str, dict[str, Any]]  # arguments without a name, and what `add_argument` is told of each
+
 
 class Names(tuple[str, ...]):
     """Value of an option that takes several names: `a,b` on the command line, a list in a file."""
@@ -77,7 +79,7 @@ class CommandParser(HfArgumentParser):
         command: str,
         dataclasses: tuple[type, ...],
         description: str | None = None,
-        positionals: Mapping[str, dict[str, Any]] | None = None,
+        positionals: Positionals | None = None,
     ):
         self.positionals = dict(positionals or {})
         words = [name.upper() + ("..." if "nargs" in given else "") for name, given in self.positionals.items()]
@@ -127,9 +129,6 @@ class CommandParser(HfArgumentParser):
 
     def use_file(self, path: Path) -> None:
         """Make the values of a YAML file the defaults, checked as those of the command line are."""
-        values = read_yaml(path)
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} must hold `name: value` lines, got {type(values).__name__}.")
         actions = {
             name.lstrip("-").replace("-", "_"): action
             for action in self._actions  # argparse has no public list of them
@@ -137,13 +136,13 @@ class CommandParser(HfArgumentParser):
             for name in action.option_strings or [action.dest]
         }
         defaults = {}
-        for name, value in values.items():
+        for name, value in read_options(path).items():
             action = actions.get(str(name).replace("-", "_"))
             if action is None:
                 hint = suggest(str(name), actions)
                 raise ValueError(f"{path}: there is no argument {name!r}{hint}; `{self.prog} --help` tells them.")
+            defaults[action.dest] = as_given(action, value, f"{path}: {name}")
             action.required = False
-            defaults[action.dest] = convert(action, value, f"{path}: {name}")
         self.set_defaults(**defaults)
 
 
@@ -152,7 +151,7 @@ def parse(
     command: str,
     *dataclasses: type,
     description: str | None = None,
-    positionals: Mapping[str, dict[str, Any]] | None = None,
+    positionals: Positionals | None = None,
 ) -> tuple[Any, ...]:
     """
     Options from the command line and, with `--config FILE`, from a YAML file of the same names; what is said on the
@@ -179,17 +178,27 @@ def peek(argv: list[str], name: str) -> Any:
     except ArgumentError:  # an option without its value, which parsing it all will tell
         return None
     if given[name] is None and given["config"] is not None:
-        values = read_yaml(Path(given["config"]))
-        return values.get(name) if isinstance(values, dict) else None
+        values = read_options(Path(given["config"]))
+        return {str(key).replace("-", "_"): value for key, value in values.items()}.get(name)
     return given[name]
 
 
-def convert(action: Action, value: Any, place: str) -> Any:
+def read_options(path: Path) -> dict[str, Any]:
+    """A YAML file of options; a `ValueError` if it is anything else."""
+    values = read_yaml(path)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold `name: value` lines, got {type(values).__name__}.")
+    return values
+
+
+def as_given(action: Action, value: Any, place: str) -> Any:
     """A YAML value as the command line would have given it; lists and mappings stay what they are, but for the
     elements' types."""
+    if value is None and (action.required or action.default is not None):
+        raise ValueError(f"{place} has no value.")
     if value is None or isinstance(value, dict):
         return value
-    make = action.type
+    make: Any = action.type
     try:
         if isinstance(value, list):
             if make in (Names, Sizes):

@@ -11,9 +11,9 @@ in with `hf auth login`, or set HF_TOKEN.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .parsing import parse
+from .parsing import Positionals, parse
 
-POSITIONALS = {
+POSITIONALS: Positionals = {
     "folder": dict(type=Path, help="Output of convert or train, a checkpoint-N, or OUTPUT/merged."),
     "repo": dict(help="OWNER/NAME on the Hub; created if it is not there."),
 }

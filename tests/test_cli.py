@@ -76,6 +76,7 @@ def test_a_file_says_the_same_and_the_command_line_wins(tmp_path):
         ("sizes: [3, 0]\n", r"options.yaml: sizes: \[3, 0\] does not fit \(must be above 0"),
         ("config: other.yaml\n", r"options.yaml: there is no argument 'config'"),
         ("help: true\n", r"options.yaml: there is no argument 'help'"),
+        ("name-of-it:\nkind:\n", r"options.yaml: kind has no value"),
         ("[a]\n", r"options.yaml must hold `name: value` lines, got list"),
         ("a: [\n", r"options.yaml.* is not YAML"),
         ("share: 2\n", r"share=2.0 must lie between 0 and 1"),

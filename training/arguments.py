@@ -134,8 +134,8 @@ class DataArguments:
 class RecoveryTrainingArguments(TrainingArguments):
     """transformers' `TrainingArguments`, all of them, with the paper's defaults (arXiv 2502.14837, Appendix A)."""
 
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Folder of the trained model and its checkpoints.", "aliases": ["--output"]}
+    output_dir: str = field(
+        metadata={"help": "Folder of the trained model and its checkpoints.", "aliases": ["--output"]}
     )
     learning_rate: float = field(default=1e-4, metadata={"help": "Highest rate, held through the stable phase."})
     adam_beta2: float = field(default=0.95, metadata={"help": "Second beta of AdamW; the first is 0.9."})

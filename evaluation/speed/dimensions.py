@@ -3,8 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from mha2mla.modeling import MLALlamaConfig, MLALlamaForCausalLM
 
@@ -45,7 +44,7 @@ DIMENSIONS = {
 
 def random_models(
     name: str, dtype: torch.dtype, device: str, rank: int, rope_dim: int, num_rope_key_heads: int
-) -> dict[str, Callable[[], nn.Module]]:
+) -> dict[str, Callable[[], PreTrainedModel]]:
     """Makers of the original and the converted model of these [`DIMENSIONS`] with random weights, one at a time."""
     if name not in DIMENSIONS:
         raise ValueError(f"Dimensions are known for {', '.join(DIMENSIONS)}, not for {name!r}.")
@@ -53,7 +52,7 @@ def random_models(
     latent = dict(kv_lora_rank=rank, qk_rope_head_dim=rope_dim, num_rope_key_heads=num_rope_key_heads)
     latent |= dict(qk_nope_head_dim=sizes["head_dim"], v_head_dim=sizes["head_dim"])
 
-    def make(config, model_class) -> nn.Module:
+    def make(config, model_class) -> PreTrainedModel:
         torch.manual_seed(0)
         with torch.device(device):
             default = torch.get_default_dtype()

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from transformers import PreTrainedModel
 
 from mha2mla.common.device import check_device
 from mha2mla.evaluation.caches import CacheKind
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def measure_speeds(
-    makers: Mapping[str, Callable[[], nn.Module]],
+    makers: Mapping[str, Callable[[], PreTrainedModel]],
     caches: Sequence[CacheKind],
     batch_sizes: Sequence[int],
     contexts: Sequence[int],
@@ -66,7 +66,7 @@ def measure_speeds(
 
 
 def bench_models(
-    makers: Mapping[str, Callable[[], nn.Module]],
+    makers: Mapping[str, Callable[[], PreTrainedModel]],
     output: Path,
     command: str,
     caches: Sequence[CacheKind],
