@@ -43,9 +43,10 @@ import mha2mla.modeling  # noqa: F401  # registers the family
 from mha2mla.cli.train import parse_arguments
 from mha2mla.evaluation import MultipleChoice, choice_bytes, preference_error, read_items, score_choices
 from mha2mla.training import RecoveryTrainer, pack_documents, recover
-from mha2mla.training.checks import find_checkpoint
 from mha2mla.training.loss import token_losses
+from mha2mla.training.losses.distillation import Distillation
 from mha2mla.training.packing import IGNORED, collate_packed, packed_inputs, tokenize
+from mha2mla.training.resume import find_checkpoint
 from mha2mla.training.trainer import compile_layers
 
 
@@ -179,7 +180,8 @@ def measure_divergence(model: PreTrainedModel, original: PreTrainedModel, rows: 
         states = [
             m.model(**packed_inputs(m, **batch)).last_hidden_state[:, :-1].flatten(0, 1) for m in (model, original)
         ]
-        _, distances = token_losses(model.lm_head, states[0], labels, original.lm_head, states[1])
+        heads = model.lm_head, states[0], labels, original.lm_head, states[1]
+        (distances,) = token_losses([Distillation()], *heads)
         total, count = total + distances.double().sum().item(), count + int((labels != IGNORED).sum())
     return total / count if count else math.nan
 

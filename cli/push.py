@@ -35,6 +35,6 @@ def main(argv: list[str]) -> None:
 
     from mha2mla.training.publish import describe_upload, plan_upload, push_folder
 
-    print(describe_upload(plan_upload(given.folder, options.base_model)))
+    print(describe_upload(plan_upload(given.folder, options.base_model, given.repo)))
     if not options.dry_run:
         print(push_folder(given.folder, given.repo, options.private, options.base_model))

@@ -10,12 +10,13 @@ All arguments of transformers' TrainingArguments are there beside the ones for m
 """
 
 from mha2mla.training.arguments import (
-    ARGUMENTS,
     DataArguments,
     LossArguments,
     ModelArguments,
     RecoveryTrainingArguments,
+    TeacherArguments,
 )
+from mha2mla.training.losses import find_losses
 
 from .parsing import parse
 
@@ -23,9 +24,11 @@ from .parsing import parse
 def parse_arguments(
     argv: list[str],
 ) -> tuple[ModelArguments, LossArguments, DataArguments, RecoveryTrainingArguments]:
-    """The options of `mha2mla train`; see [`parse`]."""
-    model, loss, data, arguments = parse(argv, "mha2mla train", *ARGUMENTS, description=__doc__)
-    return model, loss, data, arguments
+    """The options of `mha2mla train`, those of every loss among them; see [`parse`]."""
+    losses = find_losses()
+    dataclasses = (ModelArguments, TeacherArguments, *losses.values(), DataArguments, RecoveryTrainingArguments)
+    model, teacher, *chosen, data, training = parse(argv, "mha2mla train", *dataclasses, description=__doc__)
+    return model, LossArguments(teacher.teacher, dict(zip(losses, chosen, strict=True))), data, training
 
 
 def main(argv: list[str]) -> None:
@@ -33,4 +36,6 @@ def main(argv: list[str]) -> None:
 
     from mha2mla.training.run import close, train
 
-    close(train(*arguments))
+    trainer = train(*arguments)
+    if trainer is not None:
+        close(trainer)

@@ -4,12 +4,14 @@ A name is a local folder, or OWNER/NAME on the Hub. Code that a checkpoint bring
 said so (`trust_remote_code`).
 """
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -26,6 +28,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+# Files of a checkpoint that say what may be done with it.
+NOTICES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 
 
 def is_hub_name(name: str) -> bool:
@@ -66,6 +71,23 @@ def find_file(name: str, filename: str, revision: str | None = None) -> Path | N
         return Path(hf_hub_download(name, filename, revision=revision))
     except (EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled):
         return None
+
+
+def copy_notices(name: str, folder: Path) -> None:
+    """Take licence, notice and policy of a checkpoint along, as most licences ask of whoever passes a model on."""
+    if on_hub(name):
+        try:
+            name = snapshot_download(name, allow_patterns=list(NOTICES))
+        except (HfHubHTTPError, OSError):  # the Hub cannot be reached, and nothing of it is here
+            return
+    for path in sorted(Path(name).iterdir()):
+        if path.is_file() and any(fnmatch(path.name.upper(), pattern) for pattern in NOTICES):
+            shutil.copyfile(path, folder / path.name)
+
+
+def head_dim(config: PreTrainedConfig) -> int:
+    """Dimensions of an attention head; not every config says it."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 @contextmanager

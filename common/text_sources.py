@@ -134,6 +134,11 @@ def find_sources(
     return [source]
 
 
+def hub_datasets(data: str) -> list[str]:
+    """Names of the data sets on the Hub that a text comes from, for a model card."""
+    return list(dict.fromkeys(source.data for source in find_sources(data) if source.builder is None))
+
+
 def load_source(source: TextSource, streaming: bool) -> "Dataset | IterableDataset":
     """The rows of a source, through the `datasets` library; paragraphs of .txt files are rows with a column `text`."""
     from datasets import load_dataset  # slow to import, and what is tokenised already does without it

@@ -99,7 +99,7 @@ def convert(
             }
             (partial / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n")
             is_repo = not Path(source).exists()
-            write_model_card(partial / "README.md", source, is_repo, output.name, options, plan, versions)
+            write_model_card(partial / "README.md", source, is_repo, output.name, options, plan, versions, revision)
     logger.info("Wrote %s", output)
     return output
 

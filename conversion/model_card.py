@@ -1,42 +1,27 @@
 """The README.md of a converted checkpoint."""
 
-from huggingface_hub import ModelCard, ModelCardData
+from pathlib import Path
+
+from mha2mla.common.cards import card_metadata, table, usage, write_card
+from mha2mla.common.text_sources import hub_datasets
 
 from .config import CachePlan, ConversionConfig
 
-TEMPLATE = """---
-{front_matter}
----
-
-# {title}
-
-{source_sentence} whose attention has been converted to Multi-head Latent Attention (MLA) with
+BODY = """{source_sentence} whose attention has been converted to Multi-head Latent Attention (MLA) with
 [mha2mla]: its cache holds **{width} numbers per token and layer instead of {source_width}
 ({percent:+.2f} %)**.
 
 {note}
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{repo}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{repo}")
-inputs = tokenizer("The capital of France is", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
-```
+{usage}
 
 It needs transformers >= 5.17 and nothing else; `generate` picks the latent cache by itself.
 
 ## Recipe
 
-| | |
-|---|---|
-{rows}
+{recipe}
 
-`conversion.json` holds everything needed to repeat it, the frequencies that kept RoPE in each layer included.
-
-[mha2mla]: https://arxiv.org/abs/2502.14837
-"""
+`conversion.json` holds everything needed to repeat it, the frequencies that kept RoPE in each layer included."""
 
 NOTES = {
     "paper": "**The paper's conversion needs recovery training**: as converted, before any training, the model's text "
@@ -47,7 +32,14 @@ NOTES = {
 
 
 def write_model_card(
-    path, source: str, source_is_repo: bool, repo: str, options: ConversionConfig, plan: CachePlan, versions: dict
+    path: Path,
+    source: str,
+    source_is_repo: bool,
+    repo: str,
+    options: ConversionConfig,
+    plan: CachePlan,
+    versions: dict,
+    revision: str | None = None,
 ) -> None:
     """Write the card; `source` is named as the base model only if it is a repository on the Hub."""
     rows = {
@@ -60,25 +52,20 @@ def write_model_card(
         rows |= {"RoPE selection": options.rope_selection, "SVD": options.svd}
     else:
         rows["Refinement"] = f"{options.refine_steps} steps a layer x {options.refine_batch_size} blocks"
+    datasets: list[str] = []
     if options.needs_calibration:
+        assert options.calibration_data is not None
         size = f"{options.calibration_samples} x {options.calibration_length} tokens"
         rows["Calibration"] = f"{size} of {options.calibration_data}, seed {options.seed}"
+        datasets = hub_datasets(options.calibration_data)
     rows["Made with"] = ", ".join(f"{name} {version}" for name, version in versions.items())
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["mla", "multi-head-latent-attention", "kv-cache-compression", "mha2mla"],
-        base_model=source if source_is_repo else None,
-    )
-    text = TEMPLATE.format(
-        front_matter=data.to_yaml(),
-        title=repo,
+    body = BODY.format(
         source_sentence=f"[{source}](https://huggingface.co/{source})" if source_is_repo else f"`{source}`",
         width=plan.width,
         source_width=plan.source_width,
         percent=100 * (plan.ratio - 1),
         note=NOTES[options.preset],
-        repo=repo,
-        rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
+        usage=usage(repo),
+        recipe=table(rows),
     )
-    ModelCard(text).save(path)
+    write_card(path, repo, card_metadata(source, datasets=datasets, revision=revision), body)

@@ -12,18 +12,20 @@ from transformers.models.llama.modeling_llama import repeat_kv
 
 from mha2mla.common.robust_error import robust_error
 from mha2mla.training import (
-    Distillation,
     LossArguments,
     ModelArguments,
     RecoveryTrainingArguments,
-    attention_error,
     collate_packed,
     freeze_except,
+    make_losses,
     recover,
-    use_attention_loss,
-    use_language_loss,
+    use_losses,
 )
-from mha2mla.training.loss import forward_kl, hidden_errors, token_losses
+from mha2mla.training.loss import token_losses
+from mha2mla.training.losses.attention import attention_error
+from mha2mla.training.losses.distillation import Distillation, forward_kl
+from mha2mla.training.losses.hidden import hidden_errors
+from mha2mla.training.losses.language import Language
 from mha2mla.training.trainer import token_perplexity
 from pico import make_mla, make_source, tokens
 
@@ -73,7 +75,9 @@ def test_chunks_give_what_whole_logits_give(chunk, compiled):
     head, teacher_head = nn.Linear(6, 11), nn.Linear(4, 11)
     hidden, teacher_hidden = torch.randn(14, 6, requires_grad=True), torch.randn(14, 4)
     targets = torch.randint(11, (14,)).index_fill(0, torch.tensor([0, 6, 13]), -100)
-    cross_entropy, distance = token_losses(head, hidden, targets, teacher_head, teacher_hidden, 1.5, chunk, compiled)
+    losses = [Language(), Distillation(temperature=1.5)]
+    teacher = (teacher_head, teacher_hidden)
+    cross_entropy, distance = token_losses(losses, head, hidden, targets, *teacher, chunk, compiled)
     (cross_entropy.sum() + distance.sum()).backward()
     assert teacher_head.weight.grad is None
     got = [hidden.grad, head.weight.grad]
@@ -93,7 +97,7 @@ def test_no_tensor_of_the_whole_vocabulary_is_kept():
     head, hidden = nn.Linear(4, 1000), torch.randn(64, 4, requires_grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-        loss, _ = token_losses(head, hidden, torch.zeros(64, dtype=torch.long), chunk=16)
+        (loss,) = token_losses([Language()], head, hidden, torch.zeros(64, dtype=torch.long), chunk=16)
     loss.sum().backward()
     assert max(kept, default=0) <= 64 * 4
 
@@ -107,7 +111,7 @@ def test_mixed_loss_and_its_gradient_against_whole_logits(tied):
     expected.backward()
     wanted = gradients(model)
     model.zero_grad()
-    use_language_loss(model, Distillation(teacher, weight=0.7, temperature=2.0))
+    use_losses(model, make_losses(distillation_weight=0.7, temperature=2.0), teacher)
     loss = model(**batch).loss
     loss.backward()
     torch.testing.assert_close(loss, expected)
@@ -144,7 +148,7 @@ def test_states_behind_each_layer_join_the_loss():
     expected.backward()
     before = gradients(model)
     model.zero_grad()
-    use_language_loss(model, Distillation(teacher, weight=0.7, hidden_weight=2.0))
+    use_losses(model, make_losses(distillation_weight=0.7, hidden_weight=2.0), teacher)
     loss = model(**batch).loss
     loss.backward()
     torch.testing.assert_close(loss, expected)
@@ -177,10 +181,8 @@ def test_flash_attention_is_told_where_documents_begin(objective):
         model, teacher = make_mla().train(), make_source()
         for each in (model, teacher):
             each.config._attn_implementation = implementation  # set_attn_implementation looks for a real one
-        if objective == "language":
-            use_language_loss(model, Distillation(teacher, 0.5, 1.0, 1.0))
-        else:
-            use_attention_loss(model, teacher)
+        options = dict(hidden_weight=1.0) if objective == "language" else dict(objective=objective)
+        use_losses(model, make_losses(**options), teacher)
         losses.append(model(**collate_packed(ROWS)).loss)
         losses[-1].backward()
         gradients.append(model.model.layers[0].self_attn.kv_a_proj.weight.grad)
@@ -192,7 +194,7 @@ def test_evaluation_gives_the_likelihood_of_each_label():
     model, batch = make_mla(), collate_packed(ROWS)
     cross_entropy, _, count = plain_losses(model, model, batch, 1.0)
     logits = model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits.log_softmax(-1)
-    use_language_loss(model, Distillation(make_source()))
+    use_losses(model, make_losses(), make_source())
     with torch.no_grad():
         output = model(**batch)
     torch.testing.assert_close(output.loss, cross_entropy / count)
@@ -236,7 +238,7 @@ def test_accumulated_gradients_are_those_of_one_large_batch(distil, tmp_path):
     for batch_size, accumulation in ((8, 1), (2, 4), (1, 8)):
         loss, teacher = LossArguments(), None
         if distil is not None:
-            loss, teacher = LossArguments(teacher="source", hidden_weight=distil), make_source()
+            loss, teacher = LossArguments("source", make_losses(hidden_weight=distil)), make_source()
         moves.append(one_step(tmp_path, make_mla(), batch_size, accumulation, loss, teacher))
     assert max(move.abs().max() for move in moves[0].values()) > 1e-3
     assert_equal(moves[1], moves[0])
@@ -244,7 +246,7 @@ def test_accumulated_gradients_are_those_of_one_large_batch(distil, tmp_path):
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path):
-    distil = (LossArguments(teacher="source", hidden_weight=1.0), make_source())
+    distil = (LossArguments("source", make_losses(hidden_weight=1.0)), make_source())
     plain = one_step(tmp_path, make_mla(), 8, 1, *distil)
     assert_equal(one_step(tmp_path, make_mla(), 8, 1, *distil, gradient_checkpointing=True), plain)
 
@@ -264,7 +266,7 @@ def test_attention_error_against_running_each_layer_by_hand():
             errors.append(robust_error(layer.self_attn(x, rotary, mask)[0], original.self_attn(x, rotary, mask)[0]))
     error = attention_error(model, teacher, **keys)
     torch.testing.assert_close(error, torch.stack(errors).mean())
-    use_attention_loss(model, teacher)
+    use_losses(model, make_losses(objective="attention"), teacher)
     model(**batch).loss.backward()
     assert all((p.grad is not None) == (".self_attn." in name) for name, p in model.named_parameters())
 
@@ -272,7 +274,7 @@ def test_attention_error_against_running_each_layer_by_hand():
 def test_matching_attention_brings_it_nearer(tmp_path):
     model, teacher = make_mla("shared"), make_source().requires_grad_(False)
     batch = collate_packed(ROWS)
-    use_attention_loss(model.train(), teacher)
+    use_losses(model.train(), make_losses(objective="attention"), teacher)
     freeze_except(model, "self_attn")
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []

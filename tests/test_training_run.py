@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mha2mla.cli.main import main
 from mha2mla.cli.train import parse_arguments
 from mha2mla.training import run
-from mha2mla.training.checks import newest_checkpoint
+from mha2mla.training.resume import newest_checkpoint
 from pico import BLOCK_PACKAGE, VOCAB, make_mla, make_source, tokens
 
 CLEAN_LOAD = (
@@ -231,7 +231,9 @@ def test_the_shipped_recipe_is_read():
     path = Path(__file__).parents[1] / "docs" / "examples" / "recovery.yaml"
     given = ["--model", "m", "--teacher", "t", "--data", "d", "--output_dir", "o", "--use_cpu"]
     _, loss, data, training = parse_arguments(["--config", str(path), *given])
-    assert (loss.distillation_weight, loss.hidden_weight, data.short_length) == (1, 4, 256)
+    losses = loss.losses
+    weights = losses["distillation"].distillation_weight, losses["hidden"].hidden_weight
+    assert (*weights, data.short_length) == (1, 4, 256)
     assert (training.learning_rate, training.decay_fraction, training.compile_layers) == (3e-4, 0.5, True)
     assert training.attention_learning_rate == 1.2e-3
 

@@ -15,7 +15,8 @@ from mha2mla.training import (
     collate_packed,
     describe_trainable,
     freeze_except,
-    use_language_loss,
+    make_losses,
+    use_losses,
 )
 from mha2mla.training.trainer import sum_in_full_precision
 from pico import make_mla
@@ -32,7 +33,7 @@ from pico import make_mla
 def test_what_trains_moves_and_nothing_else_is_in_the_optimizer(trainable, expected, tmp_path):
     model = make_mla()
     freeze_except(model, trainable)
-    use_language_loss(model)
+    use_losses(model, make_losses())
     arguments = RecoveryTrainingArguments(output_dir=str(tmp_path), max_steps=2, use_cpu=True, disable_tqdm=True)
     arguments.set_save(strategy="no")
     trainer = RecoveryTrainer(model, arguments, data_collator=collate_packed, train_dataset=ROWS)

@@ -13,7 +13,7 @@ from torch import distributed
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from mha2mla.cli.train import parse_arguments
-from mha2mla.training import Distillation, collate_packed, loss, use_language_loss
+from mha2mla.training import collate_packed, loss, make_losses, use_losses
 from mha2mla.training.run import close, train
 from pico import make_mla, make_source, tokens
 
@@ -34,7 +34,7 @@ def check_sharded_loss(tied: bool, checkpointing: bool) -> torch.nn.Module:
     if checkpointing:
         sharded.gradient_checkpointing_enable()
     for model in (whole, sharded):
-        use_language_loss(model, Distillation(make_source().requires_grad_(False), hidden_weight=1.0))
+        use_losses(model, make_losses(hidden_weight=1.0), make_source().requires_grad_(False))
     sharded = shard(sharded)
     batch = collate_packed([{"input_ids": ids, "lengths": [5, 7]} for ids in tokens(4, 12).tolist()])
     half = {name: tensor[2 * rank : 2 * rank + 2] for name, tensor in batch.items()}

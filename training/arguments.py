@@ -1,10 +1,11 @@
-"""What the user chooses: four dataclasses, from the command line and from YAML alike."""
+"""What the user chooses: dataclasses, from the command line and from YAML alike; losses bring their own."""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
 from transformers import TrainingArguments
 
+from .losses import Loss, make_losses, weigh
 from .parameters import PROJECTIONS
 
 
@@ -36,6 +37,9 @@ class ModelArguments:
     attn_implementation: str = field(
         default="sdpa", metadata={"help": "Of transformers: sdpa, eager, flex_attention, flash_attention_2, ..."}
     )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Allow code that the model or the teacher brings along to run here."}
+    )
 
     def __post_init__(self):
         if self.lora_rank < 1:
@@ -45,42 +49,32 @@ class ModelArguments:
 
 
 @dataclass
-class LossArguments:
-    """What is minimised."""
+class TeacherArguments:
+    """The original model, which losses may compare with."""
 
-    objective: Literal["language", "attention"] = field(
-        default="language",
-        metadata={
-            "help": "language: cross-entropy, mixed with the distance to the teacher if there is one. attention: the "
-            "output of each attention layer is matched to the teacher's; a first stage, in a run of its own."
-        },
-    )
     teacher: str | None = field(default=None, metadata={"help": "The original model: a folder, or a name on the Hub."})
-    distillation_weight: float = field(
-        default=0.5, metadata={"help": "language: share of the distance to the teacher in the loss, 0 to 1."}
-    )
-    temperature: float = field(default=1.0, metadata={"help": "language: divides both models' logits."})
-    hidden_weight: float = field(
-        default=0.0,
-        metadata={"help": "language: weight of the distance between both models' states behind each layer, added."},
-    )
 
-    def __post_init__(self):
-        if self.objective not in ("language", "attention"):
-            raise ValueError(f"objective={self.objective!r} must be language or attention.")
-        if self.objective == "attention" and self.teacher is None:
-            raise ValueError("objective='attention' matches a teacher: give --teacher, the original model.")
-        if not 0 <= self.distillation_weight <= 1:
-            raise ValueError(f"distillation_weight={self.distillation_weight} must lie between 0 and 1.")
-        if self.hidden_weight < 0:
-            raise ValueError(f"hidden_weight={self.hidden_weight} must be 0 or more.")
-        if self.hidden_weight > 0 and (self.teacher is None or self.objective != "language"):
-            raise ValueError(
-                f"hidden_weight={self.hidden_weight} adds to the distance to a teacher: give --teacher, the original "
-                "model, and the objective language."
-            )
-        if self.temperature <= 0:
-            raise ValueError(f"temperature={self.temperature} must be above 0.")
+
+@dataclass
+class LossArguments(TeacherArguments):
+    """
+    What is minimised.
+
+    Attributes:
+        losses (`dict[str, Loss]`): Every loss by its name, with its options; see [`make_losses`].
+    """
+
+    losses: dict[str, Loss] = field(default_factory=make_losses)
+
+    @property
+    def weighed(self) -> list[tuple[float, Loss]]:
+        """The losses that count, with their weights."""
+        return weigh(self.losses.values(), self.teacher is not None)
+
+    def describe(self) -> str:
+        """The weighted sum, for the model card."""
+        terms = [(weight, loss.describe(self.teacher)) for weight, loss in self.weighed]
+        return " + ".join(text if weight == 1 else f"{weight:g} {text}" for weight, text in terms)
 
 
 @dataclass
@@ -181,6 +175,3 @@ class RecoveryTrainingArguments(TrainingArguments):
         if self.compile_layers and self.torch_compile:
             raise ValueError("compile_layers and torch_compile both compile the decoder layers: choose one.")
         super().__post_init__()
-
-
-ARGUMENTS = (ModelArguments, LossArguments, DataArguments, RecoveryTrainingArguments)

@@ -4,41 +4,19 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
+from mha2mla.common.cards import CARD_NAME, card_metadata, table, usage, write_card
 from mha2mla.modeling import MLALlamaConfig
 
-TEMPLATE = """---
-{front_matter}
----
-
-# {title}
-
-[mha2mla] converted the attention of a Llama-type model to Multi-head Latent Attention (MLA){cache}, and this
+BODY = """[mha2mla] converted the attention of a Llama-type model to Multi-head Latent Attention (MLA){cache}, and this
 checkpoint is what recovery fine-tuning made of it.
 
-```python
 {usage}
-```
 
 ## Training
 
-| | |
-|---|---|
-{rows}
-
-[mha2mla]: https://arxiv.org/abs/2502.14837
-"""
-
-USAGE = """from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{title}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{title}")"""
-ADAPTER_USAGE = USAGE.replace("from transformers import AutoModelForCausalLM, AutoTokenizer", "{imports}").replace(
-    "AutoModelForCausalLM.", "AutoPeftModelForCausalLM."
-)
-ADAPTER_IMPORTS = "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer"
+{training}"""
 
 
 @dataclass(frozen=True)
@@ -49,6 +27,7 @@ class TrainingRecord:
     Attributes:
         base (`str`): The converted checkpoint.
         data (`list[str]`): Sources and their shares.
+        datasets (`list[str]`): Those on the Hub among them.
         trained (`str`): What was trained, and how much.
         objective (`str`): What was minimised.
         schedule (`str`): Optimiser and learning rate.
@@ -59,6 +38,7 @@ class TrainingRecord:
 
     base: str
     data: list[str]
+    datasets: list[str]
     trained: str
     objective: str
     schedule: str
@@ -98,19 +78,9 @@ def describe_cache(config: PreTrainedConfig) -> str:
 def write_model_card(
     folder: Path, title: str, record: TrainingRecord, config: PreTrainedConfig, adapter: bool
 ) -> None:
-    """Write `README.md`; a base model is named in its front matter only if it is a name on the Hub."""
-    data = ModelCardData(
-        library_name="peft" if adapter else "transformers",
-        pipeline_tag="text-generation",
-        tags=["mla", "multi-head-latent-attention", "kv-cache-compression", "mha2mla", *(["lora"] if adapter else [])],
-        base_model=None if Path(record.base).exists() else record.base,
-    )
-    usage = ADAPTER_USAGE if adapter else USAGE
-    text = TEMPLATE.format(
-        front_matter=data.to_yaml(),
-        title=title,
-        cache=describe_cache(config),
-        usage=usage.format(title=title, imports=ADAPTER_IMPORTS),
-        rows="\n".join(f"| {name} | {value} |" for name, value in record.rows().items()),
-    )
-    ModelCard(text).save(folder / "README.md")
+    """Write `README.md` of a trained model or, with `adapter`, of an adapter."""
+    relation, library_name = ("adapter", "peft") if adapter else ("finetune", "transformers")
+    tags = ("lora",) if adapter else ()
+    metadata = card_metadata(record.base, relation, record.datasets, tags, library_name)
+    body = BODY.format(cache=describe_cache(config), usage=usage(title, adapter), training=table(record.rows()))
+    write_card(folder / CARD_NAME, title, metadata, body)

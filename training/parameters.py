@@ -57,7 +57,10 @@ def check_lora_targets(model: nn.Module, targets: Sequence[str]) -> None:
     linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for target in targets:
         if target not in linear:
-            raise ValueError(f"lora_targets: {target!r} is no linear layer; there are {', '.join(sorted(linear))}.")
+            message = f"lora_targets: {target!r} is no linear layer; there are {', '.join(sorted(linear))}."
+            if target in ("k_proj", "v_proj"):
+                message += f" Keys and values come from kv_a_proj and kv_b_proj here: name {' '.join(PROJECTIONS)}."
+            raise ValueError(message)
 
 
 def add_lora(model: nn.Module, rank: int, alpha: int, dropout: float, targets: Sequence[str]) -> nn.Module:

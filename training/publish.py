@@ -7,7 +7,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+
+from mha2mla.common.cards import CARD_NAME
+from mha2mla.common.files import read_json_object
+from mha2mla.common.loading import NOTICES, on_hub
 
 # Of a checkpoint's own level. What a run leaves beside them (optimizer, random states, `training_args.bin`, which is a
 # pickle, tracking, other checkpoints) is for going on with the run, not for users of the model.
@@ -22,8 +26,11 @@ PUBLISHED = [
     "tokenizer*",
     "merges.txt",
     "vocab.*",
-    "LICENSE*",
+    "*.model",
+    "*.tiktoken",
+    *NOTICES,
 ]
+CHAT_TEMPLATES = "additional_chat_templates"  # a folder beside them
 LEFT_OUT = ["trainer_state.json", "*_results.json"]
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -50,58 +57,75 @@ class Upload:
         return CommitOperationAdd(self.name, content)
 
 
-def plan_upload(folder: Path, base_model: str | None = None) -> list[Upload]:
+def plan_upload(folder: Path, base_model: str | None = None, repo: str | None = None) -> list[Upload]:
     """
     The files of a converted or trained model, an adapter, or a merged model that go to the Hub.
 
     Args:
         folder (`Path`): Output of `mha2mla convert` or `mha2mla train`, one of its checkpoints, or its `merged`.
         base_model (`str`, *optional*): Adapter: the name on the Hub of the model that it belongs to, written into the
-            uploaded copy of its config. The local file stays as it is.
+            uploaded copies of its config and card. The local files stay as they are.
+        repo (`str`, *optional*): OWNER/NAME; the uploaded copy of the card loads the model by this name.
 
     Raises:
         ValueError: If the folder is not a complete checkpoint, or nobody else could load it.
     """
     if not folder.is_dir():
         raise ValueError(f"There is no folder {folder}.")
-    files = sorted(
-        path
-        for path in folder.iterdir()
+    files = [
+        path.relative_to(folder).as_posix()
+        for path in sorted([*folder.iterdir(), *folder.glob(f"{CHAT_TEMPLATES}/*.jinja")])
         if path.is_file()
         and any(fnmatch(path.name, pattern) for pattern in PUBLISHED)
         and not any(fnmatch(path.name, pattern) for pattern in LEFT_OUT)
-    )
-    uploads = {path.name: Upload(path.name, path) for path in files}
+    ]
+    uploads = {name: Upload(name, folder / name) for name in files}
     if not any(name.endswith(".safetensors") for name in uploads):
         raise ValueError(f"{folder} holds no .safetensors weights. Give the output of mha2mla convert or train.")
     if ADAPTER_CONFIG in uploads:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text())
-        base = base_model or config["base_model_name_or_path"]
-        if Path(base).exists():
+        config = read_json_object(folder / ADAPTER_CONFIG)
+        base_model = str(base_model or config["base_model_name_or_path"])
+        if Path(base_model).exists():
             raise ValueError(
-                f"{folder} is an adapter of {base}, a folder that nobody else has. Push that first and give its name "
-                "with --base-model, or push the merged model (mha2mla train --merge)."
+                f"{folder} is an adapter of {base_model}, a folder that nobody else has. Push that first and give its "
+                "name with --base-model, or push the merged model (mha2mla train --merge)."
             )
-        config["base_model_name_or_path"] = base
+        config["base_model_name_or_path"] = base_model
         uploads[ADAPTER_CONFIG] = Upload(ADAPTER_CONFIG, (json.dumps(config, indent=2) + "\n").encode())
     elif base_model is not None:
         raise ValueError(f"--base-model belongs to adapters; {folder} holds a whole model.")
     else:
         check_model_files(folder, set(uploads))
+    if CARD_NAME in uploads:
+        text = (folder / CARD_NAME).read_text(encoding="utf-8")
+        uploads[CARD_NAME] = Upload(CARD_NAME, published_card(text, repo, base_model).encode())
     return list(uploads.values())
+
+
+def published_card(text: str, repo: str | None, base_model: str | None) -> str:
+    """A card as it goes to the Hub: its code loads the model by the name that it has there, not by the folder's, and
+    the card of an adapter names the model that it belongs to."""
+    title = re.search(r"^# (.+)$", text, re.MULTILINE)
+    if repo is not None and title is not None:
+        text = text.replace(f'from_pretrained("{title[1]}"', f'from_pretrained("{repo}"')
+    if base_model is not None and on_hub(base_model):
+        card = ModelCard(text)
+        card.data.base_model, card.data["base_model_relation"] = base_model, "adapter"
+        text = str(card)
+    return text
 
 
 def check_model_files(folder: Path, names: set[str]) -> None:
     """Raise a `ValueError` if a model lacks its config, or code or shards that its files name."""
     if "config.json" not in names:
         raise ValueError(f"{folder} holds no config.json: it is no complete checkpoint.")
-    auto_map = json.loads((folder / "config.json").read_text()).get("auto_map", {})
+    auto_map = read_json_object(folder / "config.json").get("auto_map", {})
     needed = {reference.split(".")[0] + ".py" for reference in auto_map.values()}
     for code in folder.glob("*.py"):
         needed |= {f"{name}.py" for name in re.findall(r"^from \.(\w+) import", code.read_text(), re.MULTILINE)}
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        needed |= set(json.loads(index.read_text())["weight_map"].values())
+        needed |= set(read_json_object(index)["weight_map"].values())
     missing = sorted(needed - names)
     if missing:
         raise ValueError(f"{folder} lacks {', '.join(missing)}, without which it does not load. Save it again.")
@@ -130,7 +154,7 @@ def push_folder(
     Raises:
         ValueError: As [`plan_upload`], before anything is sent.
     """
-    uploads = plan_upload(folder, base_model)
+    uploads = plan_upload(folder, base_model, repo)
     api = api or HfApi()
     repo_id = api.create_repo(repo, private=private, exist_ok=True).repo_id
     operations = [upload.operation() for upload in uploads]

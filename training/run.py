@@ -8,18 +8,22 @@ from pathlib import Path
 
 import torch
 from torch import distributed
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, SchedulerType, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, SchedulerType, set_seed
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
+from mha2mla.common.loading import copy_notices, load_model, load_tokenizer
 from mha2mla.common.records import copy_record
+from mha2mla.common.text_sources import hub_datasets
+from mha2mla.modeling import MLALlamaConfig
 
 from .arguments import DataArguments, LossArguments, ModelArguments, RecoveryTrainingArguments
-from .checks import check_model, check_run, check_teacher, find_checkpoint, wants_resume
+from .checks import check_losses, check_model, check_run
 from .data import data_sources, load_rows
 from .model_card import TrainingRecord, write_model_card
 from .parameters import LORA, describe_trainable
 from .publish import push_folder
-from .trainer import RecoveryTrainer, recover
+from .resume import all_steps_taken, find_checkpoint, is_finished, wants_resume
+from .trainer import RecoveryTrainer, mend_generation_config, recover
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +32,7 @@ MERGED = "merged"
 
 def train(
     model: ModelArguments, loss: LossArguments, data: DataArguments, arguments: RecoveryTrainingArguments
-) -> RecoveryTrainer:
+) -> RecoveryTrainer | None:
     """
     Recovery fine-tuning of a converted checkpoint.
 
@@ -36,48 +40,51 @@ def train(
     `checkpoint-N`s, and at the end the trained model (or adapter), its tokenizer, code and model card.
 
     Returns:
-        The Trainer after training.
+        The Trainer after training; None if the output folder holds the finished run already.
 
     Raises:
         ValueError: If the checkpoint, the data or the options do not fit; the message names the value and the remedy.
     """
-    check_run(model, loss, data, arguments)
+    check_run(model, data, arguments)
     checkpoint = find_checkpoint(arguments)
-    if wants_resume(arguments) and arguments.process_index == 0:
-        logger.info("Going on from %s", checkpoint or "the start: there is no complete checkpoint yet")
+    tell = logger.info if arguments.process_index == 0 else logger.debug
+    if wants_resume(arguments):
+        if is_finished(arguments, checkpoint):
+            tell("%s holds the finished run: there is nothing left to do", arguments.output_dir)
+            return None
+        if checkpoint is not None and all_steps_taken(checkpoint, arguments):
+            tell("%s is the end of the run: nothing is left to train, the model will be saved", checkpoint)
+        else:
+            tell("Going on from %s", checkpoint or "the start: there is no complete checkpoint yet")
     if Path(model.model).is_dir():
         model.model = str(Path(model.model).resolve())  # an adapter names its base, and must find it from anywhere
-    config = check_model(model, loss, data.length)
-    tokenizer = AutoTokenizer.from_pretrained(model.model)
-    if loss.teacher is not None:
-        check_teacher(loss.teacher, loss, config, tokenizer)
+    config, trained = check_model(model, data.length)
+    tokenizer = load_tokenizer(model.model, "model", model.trust_remote_code)
+    check_losses(loss, config, trained, tokenizer, arguments, model.trust_remote_code)
     with arguments.main_process_first(desc="tokenising"):
         train_rows, eval_rows = load_rows(data, tokenizer, arguments.seed)
 
     set_seed(arguments.seed)
-    student = load_model(model.model, model.dtype, model.attn_implementation)
+    student = load_weights(model.model, "model", model, model.dtype)
     teacher = None
     if loss.teacher is not None:
         with load_whole(arguments):
-            teacher = load_model(
-                loss.teacher, "bfloat16" if arguments.bf16 else model.dtype, model.attn_implementation
-            )
+            teacher = load_weights(loss.teacher, "teacher", model, "bfloat16" if arguments.bf16 else model.dtype)
     trainer = recover(student, tokenizer, train_rows, eval_rows, model, loss, arguments, teacher, checkpoint)
 
     if trainer.is_world_process_zero():
         folder = Path(arguments.output_dir)
         record = describe_run(trainer, model, loss, data, arguments)
         title = arguments.hub_model_id or folder.resolve().name
-        write_model_card(folder, title, record, config, adapter=model.trainable == LORA)
-        copy_record(model.model, folder)
+        finish(folder, title, record, model, config, adapter=model.trainable == LORA)
         if model.merge:
             save_merged(folder, tokenizer, model)
-            write_model_card(folder / MERGED, f"{title}-merged", record, config, adapter=False)
-            copy_record(model.model, folder / MERGED)
+            finish(folder / MERGED, f"{title}-merged", record, model, config, adapter=False)
         logger.info("Wrote %s", folder)
         if arguments.push_to_hub:
             logger.info("Pushed to %s", push_folder(folder, trainer.hub_model_id, bool(arguments.hub_private_repo)))
     trainer.accelerator.wait_for_everyone()
+    trainer.save_state()  # last: it says that the run is finished
     return trainer
 
 
@@ -92,10 +99,23 @@ def close(trainer: RecoveryTrainer) -> None:
         time.sleep(1)
 
 
-def load_model(path: str, dtype: str, attn_implementation: str) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(
-        path, dtype=getattr(torch, dtype), attn_implementation=attn_implementation
+def load_weights(name: str, role: str, model: ModelArguments, dtype: str) -> PreTrainedModel:
+    return load_model(
+        name,
+        role,
+        model.trust_remote_code,
+        dtype=getattr(torch, dtype),
+        attn_implementation=model.attn_implementation,
     )
+
+
+def finish(
+    folder: Path, title: str, record: TrainingRecord, model: ModelArguments, config: MLALlamaConfig, adapter: bool
+) -> None:
+    """What goes beside trained weights: the card, and what comes from the converted checkpoint."""
+    write_model_card(folder, title, record, config, adapter)
+    copy_record(model.model, folder)
+    copy_notices(model.model, folder)
 
 
 @contextmanager
@@ -118,7 +138,9 @@ def save_merged(folder: Path, tokenizer: PreTrainedTokenizerBase, model: ModelAr
     from peft import AutoPeftModelForCausalLM  # an optional dependency
 
     adapted = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, model.dtype))
-    adapted.merge_and_unload().save_pretrained(folder / MERGED)
+    merged = adapted.merge_and_unload()
+    mend_generation_config(merged)
+    merged.save_pretrained(folder / MERGED)
     tokenizer.save_pretrained(folder / MERGED)
 
 
@@ -133,16 +155,6 @@ def describe_run(
     sources, _ = data_sources(data)
     total = sum(source.weight for source in sources)
     shares = [f"{source} {100 * source.weight / total:.3g} %" for source in sources]
-    objective = "cross-entropy"
-    if loss.objective == "attention":
-        objective = f"attention outputs of {loss.teacher}"
-    elif loss.teacher is not None:
-        objective = (
-            f"{1 - loss.distillation_weight:g} cross-entropy + {loss.distillation_weight:g} KL({loss.teacher}, model) "
-            f"at temperature {loss.temperature:g}"
-        )
-        if loss.hidden_weight > 0:
-            objective += f" + {loss.hidden_weight:g} relative error of the states behind each layer"
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
     held_out = [entry for entry in history if "eval_perplexity" in entry]
@@ -157,8 +169,9 @@ def describe_run(
     return TrainingRecord(
         base=model.model,
         data=shares,
+        datasets=hub_datasets(data.data),
         trained=f"{model.trainable}: " + describe_trainable(trainer.model).splitlines()[0].removeprefix("Training "),
-        objective=objective,
+        objective=loss.describe(),
         schedule=(
             f"AdamW {arguments.adam_beta1:g}/{arguments.adam_beta2:g}, {rate}, "
             f"{SchedulerType(arguments.lr_scheduler_type).value}, {rows}"

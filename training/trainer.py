@@ -12,12 +12,19 @@ import torch
 from accelerate import Accelerator
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import Dataset
-from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, SchedulerType, Trainer
+from transformers import (
+    EvalPrediction,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    SchedulerType,
+    Trainer,
+)
 
 from mha2mla.common.perplexity import Perplexity
 
 from .arguments import LossArguments, ModelArguments, RecoveryTrainingArguments
-from .loss import Distillation, use_attention_loss, use_language_loss
+from .loss import use_losses
 from .packing import IGNORED, collate_packed
 from .parameters import ATTENTION, LORA, add_lora, describe_trainable, freeze_except
 
@@ -63,6 +70,13 @@ class RecoveryTrainer(Trainer):
             self.args.lr_scheduler_kwargs = decay | (self.args.lr_scheduler_kwargs or {})
         return super().create_scheduler(num_training_steps, optimizer)
 
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        # A run that goes on from its end would take one more step before it looks whether it is over.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
         if state_dict is not None:  # gathered: tied weights are in it under all their names
             tied = getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", {})
@@ -97,6 +111,24 @@ def own_class(model: torch.nn.Module) -> Iterator[None]:
         model.__class__ = actual
 
 
+def mend_generation_config(model: PreTrainedModel) -> None:
+    """Unset what transformers ignores when it generates and refuses when it saves, such as a temperature without
+    `do_sample`: the first checkpoint would end the run."""
+    config = model.generation_config
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        ignored = re.findall(r"^- `(\w+)`", str(error), re.MULTILINE)  # no attribute of the error has them
+        for name in ignored:
+            setattr(config, name, getattr(GenerationConfig(), name))
+        config.validate(strict=True)
+        logger.warning(
+            "generation_config: %s cannot be saved, as other settings there switch it off (sampling asks for "
+            "do_sample: true). What is saved will be without it.",
+            ", ".join(ignored),
+        )
+
+
 def compile_layers(model: PreTrainedModel, on: bool = True) -> None:
     """Compile the forward pass of each decoder layer, not its hooks: one graph serves all. Names and weights stay."""
     for layer in model.model.layers:
@@ -123,14 +155,7 @@ def prepare_model(
     compiled: bool = False,
 ) -> torch.nn.Module:
     """Bind the loss to the model and leave a gradient to what is trained; returns the model, wrapped if by LoRA."""
-    if loss.objective == "attention":
-        assert teacher is not None  # checked by LossArguments
-        use_attention_loss(model, teacher)
-    elif teacher is not None:
-        distillation = Distillation(teacher, loss.distillation_weight, loss.temperature, loss.hidden_weight)
-        use_language_loss(model, distillation, compiled)
-    else:
-        use_language_loss(model, compiled=compiled)
+    use_losses(model, loss.losses, teacher, compiled)
     if model_arguments.trainable == LORA:
         rank, alpha, dropout = model_arguments.lora_rank, model_arguments.lora_alpha, model_arguments.lora_dropout
         return add_lora(model, rank, alpha, dropout, model_arguments.lora_targets)
@@ -162,6 +187,7 @@ def recover(
     Returns:
         The Trainer after training; `trainer.state.log_history` tells the run.
     """
+    mend_generation_config(model)
     use_cache = model.config.use_cache
     if teacher is not None:
         teacher.requires_grad_(False).eval().to(arguments.device)
@@ -190,5 +216,4 @@ def recover(
     if eval_rows is not None and not measured:
         trainer.evaluate()
     trainer.save_model(_internal_call=True)  # what goes to the Hub goes there whole, by `push_folder`
-    trainer.save_state()
     return trainer

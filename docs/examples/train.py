@@ -13,13 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 import mha2mla.modeling  # noqa: F401  # registers the family: no trust_remote_code needed
 from mha2mla.cli.train import parse_arguments
 from mha2mla.training import (
-    Distillation,
     RecoveryTrainer,
     add_lora,
     collate_packed,
     describe_trainable,
     freeze_except,
-    use_language_loss,
+    use_losses,
 )
 from mha2mla.training.data import load_rows
 
@@ -40,15 +39,13 @@ def main(argv: list[str]) -> None:
 
     model = load(model_args.model, model_args.dtype)
     use_cache = model.config.use_cache
-    distillation = None
+    teacher = None
     if loss_args.teacher is not None:
         teacher = load(loss_args.teacher, "bfloat16" if training_args.bf16 else model_args.dtype)
         teacher.requires_grad_(False).eval().to(training_args.device)
-        weights = loss_args.distillation_weight, loss_args.temperature, loss_args.hidden_weight
-        distillation = Distillation(teacher, *weights)
 
-    # The loss, bound to the model: cross-entropy and the distance to the teacher, a chunk of logits at a time.
-    use_language_loss(model, distillation)
+    # The loss, bound to the model: cross-entropy and distances to the teacher, a chunk of logits at a time.
+    use_losses(model, loss_args.losses, teacher)
 
     # What trains.
     trained = model

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import Cache
 
+from mha2mla.common.loading import head_dim
 from mha2mla.evaluation.caches import CacheKind
 from mha2mla.modeling import CACHE_ARGUMENT, LatentQuantizedLayer, MLALlamaConfig, cache_nbytes
 from mha2mla.modeling.latent_cache import round_up
@@ -49,8 +50,7 @@ def numbers_per_token(config) -> int:
     """Numbers cached per token and layer."""
     if isinstance(config, MLALlamaConfig):
         return config.latent_cache_dim
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_key_value_heads * head_dim
+    return 2 * config.num_key_value_heads * head_dim(config)
 
 
 def allocated_nbytes(cache: Cache) -> int:

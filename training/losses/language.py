@@ -1,0 +1,30 @@
+"""Cross-entropy of the next token."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..packing import IGNORED
+from .base import LogitsLoss, Loss
+
+
+@dataclass
+class Language(LogitsLoss):
+    """Has what the losses that share with it leave of 1; alone in evaluation."""
+
+    @property
+    def weight(self) -> float:
+        return 1.0
+
+    def weight_beside(self, losses: Sequence[Loss]) -> float:
+        return self.weight - sum(loss.weight for loss in losses if loss.shares)
+
+    def compute(
+        self, logits: torch.Tensor, targets: torch.Tensor, teacher_logits: torch.Tensor | None
+    ) -> torch.Tensor:
+        return nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
+
+    def describe(self, teacher: str | None) -> str:
+        return "cross-entropy"

@@ -1,0 +1,63 @@
+"""Where a run goes on, and whether there is anything left of it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .arguments import RecoveryTrainingArguments
+
+TRAINER_STATE = "trainer_state.json"  # of a checkpoint, and of an output folder that is complete: written last in both
+
+
+def wants_resume(arguments: RecoveryTrainingArguments) -> bool:
+    return str(arguments.resume_from_checkpoint).lower() not in ("none", "false")
+
+
+def read_state(folder: Path) -> dict[str, Any] | None:
+    """The Trainer's state in a folder; None where there is none, or only half of it."""
+    try:
+        return json.loads((folder / TRAINER_STATE).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, complete or not, the newest first."""
+    numbered = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()]
+    return sorted(numbered, key=lambda path: int(path.name.split("-")[-1]), reverse=True)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint; a killed run may leave one without its state, or with half of it."""
+    return next((path for path in checkpoints(folder) if read_state(path) is not None), None)
+
+
+def find_checkpoint(arguments: RecoveryTrainingArguments) -> str | None:
+    """The checkpoint to go on from: with `true` the newest complete one, or none if there is none yet."""
+    wanted = arguments.resume_from_checkpoint
+    if not wants_resume(arguments):
+        return None
+    if str(wanted).lower() == "true":
+        newest = newest_checkpoint(Path(arguments.output_dir))
+        return None if newest is None else str(newest)
+    if read_state(Path(wanted)) is None:
+        raise ValueError(f"resume_from_checkpoint={wanted!r} holds no {TRAINER_STATE}: it is no complete checkpoint.")
+    return str(wanted)
+
+
+def all_steps_taken(folder: str | Path, arguments: RecoveryTrainingArguments) -> bool:
+    """Whether the checkpoint or output in a folder has come to the end of the run that the arguments describe."""
+    state = read_state(Path(folder))
+    if state is None:
+        return False
+    if arguments.max_steps > 0:
+        return state["global_step"] >= arguments.max_steps
+    return (state["epoch"] or 0) >= arguments.num_train_epochs
+
+
+def is_finished(arguments: RecoveryTrainingArguments, checkpoint: str | None) -> bool:
+    """Whether the output folder is complete, and the checkpoint to go on from, if any, leaves no step to take."""
+    left = checkpoint is not None and not all_steps_taken(checkpoint, arguments)
+    return not left and all_steps_taken(arguments.output_dir, arguments)
