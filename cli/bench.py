@@ -50,6 +50,10 @@ class BenchArguments:
     output: Path = field(default=Path("speed-results"), metadata={"help": "Folder of the results."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that models bring along."})
 
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}.")
+
 
 def main(argv: list[str]) -> None:
     options, given = parse(argv, "mha2mla bench", BenchArguments, description=__doc__, positionals=POSITIONALS)

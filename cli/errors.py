@@ -1,11 +1,13 @@
 """What a command says of an error: a sentence where the user can mend it, everything where only we can."""
 
-import linecache
 import sys
 import traceback
-from errno import ENOSPC
+from errno import EDQUOT, ENOSPC
 from importlib.metadata import metadata
 
+from mha2mla.common.errors import is_message
+
+DISK_FULL = ("No space left on device", "inline_container.cc")  # as safetensors and torch.save say it
 NETWORK = ("httpx", "httpx2", "requests", "urllib3")  # what huggingface_hub and datasets talk through
 
 
@@ -17,7 +19,7 @@ def explain(error: Exception) -> str | None:
     Any other one, from deep inside of a library or from an `int(...)` of ours, is nobody's message to a user.
     """
     text = " ".join(str(error).split())
-    if "No space left on device" in text or getattr(error, "errno", None) == ENOSPC:
+    if getattr(error, "errno", None) in (ENOSPC, EDQUOT) or any(sign in text for sign in DISK_FULL):
         place = getattr(error, "filename", None)
         return f"The disk is full{f' ({place})' if place else ''}. Make room and run the command again."
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
@@ -30,16 +32,10 @@ def explain(error: Exception) -> str | None:
         return f"{error.filename}: {error.strerror}." if error.filename and error.strerror else text
     if type(error).__module__.split(".")[0] in NETWORK:
         return f"The network failed: {text or type(error).__name__}."
-    if isinstance(error, ValueError) and raised_here(error):
+    if isinstance(error, ValueError) and is_message(error):
         return str(error)
-    return None
-
-
-def raised_here(error: Exception) -> bool:
-    """Whether a `raise` statement of this package made the error."""
-    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
-    ours = frame.f_globals.get("__name__", "").startswith("mha2mla.")
-    return ours and linecache.getline(frame.f_code.co_filename, line).lstrip().startswith("raise ")
+    # What a library made of an error, as datasets does of one in a function that it calls, is the error's.
+    return explain(error.__cause__) if isinstance(error.__cause__, Exception) else None
 
 
 def tell(error: Exception, command: str) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from mha2mla.common.files import read_json_object
 from mha2mla.common.records import recorded_preset
 
 from .caches import DYNAMIC
@@ -82,7 +83,9 @@ class Results:
         path = folder / RESULTS_NAME
         if not path.is_file():
             return cls(asdict(settings))
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json_object(path)
+        if missing := [name for name in ("settings", "runs", "models") if name not in content]:
+            raise ValueError(f"{path} has no {missing[0]}: `mha2mla eval` did not write it. Choose another --output.")
         changed = {k: v for k, v in asdict(settings).items() if content["settings"].get(k) != v}
         if changed:
             before = {name: content["settings"].get(name) for name in changed}

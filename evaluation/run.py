@@ -16,6 +16,7 @@ from mha2mla.modeling import CACHE_ARGUMENT, cache_nbytes
 
 from .caches import DYNAMIC, CacheKind
 from .measures.scoring import inference, prefix_token
+from .report.conversion import find_records
 from .report.page import write_page
 from .results import ModelResult, Results, describe_environment, describe_model, is_done
 from .settings import EvaluationSettings
@@ -105,6 +106,7 @@ def evaluate_models(
     if compares and original_path is None:
         raise ValueError(f"{compares[0]} compares with the original, which is not here. Name it before {paths[0]}.")
     paths = list(dict.fromkeys([*([original_path] if original_path else []), *paths]))
+    find_records(paths)  # one that is malformed shows before anything is measured
     suited = {path: suited_caches(path, caches, trust_remote_code) for path in paths}
     results = Results.open(output, settings)
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")

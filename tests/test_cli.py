@@ -142,6 +142,7 @@ def failing(error):
         (ModuleNotFoundError("No module named 'mha2mla.x'", name="mha2mla.x"), 1, "this is a bug of mha2mla"),
         (OSError(errno.ENOSPC, "No space left on device", "x.bin"), 2, "The disk is full (x.bin). Make room"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), 2, "The disk is full. Make room"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos"), 2, "The disk is full. Make room"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "a/b"), 2, "error: a/b: No such file or dir"),
         (OSError("a is no model.\nTry another"), 2, "error: a is no model. Try another"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), 2, "Out of memory (CUDA out of memory). Lower batch"),

@@ -2,14 +2,16 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import pico_tokenizer
 
 from mha2mla.cli.main import main
 from mha2mla.evaluation import run
 from mha2mla.evaluation.measures import harness
-from pico import VOCAB
+from pico import VOCAB, make_mla
 
 SIZES = ("--length", "16", "--long-length", "20", "--agreement-length", "16")
 SIZES += ("--prompt-length", "8", "--new-tokens", "4")
@@ -182,3 +184,34 @@ def test_malformed_file_is_refused_with_its_line(sets, tmp_path, capsys):
     assert "broken.jsonl:1: `answer` must be the index of a choice, 0 to 1, got 7" in capsys.readouterr().err
     assert main(["eval", "no-such-model"]) == 2
     assert "give --tasks, or --data" in capsys.readouterr().err
+
+
+def shortened(file: Path, size: int) -> None:
+    file.write_bytes(file.read_bytes()[:size])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: shortened(folder / "model.safetensors", 2000), "the weights of"),
+        (lambda folder: shortened(folder / "tokenizer.json", 100), "the tokenizer of"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "no file named model.safetensors"),
+        (lambda folder: (folder / "config.json").write_text("{"), "is not a valid JSON file"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "Should have a `model_type` key"),
+        (lambda folder: (folder / "config.json").unlink(), "has no config.json: it is not a transformers checkpoint"),
+        (lambda folder: (folder / "conversion.json").write_text("[]"), "must hold a JSON object, got list"),
+        (lambda folder: (folder / "conversion.json").write_text('{"source": "x"}'), "has no 'source_cache_width'"),
+        (lambda folder: (folder / "results.json").write_text("{}"), "`mha2mla eval` did not write it"),
+    ],
+)
+def test_broken_checkpoints_end_in_a_sentence(spoil, message, sets, tmp_path, capsys):
+    original, converted = tmp_path / "original", tmp_path / "converted"
+    for folder in (original, converted):
+        make_mla().save_pretrained(folder)
+        pico_tokenizer().save_pretrained(folder)
+    spoil(converted)
+    paths = [str(original), str(converted)]
+    output = converted if (converted / "results.json").exists() else tmp_path / "results"
+    command = ["eval", *paths, "--data", str(sets), "--tasks", "completion", "--output", str(output)]
+    assert main(command) == 2
+    assert message in capsys.readouterr().err

@@ -9,6 +9,7 @@ from huggingface_hub import parse_eval_result_entries
 from test_eval_command import arguments, models, sets, words  # noqa: F401 (fixtures)
 
 from mha2mla.cli.main import main
+from mha2mla.training.publish import plan_upload
 
 TEXT = ("--calibration-samples", 4, "--calibration-length", 16)
 
@@ -82,6 +83,7 @@ def test_results_in_the_form_of_the_hub(models, sets, tmp_path, capsys):  # noqa
     assert (entry.dataset_id, entry.task_id) == ("me/choices", "test")
     assert isinstance(entry.date, str) and results["runs"][0]["started"].startswith(entry.date)
     assert [path.name for path in tmp_path.glob("*/.eval_results")] == [".eval_results"]  # not of the original
+    assert ".eval_results/choices.yaml" in {upload.name for upload in plan_upload(tmp_path / "half")}
     capsys.readouterr()
     for given, message in (
         (("choices",), "write TASK=OWNER/NAME:TASK_ID"),

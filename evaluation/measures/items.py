@@ -89,6 +89,8 @@ def item_kind(item: Item, place: str) -> str:
     if "context" not in item:
         if isinstance(item.get("text"), str) and item["text"]:
             return "text"
+        if "text" in item:
+            raise ValueError(f"{place}: the text must be a string that is not empty, got {item['text']!r:.80}.")
         raise ValueError(
             f"{place}: an item needs `text`, or `context` with `choices` and `answer`, or `context` with `target`; "
             f"this one has {', '.join(item) or 'nothing'}."

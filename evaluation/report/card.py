@@ -7,11 +7,12 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from mha2mla.common.cards import CARD_NAME
 from mha2mla.evaluation.results import ORIGINAL, Results
 
-from .conversion import conversion_figures
+from .conversion import conversion_figures, find_records
 from .figures import against_cache, encode_png
-from .page import local_records, made_by
+from .page import made_by
 from .tables import make_tables
 
 logger = logging.getLogger(__name__)
@@ -24,10 +25,10 @@ BEFORE = re.compile(r"^## (Recipe|Training)\n|^\[mha2mla\]: |\Z", re.MULTILINE)
 def write_cards(results: Results) -> None:
     """Put the tables of each conversion and its original, and the pictures of quality against cache size, into the
     conversion's model card, and all of its pictures into its folder. Only folders of this machine are written to."""
-    for path, record in local_records(results).items():
-        folder, card = Path(path), Path(path) / "README.md"
+    for path, record in find_records(model.path for model in results.models).items():
+        folder, card = Path(path), Path(path) / CARD_NAME
         if not card.is_file():
-            logger.info("%s has no README.md, left as it is", folder)
+            logger.info("%s has no %s, left as it is", folder, CARD_NAME)
             continue
         shown = [save(folder, name, figure) for name, figure in against_cache(results)]
         for name, figure in conversion_figures(record):

@@ -3,15 +3,35 @@ values, and where the loss comes from."""
 
 import html
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
+from mha2mla.common.records import RECORD_NAME, read_record
+
 from .figures import encode_png
 from .html import html_picture
+
+# What the pictures and the page read of a record.
+READ = ("source", "source_cache_width", "cache_width", "seconds", "options", "layers")
+
+
+def find_records(paths: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """
+    The records of those models that are conversions and lie on this machine.
+
+    Raises:
+        ValueError: If one is malformed.
+    """
+    records = {path: read_record(path) for path in dict.fromkeys(paths) if (Path(path) / RECORD_NAME).is_file()}
+    for path, record in records.items():
+        if missing := [name for name in READ if name not in record]:
+            raise ValueError(f"{Path(path) / RECORD_NAME} has no {missing[0]!r}: convert again, or remove the file.")
+    return records
 
 
 def plot_frequencies(record: dict) -> Figure:

@@ -11,13 +11,12 @@ from pathlib import Path
 import yaml
 from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
+from mha2mla.common.cards import RESULTS_FOLDER
 from mha2mla.evaluation.caches import DYNAMIC
 from mha2mla.evaluation.results import ORIGINAL, Results
 from mha2mla.evaluation.tasks import Task
 
 logger = logging.getLogger(__name__)
-
-FOLDER_NAME = ".eval_results"
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def write_hub_results(results: Results, benchmarks: Iterable[Benchmark]) -> None
                 date=results.runs[task["run"]]["started"][:10],
                 notes=f"accuracy in % by log-likelihood, {model.dtype}, mha2mla eval",
             )
-            file = Path(model.path) / FOLDER_NAME / (benchmark.task.replace(":", "-") + ".yaml")
+            file = Path(model.path) / RESULTS_FOLDER / (benchmark.task.replace(":", "-") + ".yaml")
             file.parent.mkdir(exist_ok=True)
             text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
             file.write_text(text, encoding="utf-8")

@@ -1,12 +1,10 @@
 """The files that show an evaluation: tables in markdown, and a page with pictures."""
 
 from pathlib import Path
-from typing import Any
 
-from mha2mla.common.records import RECORD_NAME, read_record
 from mha2mla.evaluation.results import Results
 
-from .conversion import conversion_section
+from .conversion import conversion_section, find_records
 from .figures import encode_png, make_figures
 from .html import html_page, html_picture, html_table
 from .table import Table
@@ -14,12 +12,6 @@ from .tables import make_tables
 
 PAGE_NAME = "report.html"
 MARKDOWN_NAME = "table.md"
-
-
-def local_records(results: Results) -> dict[str, dict[str, Any]]:
-    """Records of the conversions that lie on this machine, by the model's path."""
-    paths = dict.fromkeys(model.path for model in results.models)
-    return {path: read_record(path) for path in paths if (Path(path) / RECORD_NAME).is_file()}
 
 
 def made_by(results: Results) -> str:
@@ -36,7 +28,8 @@ def write_page(folder: Path, results: Results) -> list[Table]:
     (folder / MARKDOWN_NAME).write_text(f"{text}\n\n{made_by(results)}\n", encoding="utf-8")
     pictures = [html_picture(name, encode_png(figure)) for name, figure in make_figures(results)]
     parts = [f"<h2>{table.title}</h2>{html_table(table.header, table.rows)}" for table in tables]
-    conversions = [conversion_section(Path(path).name, record) for path, record in local_records(results).items()]
+    records = find_records(model.path for model in results.models)
+    conversions = [conversion_section(Path(path).name, record) for path, record in records.items()]
     command, environment = results.runs[-1]["command"], results.runs[-1]["environment"]
     notes = html_table(("made by", ""), [("command", command), *((k, str(v)) for k, v in environment.items())])
     body = "".join((*pictures, *parts, *conversions, "<h2>Run</h2>", notes))
