@@ -2,8 +2,10 @@
 PYTHON ?= python3
 # The CPU build by default: plain "torch" brings gigabytes of CUDA. On a GPU machine: make demo TORCH=torch
 TORCH ?= torch==2.13.0
+# Another release to test against: make clean test TRANSFORMERS='transformers==5.17.*'
+TRANSFORMERS ?= transformers
 
-.PHONY: demo test clean
+.PHONY: demo test serve-test clean
 
 demo: .venv-demo/ready
 	.venv-demo/bin/python docs/examples/demo.py
@@ -17,6 +19,12 @@ test: .venv-test/ready
 	.venv-test/bin/mypy -p mha2mla
 	.venv-test/bin/python -m pytest -q -n 2 --dist loadgroup
 
+# Exports in real engines, vLLM on the CPU and llama.cpp: 3.5 GB in a virtual environment of their own.
+serve-test: .venv-test/ready .venv-serve/ready
+	rm -rf build
+	.venv-test/bin/pip install --quiet --no-deps --force-reinstall .
+	SERVE_PYTHON=$(CURDIR)/.venv-serve/bin/python .venv-test/bin/python -m pytest -q tests/serving
+
 .venv-demo/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-demo
 	.venv-demo/bin/pip install --quiet $(TORCH)
@@ -27,8 +35,14 @@ test: .venv-test/ready
 	$(PYTHON) -m venv .venv-test
 	.venv-test/bin/pip install --quiet $(TORCH)
 	rm -rf build
-	.venv-test/bin/pip install --quiet '.[dev,gguf,eval]'
+	.venv-test/bin/pip install --quiet '.[dev,gguf,eval]' '$(TRANSFORMERS)'
+	touch $@
+
+.venv-serve/ready: tests/serving/requirements.txt
+	$(PYTHON) -m venv .venv-serve
+	.venv-serve/bin/pip install --quiet $(TORCH)
+	.venv-serve/bin/pip install --quiet --no-deps --require-hashes --requirement tests/serving/requirements.txt
 	touch $@
 
 clean:
-	rm -rf .venv-demo .venv-test .cache out build *.egg-info
+	rm -rf .venv-demo .venv-test .venv-serve .cache out build dist src/*.egg-info

@@ -30,7 +30,7 @@ from mha2mla.evaluation.caches import DYNAMIC, CacheKind
 from mha2mla.evaluation.speed.bandwidth import copy_bandwidth
 from mha2mla.evaluation.speed.dimensions import DIMENSIONS, random_models
 from mha2mla.evaluation.speed.measure import allocated_nbytes, fill, measure_speed, numbers_per_token
-from mha2mla.modeling import cache_nbytes, modeling_mla_llama
+from mha2mla.modeling import cache_nbytes, latent_module
 from mha2mla.modeling.latent_decode import kernel_can_run
 
 FULL = dict(
@@ -74,7 +74,7 @@ def eager_case(sizes) -> Iterator[dict]:
     model = random_models(name, sizes["dtype"], DEVICE.type, *ranks, 1)
     for which, kernel in (("original", False), ("converted", True), ("converted", False)):
         made = model[which]()
-        with patch.object(modeling_mla_llama, "kernel_can_run", kernel_can_run if kernel else lambda *_: False):
+        with patch.object(latent_module, "kernel_can_run", kernel_can_run if kernel else lambda *_: False):
             for batch, context in shapes:
                 done = measure_speed(made, which, DYNAMIC, batch, context, sizes["steps"], prefill=False)
                 yield dict(model=which, kernel=kernel, batch=batch, context=context, ms=done.step_ms)

@@ -10,7 +10,7 @@ from mha2mla import __version__
 
 from .errors import tell
 
-COMMANDS = ("convert", "eval", "bench", "train", "push")
+COMMANDS = ("convert", "export", "eval", "bench", "train", "push")
 
 
 def summary(command: str) -> str:

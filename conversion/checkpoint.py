@@ -117,34 +117,35 @@ class CheckpointWriter:
         (self.folder / INDEX_NAME).write_text(index_text + "\n")
 
 
-def check_output(output: Path, overwrite: bool) -> None:
-    """Refuse to touch what is already there, before any work is done."""
+def check_output(output: Path, overwrite: bool, record: str = RECORD_NAME) -> None:
+    """Refuse to touch what is already there, before any work is done, unless `record` lies in it and tells that a run
+    of the same kind made it."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not overwrite:
         raise ValueError(f"{output} exists already. Choose another folder, or pass --overwrite to replace it.")
-    if not (output / RECORD_NAME).is_file():
+    if not (output / record).is_file():
         raise ValueError(
-            f"{output} has no {RECORD_NAME}, so it is not an earlier output of the conversion, and --overwrite will "
-            "not delete it. Choose another folder, or remove it yourself."
+            f"{output} has no {record}, so it is not an earlier output of the {Path(record).stem}, and --overwrite "
+            "will not delete it. Choose another folder, or remove it yourself."
         )
 
 
 @contextmanager
-def atomic_folder(output: Path, overwrite: bool) -> Iterator[Path]:
+def atomic_folder(output: Path, overwrite: bool, record: str = RECORD_NAME) -> Iterator[Path]:
     """
     A new folder beside `output` that takes its name only when the body has run to its end.
 
     A run that fails removes it; a run that is killed leaves it under its temporary name (`.OUTPUT.partial-*`), never
     half a model under the real one. With `overwrite`, the old folder stays in place until the new one is complete.
     """
-    check_output(output, overwrite)
+    check_output(output, overwrite, record)
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
     partial.chmod(0o755)  # mkdtemp's is for the owner alone
     try:
         yield partial
-        check_output(output, overwrite)
+        check_output(output, overwrite, record)
         if output.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent))
             os.replace(output, old / output.name)

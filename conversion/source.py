@@ -26,6 +26,9 @@ COMPANION_PATTERNS = [
     "vocab.*",
     "merges.txt",
     "chat_template*",
+    "LICEN[CS]E*",
+    "NOTICE*",
+    "USE_POLICY*",
 ]
 
 
@@ -48,7 +51,8 @@ def local_checkpoint(source: str, revision: str | None = None, gguf_file: str | 
     elif path.is_absolute() or source.startswith(".") or source.count("/") > 1:
         raise ValueError(f"No folder or .gguf file at {source}.")
     else:
-        patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", *COMPANION_PATTERNS]
+        patterns = ["config.json", "adapter_config.json", "README.md", "*.safetensors", "*.safetensors.index.json"]
+        patterns += COMPANION_PATTERNS
         yield Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
 
 
@@ -72,7 +76,7 @@ def dequantise_gguf(source: str, gguf_file: str, folder: Path, revision: str | N
 
 
 def copy_companions(folder: Path, output: Path) -> list[str]:
-    """Copy tokenizer, chat template and generation config as they are; returns the names copied."""
+    """Copy tokenizer, chat template, generation config and licence as they are; returns the names copied."""
     copied = []
     for pattern in COMPANION_PATTERNS:
         for file in sorted(folder.glob(pattern)):

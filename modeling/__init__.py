@@ -5,6 +5,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from .configuration_mla_llama import MLALlamaConfig
 from .latent_cache import CACHE_ARGUMENT, GrowingBuffer, LatentDynamicLayer, LatentStaticLayer, cache_nbytes
 from .latent_quantized_cache import LatentQuantizedLayer, quantized_cache
+from .latent_shape import LatentShape
 from .modeling_mla_llama import MLALlamaForCausalLM, MLALlamaModel, MLALlamaPreTrainedModel
 
 AutoConfig.register("mla_llama", MLALlamaConfig)
@@ -16,6 +17,7 @@ __all__ = [
     "GrowingBuffer",
     "LatentDynamicLayer",
     "LatentQuantizedLayer",
+    "LatentShape",
     "LatentStaticLayer",
     "MLALlamaConfig",
     "MLALlamaForCausalLM",

@@ -1,22 +1,22 @@
 """Multi-head latent attention as pure tensor functions: rotation, expansion, and absorbed decoding.
 
-Shape letters: B batch, T query tokens, S cached tokens (new ones included), H query heads, G key/value heads,
-N un-rotated key heads (G or H), n rotary key heads (1 or G), R latent size, r rotary dims, W = R + n*r.
+The letters in shapes are those of `latent_shape.py`.
 """
 
 import torch
 
-from .configuration_mla_llama import MLALlamaConfig
+from .latent_shape import LatentShape
 
 # The absorbed path holds the scores [B, H, T, S]. Decoding and speculative decoding ask for a handful of query tokens;
 # for more (chunked prefill) the expanded path and its fused kernels are the better choice whatever the count says.
 MAX_ABSORBED_QUERY_TOKENS = 64
 
 
-def default_rope_frequencies(config: MLALlamaConfig) -> torch.Tensor:
-    """Frequency index of each rotary pair before a conversion sets it, [n, r/2]: the highest ones, in turn."""
-    pairs = torch.arange(config.qk_rope_head_dim // 2) % (config.head_dim // 2)
-    return pairs.repeat(config.num_rope_key_heads, 1)
+def default_rope_frequencies(shape: LatentShape, head_dim: int) -> torch.Tensor:
+    """Frequency index of each rotary pair before a conversion sets it, [n, r/2]: the highest ones, in turn, of the
+    `head_dim / 2` in the model's rotary table."""
+    pairs = torch.arange(shape.qk_rope_head_dim // 2) % (head_dim // 2)
+    return pairs.repeat(shape.num_rope_key_heads, 1)
 
 
 def select_frequencies(
@@ -65,47 +65,35 @@ def repeat_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
 
 
 def expand_keys_values(
-    expanded: torch.Tensor, rope_keys: torch.Tensor, num_nope_key_heads: int, qk_nope_head_dim: int, v_head_dim: int
+    expanded: torch.Tensor, rope_keys: torch.Tensor, shape: LatentShape
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Full keys and values from what `kv_b_proj` makes of the latents.
 
     Args:
-        expanded (`torch.Tensor`): [B, S, N * qk_nope_head_dim + G * v_head_dim], un-rotated keys before values.
-        rope_keys (`torch.Tensor`): Rotated keys, [B, S, n * r] or [B, n, S, r].
+        expanded (`torch.Tensor`): [B, S, N*nope + G*v], un-rotated keys before values.
+        rope_keys (`torch.Tensor`): Rotated keys, [B, n, S, r].
 
     Returns:
-        Keys [B, N, S, qk_nope_head_dim + r] and values [B, N, S, v_head_dim].
+        Keys [B, N, S, nope + r] and values [B, N, S, v].
     """
-    key_width = num_nope_key_heads * qk_nope_head_dim
-    nope = expanded[..., :key_width].unflatten(-1, (num_nope_key_heads, qk_nope_head_dim)).transpose(1, 2)
-    values = expanded[..., key_width:].unflatten(-1, (-1, v_head_dim)).transpose(1, 2)
-    keys = torch.cat((nope, repeat_heads(rope_keys, num_nope_key_heads)), dim=-1)
-    return keys, repeat_heads(values, num_nope_key_heads)
+    nope, values = shape.split_expanded(expanded)
+    keys = torch.cat((nope, repeat_heads(rope_keys, shape.num_nope_key_heads)), dim=-1)
+    return keys, repeat_heads(values, shape.num_nope_key_heads)
 
 
-def absorbed_costs_less(
-    num_queries: int,
-    num_cached: int,
-    num_heads: int,
-    num_nope_key_heads: int,
-    num_key_value_heads: int,
-    kv_lora_rank: int,
-    latent_cache_dim: int,
-    qk_nope_head_dim: int,
-    qk_rope_head_dim: int,
-    v_head_dim: int,
-) -> bool:
+def absorbed_costs_less(num_queries: int, num_cached: int, shape: LatentShape) -> bool:
     """
     Whether absorbed attention needs fewer multiplications than expanding the whole history.
 
     Expanded: S*R*(N*nope + G*v) to expand, T*H*S*(nope + r + v) to attend.
     Absorbed: T*H*R*(nope + v) to move queries and outputs through the up-projections, T*H*S*(W + R) to attend.
     """
-    expand = num_cached * kv_lora_rank * (num_nope_key_heads * qk_nope_head_dim + num_key_value_heads * v_head_dim)
-    attend_expanded = num_queries * num_heads * num_cached * (qk_nope_head_dim + qk_rope_head_dim + v_head_dim)
-    absorb = num_queries * num_heads * kv_lora_rank * (qk_nope_head_dim + v_head_dim)
-    attend_absorbed = num_queries * num_heads * num_cached * (latent_cache_dim + kv_lora_rank)
+    query_heads = num_queries * shape.num_attention_heads
+    expand = num_cached * shape.kv_lora_rank * shape.expanded_width
+    attend_expanded = query_heads * num_cached * (shape.qk_head_dim + shape.v_head_dim)
+    absorb = query_heads * shape.kv_lora_rank * (shape.qk_nope_head_dim + shape.v_head_dim)
+    attend_absorbed = query_heads * num_cached * (shape.width + shape.kv_lora_rank)
     return absorb + attend_absorbed < expand + attend_expanded
 
 
@@ -146,11 +134,7 @@ def multiply_heads(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 
 def absorb_query(
-    q_nope: torch.Tensor,
-    q_rope: torch.Tensor,
-    kv_b_weight: torch.Tensor,
-    num_rope_key_heads: int,
-    num_nope_key_heads: int,
+    q_nope: torch.Tensor, q_rope: torch.Tensor, kv_b_weight: torch.Tensor, shape: LatentShape
 ) -> torch.Tensor:
     """
     Queries that meet the cache as it lies.
@@ -163,27 +147,27 @@ def absorb_query(
     Returns:
         [B, H*T, W].
     """
-    batch, num_heads, num_queries, nope_dim = q_nope.shape
-    w_uk = kv_b_weight[: num_nope_key_heads * nope_dim].unflatten(0, (num_nope_key_heads, nope_dim))  # [N, nope, R]
-    grouped = q_nope.unflatten(1, (num_nope_key_heads, -1)).flatten(2, 3)  # [B, N, H/N * T, nope]
+    batch, num_heads, num_queries, _ = q_nope.shape
+    w_uk, _ = shape.split_up_projection(kv_b_weight)  # [N, nope, R]
+    grouped = q_nope.unflatten(1, (shape.num_nope_key_heads, -1)).flatten(2, 3)  # [B, N, H/N * T, nope]
     q_latent = multiply_heads(grouped, w_uk).reshape(batch, num_heads, num_queries, -1)
-    if num_rope_key_heads > 1:
+    n = shape.num_rope_key_heads
+    if n > 1:
         # Every query head sees all rotary keys of an entry: its own slot holds the query, the others zeros.
-        slots = torch.eye(num_rope_key_heads, dtype=q_rope.dtype, device=q_rope.device)
-        q_rope = q_rope.unflatten(1, (num_rope_key_heads, -1)).unsqueeze(-2) * slots[:, None, None, :, None]
+        slots = torch.eye(n, dtype=q_rope.dtype, device=q_rope.device)
+        q_rope = q_rope.unflatten(1, (n, -1)).unsqueeze(-2) * slots[:, None, None, :, None]
         q_rope = q_rope.flatten(-2).flatten(1, 2)  # [B, H, T, n*r]
     return torch.cat((q_latent, q_rope), dim=-1).flatten(1, 2)
 
 
-def expand_output(
-    context: torch.Tensor, kv_b_weight: torch.Tensor, num_heads: int, num_key_value_heads: int, value_rows: int
-) -> torch.Tensor:
-    """Values [B, T, H, v] from what heads see of the latents, [B, H*T, R]; the last `value_rows` = G*v rows of
-    `kv_b_weight` are the values' up-projections."""
+def expand_output(context: torch.Tensor, kv_b_weight: torch.Tensor, shape: LatentShape) -> torch.Tensor:
+    """Values [B, T, H, v] from what heads see of the latents, [B, H*T, R], by the values' part of `kv_b_weight`
+    [N*nope + G*v, R]."""
     batch, rows, rank = context.shape
-    w_uv = kv_b_weight[-value_rows:].unflatten(0, (num_key_value_heads, -1))  # [G, v, R]
-    context = context.view(batch, num_key_value_heads, -1, rank)  # [B, G, H/G * T, R]
+    _, w_uv = shape.split_up_projection(kv_b_weight)  # [G, v, R]
+    context = context.view(batch, shape.num_key_value_heads, -1, rank)  # [B, G, H/G * T, R]
     values = multiply_heads(context, w_uv.transpose(1, 2))  # [B, G, H/G * T, v]
+    num_heads = shape.num_attention_heads
     return values.reshape(batch, num_heads, rows // num_heads, -1).transpose(1, 2)
 
 
@@ -192,9 +176,7 @@ def absorbed_attention(
     q_rope: torch.Tensor,
     entries: torch.Tensor,
     kv_b_weight: torch.Tensor,
-    num_rope_key_heads: int,
-    num_nope_key_heads: int,
-    num_key_value_heads: int,
+    shape: LatentShape,
     scaling: float,
     attention_mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -212,10 +194,9 @@ def absorbed_attention(
     Returns:
         Output [B, T, H, v] and attention probabilities [B, H, T, S].
     """
-    _, num_heads, num_queries, nope_dim = q_nope.shape
-    value_rows, rank = kv_b_weight.shape[0] - num_nope_key_heads * nope_dim, kv_b_weight.shape[1]
-    query = absorb_query(q_nope, q_rope, kv_b_weight, num_rope_key_heads, num_nope_key_heads)
+    _, num_heads, num_queries, _ = q_nope.shape
+    query = absorb_query(q_nope, q_rope, kv_b_weight, shape)
     scores = query.matmul(entries.transpose(1, 2)).unflatten(1, (num_heads, num_queries)) * scaling  # [B, H, T, S]
     weights = add_mask(scores, attention_mask).softmax(dim=-1, dtype=torch.float32).to(q_nope.dtype)
-    context = weights.flatten(1, 2).matmul(entries[..., :rank])  # [B, H*T, R]
-    return expand_output(context, kv_b_weight, num_heads, num_key_value_heads, value_rows), weights
+    context = weights.flatten(1, 2).matmul(entries[..., : shape.kv_lora_rank])  # [B, H*T, R]
+    return expand_output(context, kv_b_weight, shape), weights

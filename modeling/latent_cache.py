@@ -3,7 +3,7 @@
 transformers builds `DynamicCache` and `StaticCache` from one layer object per entry of `config.layer_types`. The two
 classes below register themselves for the name "latent_attention", so that `generate()` picks them with no argument.
 
-A layer keeps ONE buffer `keys` of shape [batch, 1, tokens, R + n*r]: per token the latent (R numbers), then the
+A layer keeps ONE buffer `keys` of shape [batch, 1, tokens, W]: per token an entry of the latent (R numbers) and the
 rotary keys (n heads of r dims). `values` is always the view `keys[..., :R]`: absorbed attention is multi-query
 attention with the buffer as its keys and the latents as its values, without copying either.
 """
@@ -16,7 +16,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Stati
 from transformers.masking_utils import create_causal_mask
 from transformers.utils import is_torchdynamo_compiling
 
-from .configuration_mla_llama import LATENT_LAYER_TYPE
+from .latent_config import LATENT_LAYER_TYPE
+from .latent_decode import Part
 
 # What transformers calls a cache in arguments: "past_key_values" before 5.24, "cache" since.
 CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
@@ -33,7 +34,7 @@ def round_up(tokens: int) -> int:
 
 class GrowingBuffer:
     """
-    Entries [batch, 1, tokens, width] that grow in place: the memory keeps room behind the last token, and is copied
+    Entries [batch, 1, tokens, W] that grow in place: the memory keeps room behind the last token, and is copied
     into a larger one only when that is used up. The room is 1/16 of the tokens (at least 64), so that a token is
     copied 16 times in all, however long the text becomes, and at most a sixteenth of the memory lies idle.
     """
@@ -82,11 +83,39 @@ def _is_locked(tensor: torch.Tensor) -> bool:
     return tensor.is_inference() and not torch.is_inference_mode_enabled()
 
 
-class LatentLayerMixin(CacheLayerMixin):
+class LatentLayer(CacheLayerMixin):
+    """
+    What latent attention asks of a cache layer, quantised ones included, beside transformers' `update`. Attention
+    looks for these names and not for this class: two models in one process may each have brought their own copy of
+    this file, and transformers gives both models the cache layers of the one that was loaded last.
+
+    Entries may lie in a basis of their own ([`to_basis`], [`from_basis`]), and some may be codes (`packed`).
+    """
+
+    packed = False
+
+    def append(self, entries: torch.Tensor) -> None:
+        """Take in new entries, [batch, 1, new tokens, W]."""
+        raise NotImplementedError
+
+    def parts(self, mask: torch.Tensor | None) -> list[Part]:
+        """The entries as they lie, for [`decode_attention`]. `mask`, in the order of tokens: [B or 1, 1, T, S]."""
+        raise NotImplementedError
+
+    def to_basis(self, query: torch.Tensor) -> torch.Tensor:
+        """Absorbed queries [B, H*T, W] in the basis of the entries as they lie."""
+        return query
+
+    def from_basis(self, context: torch.Tensor) -> torch.Tensor:
+        """What queries saw of the latents as they lie, [B, H*T, R], in the model's basis."""
+        return context
+
+
+class OneBufferLayer(LatentLayer):
     """What the dynamic and the static latent layer share: `keys` is all there is, `values` a view of it."""
 
     is_initialized: bool
-    kv_lora_rank: int
+    kv_lora_rank: int | None = None  # R, which the first `update` tells
     keys: torch.Tensor  # None before the first update, as in the base classes
 
     @property
@@ -100,9 +129,29 @@ class LatentLayerMixin(CacheLayerMixin):
         # storing it would make a copy of the latents.
         pass
 
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Append entries and return the whole history.
+
+        Args:
+            key_states (`torch.Tensor`): New entries, [batch, 1, new tokens, W].
+            value_states (`torch.Tensor`): The latents in them, [batch, 1, new tokens, R]; only their width is used.
+
+        Returns:
+            The entries [batch, 1, tokens, W] and their view of the latents [batch, 1, tokens, R], where a static
+            layer's tokens are `max_cache_len`, of which the mask hides those not yet written. They lie in memory that
+            the layer writes to after a `crop`; clone what has to outlive that.
+        """
+        if self.kv_lora_rank is None:
+            self.kv_lora_rank = value_states.shape[-1]
+        self.append(key_states)
+        return self.keys, self.values
+
     @property
     def nbytes(self) -> int:
-        """Bytes of this layer's entries: batch * tokens * (R + n*r) * element size."""
+        """Bytes of this layer's entries: batch * tokens * W * element size."""
         return 0 if self.keys is None else self.keys.numel() * self.keys.element_size()
 
     def _change(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -130,7 +179,7 @@ class LatentLayerMixin(CacheLayerMixin):
         self._change(lambda x: x[indices, ...])
 
 
-class LatentDynamicLayer(LatentLayerMixin, DynamicLayer):
+class LatentDynamicLayer(OneBufferLayer, DynamicLayer):
     """Grows by the tokens it is given, without copying those already there (see [`GrowingBuffer`])."""
 
     _layer_type = LATENT_LAYER_TYPE
@@ -141,7 +190,7 @@ class LatentDynamicLayer(LatentLayerMixin, DynamicLayer):
 
     @property
     def keys(self) -> torch.Tensor:
-        """View of the entries, [batch, 1, tokens, R + n*r]; None before the first update, as in the base classes."""
+        """View of the entries, [batch, 1, tokens, W]; None before the first update, as in the base classes."""
         return None if self.buffer.data is None else self.buffer.view()  # type: ignore[return-value]
 
     @keys.setter
@@ -150,27 +199,15 @@ class LatentDynamicLayer(LatentLayerMixin, DynamicLayer):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.kv_lora_rank = value_states.shape[-1]
         self.is_initialized = True
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Append entries and return the whole history.
-
-        Args:
-            key_states (`torch.Tensor`): New entries, [batch, 1, new tokens, R + n*r].
-            value_states (`torch.Tensor`): The latents in them, [batch, 1, new tokens, R]; only their width is used.
-
-        Returns:
-            The entries [batch, 1, tokens, R + n*r] and their view of the latents [batch, 1, tokens, R]. They lie in
-            memory that the layer writes to after a `crop`; clone what has to outlive that.
-        """
+    def append(self, entries: torch.Tensor) -> None:
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.buffer.append(key_states)
-        return self.keys, self.values
+            self.lazy_initialization(entries, entries)
+        self.buffer.append(entries)
+
+    def parts(self, mask: torch.Tensor | None) -> list[Part]:
+        return [Part(self.keys.squeeze(1), mask)]
 
     @property
     def allocated_nbytes(self) -> int:
@@ -191,7 +228,7 @@ class LatentDynamicLayer(LatentLayerMixin, DynamicLayer):
         self.is_initialized = False
 
 
-class LatentStaticLayer(LatentLayerMixin, StaticLayer):
+class LatentStaticLayer(OneBufferLayer, StaticLayer):
     """Allocated once for `max_cache_len` tokens, rounded up, and written in place, for `torch.compile` and CUDA
     graphs."""
 
@@ -204,7 +241,6 @@ class LatentStaticLayer(LatentLayerMixin, StaticLayer):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size, self.num_heads = key_states.shape[:2]
-        self.kv_lora_rank = value_states.shape[-1]
         self.keys = key_states.new_zeros((self.batch_size, 1, self.max_cache_len, key_states.shape[-1]))
         self.cumulative_length = self.cumulative_length.to(self.device)
         if not is_torchdynamo_compiling():
@@ -213,18 +249,16 @@ class LatentStaticLayer(LatentLayerMixin, StaticLayer):
             torch._dynamo.mark_static_address(self.cumulative_length)
         self.is_initialized = True
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write entries behind those already there; shapes as in [`LatentDynamicLayer.update`], but the history
-        returned has `max_cache_len` tokens, of which the mask hides those not yet written."""
+    def append(self, entries: torch.Tensor) -> None:
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        num_new = key_states.shape[-2]
+            self.lazy_initialization(entries, entries)
+        num_new = entries.shape[2]
         positions = torch.arange(num_new, device=self.device) + self.cumulative_length
         self.cumulative_length.add_(num_new)  # in place: its address is part of the compiled graph
-        self.keys.index_copy_(2, positions, key_states)
-        return self.keys, self.values
+        self.keys.index_copy_(2, positions, entries)
+
+    def parts(self, mask: torch.Tensor | None) -> list[Part]:
+        return [Part(self.keys.squeeze(1), mask, self.cumulative_length)]
 
 
 def tensor_bytes(holder) -> int:
@@ -243,7 +277,7 @@ def cache_nbytes(cache: Cache) -> int:
     """
     Bytes that a cache's tensors occupy, for latent caches and for transformers' own, dynamic, static or quantised.
 
-    For a latent cache that is not quantised this is exactly layers * tokens * batch * (R + n*r) * element size. The
+    For a latent cache that is not quantised this is exactly layers * tokens * batch * W * element size. The
     tokens of a static one are its layers' `max_cache_len`: what was asked for, rounded up to a multiple of 8. A
     quantised one counts scales, zeros and its window.
     """

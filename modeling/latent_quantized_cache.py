@@ -16,7 +16,7 @@ look at, stays in full precision, as does a window of recent tokens.
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, HQQQuantizedLayer, QuantizedLayer, QuantoQuantizedLayer
 
-from .latent_cache import GrowingBuffer, tensor_bytes
+from .latent_cache import GrowingBuffer, LatentLayer, tensor_bytes
 from .latent_decode import Part
 from .latent_quantization import dequantize, pack, quantize, random_rotation, unpack
 
@@ -27,7 +27,7 @@ MEAN_TOKENS = 128
 MAX_NUMBERS = 2**24
 
 
-class LatentQuantizedLayer(DynamicLayer):
+class LatentQuantizedLayer(LatentLayer, DynamicLayer):
     """
     One layer's entries: the first token and the recent ones in full precision, those between in `nbits`.
 
@@ -42,9 +42,10 @@ class LatentQuantizedLayer(DynamicLayer):
     """
 
     is_croppable = True
-    first: torch.Tensor  # rotated entries in full precision, [batch, 1, tokens, R + n*r]: the first token,
+    packed = True
+    first: torch.Tensor  # rotated entries in full precision, [batch, 1, tokens, W]: the first token,
     recent: torch.Tensor  # and those not yet quantised
-    mean: torch.Tensor  # of the rotated entries, [batch, 1, 1, R + n*r]; None until something is quantised
+    mean: torch.Tensor  # of the rotated entries, [batch, 1, 1, W]; None until something is quantised
 
     def __init__(
         self,
@@ -95,7 +96,7 @@ class LatentQuantizedLayer(DynamicLayer):
         return torch.cat([part @ matrix for part, matrix in zip(parts, self.from_rotated, strict=True)], dim=-1)
 
     def append(self, entries: torch.Tensor) -> None:
-        """Take in new entries, [batch, 1, new tokens, R + n*r], and quantise what no longer fits the window."""
+        """Take in new entries, [batch, 1, new tokens, W], and quantise what no longer fits the window."""
         if not self.is_initialized:
             self.lazy_initialization(entries, entries)
         rotated = self.rotate(entries.detach())
@@ -122,19 +123,16 @@ class LatentQuantizedLayer(DynamicLayer):
         self.codes.append(torch.cat(codes, dim=2))
         self.scales.append(torch.cat(scales, dim=2))
 
-    def meet(self, query: torch.Tensor) -> torch.Tensor:
-        """Absorbed queries [B, rows, R + n*r] in the basis of the entries as they lie here."""
+    def to_basis(self, query: torch.Tensor) -> torch.Tensor:
         parts = query.split(self.sizes, dim=-1)
         matrices = zip(parts, self.from_rotated, strict=True)
         return torch.cat([part @ matrix.T for part, matrix in matrices], dim=-1)
 
-    def leave(self, context: torch.Tensor) -> torch.Tensor:
-        """What was seen of the latents, [B, rows, R], in the model's basis."""
+    def from_basis(self, context: torch.Tensor) -> torch.Tensor:
         return context @ self.from_rotated[0]
 
     def parts(self, mask: torch.Tensor | None) -> list[Part]:
-        """The entries as the decode kernel reads them, all without the mean: that adds the same to all scores of a
-        query, which the softmax does not feel. `mask` is in the order of the tokens, [B or 1, 1, T, S]."""
+        """All without the mean: that adds the same to all scores of a query, which the softmax does not feel."""
         window = torch.cat((self.first, self.recent), dim=2)
         cut = 1 + self.codes.length
         if self.codes.length == 0:
@@ -152,7 +150,7 @@ class LatentQuantizedLayer(DynamicLayer):
         ]
 
     def dequantized(self) -> torch.Tensor:
-        """All entries as they are remembered, [batch, 1, tokens, R + n*r]."""
+        """All entries as they are remembered, [batch, 1, tokens, W]."""
         pieces = [self.first, self.recent]
         if self.codes.length > 0:
             widths = [size if self.nbits == 8 else (size + 1) // 2 for size in self.sizes]
@@ -168,7 +166,7 @@ class LatentQuantizedLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Shapes as in [`LatentDynamicLayer.update`]. What is returned holds the new entries as they were given,
+        """Shapes as in [`OneBufferLayer.update`]. What is returned holds the new entries as they were given,
         behind the history as it is remembered, so that a prompt attends to itself in full precision."""
         self.append(key_states)
         entries = key_states
@@ -226,26 +224,39 @@ class LatentQuantizedLayer(DynamicLayer):
         return sum(part.numel() * part.element_size() for part in parts)
 
 
-class LatentBackendMixin(QuantizedLayer):
+class LatentBackendLayer(LatentLayer, QuantizedLayer):
     """transformers' quantised layers, given one tensor of entries instead of keys and values."""
+
+    def append(self, entries: torch.Tensor) -> None:
+        if not self.is_initialized:
+            self.lazy_initialization(entries, entries)
+            self.keys = entries[:, :, :0]
+            self._quantized_keys = None
+        self.cumulative_length += entries.shape[-2]
+        self.keys = torch.cat([self.keys, entries], dim=-2)
+        if self.keys.shape[-2] >= self.residual_length:
+            history = self.dequantized()
+            self.keys = history[:, :, :0]
+            self._quantized_keys = self._quantize(history.contiguous(), axis=self.axis_key)
+
+    def parts(self, mask: torch.Tensor | None) -> list[Part]:
+        return [Part(self.dequantized().squeeze(1), mask)]
+
+    def dequantized(self) -> torch.Tensor:
+        """All entries as they are remembered, [batch, 1, tokens, W]."""
+        if self._quantized_keys is None:
+            return self.keys
+        return torch.cat([self._dequantize(self._quantized_keys), self.keys], dim=-2)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Shapes as in [`LatentDynamicLayer.update`]."""
-        self.cumulative_length += key_states.shape[-2]
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.keys = key_states[:, :, :0]
-            self._quantized_keys = None
-        history: list[torch.Tensor] = []
-        if self._quantized_keys is not None:
-            history.append(self._dequantize(self._quantized_keys))
-        entries = torch.cat([*history, self.keys, key_states], dim=-2)
-        self.keys = torch.cat([self.keys, key_states], dim=-2)
-        if self.keys.shape[-2] >= self.residual_length:
-            self.keys = entries[:, :, :0]
-            self._quantized_keys = self._quantize(entries.contiguous(), axis=self.axis_key)
+        """Shapes as in [`OneBufferLayer.update`]. What is returned holds the new entries as they were given, even if
+        they are quantised now."""
+        entries = key_states
+        if self.is_initialized:
+            entries = torch.cat([self.dequantized(), key_states], dim=-2)
+        self.append(key_states)
         return entries, entries[..., : value_states.shape[-1]]
 
     def reset(self) -> None:
@@ -269,11 +280,11 @@ class LatentBackendMixin(QuantizedLayer):
         return tensor_bytes(self._quantized_keys) + self.keys.numel() * self.keys.element_size()
 
 
-class LatentQuantoLayer(LatentBackendMixin, QuantoQuantizedLayer):
+class LatentQuantoLayer(LatentBackendLayer, QuantoQuantizedLayer):
     """Entries in optimum-quanto's format."""
 
 
-class LatentHQQLayer(LatentBackendMixin, HQQQuantizedLayer):
+class LatentHQQLayer(LatentBackendLayer, HQQQuantizedLayer):
     """Entries in HQQ's format."""
 
 

@@ -24,10 +24,13 @@ CODE_FILES = [
     "configuration_mla_llama.py",
     "latent_attention.py",
     "latent_cache.py",
+    "latent_config.py",
     "latent_decode.py",
     "latent_kernels.py",
+    "latent_module.py",
     "latent_quantization.py",
     "latent_quantized_cache.py",
+    "latent_shape.py",
     "latent_wide_kernel.py",
     "modeling_mla_llama.py",
 ]

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from mha2mla.modeling import CACHE_ARGUMENT
-from mha2mla.modeling import latent_attention as attention_module
+from mha2mla.modeling import CACHE_ARGUMENT, LatentShape, latent_module
 from mha2mla.modeling.latent_attention import (
     absorbed_attention,
     absorbed_costs_less,
@@ -40,13 +39,14 @@ def test_absorbed_equals_expanded(num_queries, n, nope_heads, nope):
     """H=6, G=3: shared and per-head rotary keys, un-rotated keys per query head and per key/value head, or none."""
     torch.manual_seed(0)
     heads, groups, r, v, rank, cached = 6, 3, 4, 7, 11, 9
+    shape = LatentShape(heads, groups, nope_heads, n, rank, nope, r, v)
     entries = torch.randn(2, cached, rank + n * r)
     weight = torch.randn(nope_heads * nope + groups * v, rank)
     q_nope, q_rope = torch.randn(2, heads, num_queries, nope), torch.randn(2, heads, num_queries, r)
-    got, weights = absorbed_attention(q_nope, q_rope, entries, weight, n, nope_heads, groups, 0.3, None)
+    got, weights = absorbed_attention(q_nope, q_rope, entries, weight, shape, 0.3, None)
 
     k_rope = entries[..., rank:].unflatten(-1, (n, r)).transpose(1, 2)
-    keys, values = expand_keys_values(entries[..., :rank] @ weight.T, k_rope, nope_heads, nope, v)
+    keys, values = expand_keys_values(entries[..., :rank] @ weight.T, k_rope, shape)
     keys = keys.repeat_interleave(heads // nope_heads, dim=1)
     values = values.repeat_interleave(heads // nope_heads, dim=1)
     scores = torch.cat((q_nope, q_rope), dim=-1) @ keys.transpose(2, 3) * 0.3
@@ -67,19 +67,19 @@ def test_masks_of_all_implementations_mean_the_same():
 
 
 def test_cost_model_prefers_absorbed_for_decoding_only():
-    sizes = dict(
-        num_heads=32,
-        num_nope_key_heads=32,
+    shape = LatentShape(
+        num_attention_heads=32,
         num_key_value_heads=32,
+        num_nope_key_heads=32,
+        num_rope_key_heads=1,
         kv_lora_rank=512,
-        latent_cache_dim=576,
         qk_nope_head_dim=128,
         qk_rope_head_dim=64,
         v_head_dim=128,
     )
-    assert absorbed_costs_less(1, 4096, **sizes)
-    assert absorbed_costs_less(8, 4096, **sizes)
-    assert not absorbed_costs_less(4096, 4096, **sizes)
+    assert absorbed_costs_less(1, 4096, shape)
+    assert absorbed_costs_less(8, 4096, shape)
+    assert not absorbed_costs_less(4096, 4096, shape)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -98,10 +98,8 @@ def test_model_absorbed_equals_expanded(monkeypatch, layout, implementation, num
 
     def step(absorbed: bool):
         calls = []
-        original = attention_module.absorbed_attention
-        modeling = __import__("sys").modules[type(model).__module__]
-        monkeypatch.setattr(modeling, "absorbed_costs_less", lambda *a: absorbed)
-        monkeypatch.setattr(modeling, "absorbed_attention", lambda *a: calls.append(1) or original(*a))
+        monkeypatch.setattr(latent_module, "absorbed_costs_less", lambda *a: absorbed)
+        monkeypatch.setattr(latent_module, "absorbed_attention", lambda *a: calls.append(1) or absorbed_attention(*a))
         with torch.no_grad():
             cut = 12 - num_new
             past = model(

@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
+from mha2mla.modeling import CACHE_ARGUMENT, latent_module, latent_quantized_cache, quantized_cache
 from mha2mla.modeling import latent_decode as decode
-from mha2mla.modeling import latent_quantized_cache
 from mha2mla.modeling.latent_decode import Part, Tiles, WideTiles, choose_wide_tiles, decode_attention
 from mha2mla.modeling.latent_quantization import dequantize, pack, quantize, unpack
 from pico import LAYOUTS, make_mla, tokens
@@ -186,10 +186,9 @@ MODES = {
 def test_generation_through_the_kernel(monkeypatch, layout, mode):
     """The same tokens as without a cache; on the CPU the model is told that the interpreter is a GPU."""
     model = make_mla(layout).to(DEVICE)
-    modeling = __import__("sys").modules[type(model).__module__]
     calls = []
-    monkeypatch.setattr(modeling, "kernel_can_run", lambda *_: True)
-    monkeypatch.setattr(modeling, "decode_attention", lambda *a: calls.append(1) or decode_attention(*a))
+    monkeypatch.setattr(latent_module, "kernel_can_run", lambda *_: True)
+    monkeypatch.setattr(latent_module, "decode_attention", lambda *a: calls.append(1) or decode_attention(*a))
     ids = tokens(1, 4).repeat(1, 3).to(DEVICE) if mode == "prompt-lookup" else tokens(2, 9).to(DEVICE)
     settings = dict(max_new_tokens=3, min_new_tokens=3, do_sample=False)
     if mode != "prompt-lookup":
@@ -204,7 +203,6 @@ def test_generation_through_the_kernel(monkeypatch, layout, mode):
 def test_quantised_cache_through_the_kernel(monkeypatch):
     """What the kernel reads packed is what torch makes numbers of first."""
     model = make_mla("shared").to(DEVICE)
-    modeling = __import__("sys").modules[type(model).__module__]
     ids = tokens(2, 12).to(DEVICE)
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
@@ -212,18 +210,18 @@ def test_quantised_cache_through_the_kernel(monkeypatch):
     monkeypatch.setattr(latent_quantized_cache, "MEAN_TOKENS", 2)
 
     def logits():
-        cache = modeling.quantized_cache(model, nbits=4, residual_length=4)
+        cache = quantized_cache(model, nbits=4, residual_length=4)
         steps = []
         with torch.no_grad():
             for end in range(8, 13):
                 given = ids[:, :8] if end == 8 else ids[:, end - 1 : end]
-                out = model(given, attention_mask=mask[:, :end], **{modeling.CACHE_ARGUMENT: cache})
+                out = model(given, attention_mask=mask[:, :end], **{CACHE_ARGUMENT: cache})
                 steps.append(out.logits[:, -1])
         assert cache.layers[0].codes.length > 0
         return torch.stack(steps)
 
     expected = logits()
-    monkeypatch.setattr(modeling, "kernel_can_run", lambda *_: True)
+    monkeypatch.setattr(latent_module, "kernel_can_run", lambda *_: True)
     torch.testing.assert_close(logits(), expected, rtol=1e-3, atol=1e-4)
 
 
@@ -233,17 +231,16 @@ def test_a_compiled_step_is_one_graph(monkeypatch):
 
     torch._dynamo.reset()
     model = make_mla("shared").to(DEVICE)
-    modeling = __import__("sys").modules[type(model).__module__]
-    monkeypatch.setattr(modeling, "kernel_can_run", lambda *_: True)
+    monkeypatch.setattr(latent_module, "kernel_can_run", lambda *_: True)
     ids = tokens(2, 10).to(DEVICE)
     graphs = []
     cache = StaticCache(config=model.config, max_cache_len=16)
     with torch.no_grad():
-        model(ids[:, :6], **{modeling.CACHE_ARGUMENT: cache})
+        model(ids[:, :6], **{CACHE_ARGUMENT: cache})
         compiled = torch.compile(model, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
         for i in range(6, 10):
             position = torch.full((2, 1), i, device=DEVICE)
-            got = compiled(ids[:, i : i + 1], position_ids=position, **{modeling.CACHE_ARGUMENT: cache}).logits
+            got = compiled(ids[:, i : i + 1], position_ids=position, **{CACHE_ARGUMENT: cache}).logits
         expected = model(ids, use_cache=False).logits[:, -1:]
     assert len(graphs) == 1
     assert sum("mha2mla.decode_attention" in str(node.target) for node in graphs[0].graph.nodes) == 2

@@ -4,8 +4,7 @@ import pytest
 import torch
 from transformers import StaticCache
 
-from mha2mla.modeling import CACHE_ARGUMENT, quantized_cache
-from mha2mla.modeling import modeling_mla_llama as modeling
+from mha2mla.modeling import CACHE_ARGUMENT, latent_module, quantized_cache
 from pico import LAYOUTS, make_mla, tokens
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -42,14 +41,14 @@ def test_the_kernel_does_what_torch_does(model, monkeypatch):
         used.append(can_run(*arguments))
         return used[-1]
 
-    can_run = modeling.kernel_can_run
+    can_run = latent_module.kernel_can_run
     for make in (
         lambda: StaticCache(config=model.config, max_cache_len=64),
         lambda: quantized_cache(model, nbits=8, residual_length=4),
     ):
         logits = []
         for judge in (watch, lambda *_: False):
-            monkeypatch.setattr(modeling, "kernel_can_run", judge)
+            monkeypatch.setattr(latent_module, "kernel_can_run", judge)
             cache, parts = make(), []
             with torch.no_grad():
                 for part in (ids[:, :30], *ids[:, 30:].split(1, 1)):

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from mha2mla.modeling import MLALlamaConfig, MLALlamaForCausalLM, MLALlamaModel
+from mha2mla.modeling.latent_config import FORMAT_VERSION
 from pico import BLOCK_PACKAGE, CODE_FILES, LAYOUTS, make_mla, tokens
 
 CLEAN_LOAD = (
@@ -112,6 +113,16 @@ def test_missing_frequencies_are_set_not_garbage(tmp_path):
     model.save_pretrained(tmp_path, state_dict=state)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.model.layers[0].self_attn.rope_frequencies.tolist() == [[0, 1], [0, 1]]
+
+
+def test_a_format_of_the_future_is_refused(tmp_path):
+    make_mla().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["mla_format_version"] == FORMAT_VERSION
+    (tmp_path / "config.json").write_text(json.dumps(config | {"mla_format_version": FORMAT_VERSION + 1}))
+    for load in (AutoConfig, AutoModelForCausalLM):
+        with pytest.raises(ValueError, match=r"reads versions up to 1\. Upgrade .* trust_remote_code=True"):
+            load.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(

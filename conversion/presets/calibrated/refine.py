@@ -15,6 +15,7 @@ from torch import nn
 from mha2mla.common.robust_error import robust_error
 from mha2mla.conversion.attention_weights import LatentAttention
 from mha2mla.conversion.layerwise import LayerVisit
+from mha2mla.modeling import LatentShape
 from mha2mla.modeling.latent_attention import expand_keys_values, rotate, select_frequencies
 
 
@@ -71,13 +72,18 @@ def attend(
     q_rope = rotate(project(layer.q_rope, layer.q_rope_bias), cos, sin)
     k_rope = rotate(project(layer.k_rope, layer.k_rope_bias), cos, sin)
     up = torch.cat((layer.k_up.flatten(0, 1), layer.v_up.flatten(0, 1)))
-    keys, values = expand_keys_values(
-        nn.functional.linear(nn.functional.linear(x, layer.latent), up),
-        k_rope,
-        layer.k_up.shape[0],
-        layer.k_up.shape[1],
-        head_dim,
+    shape = LatentShape(
+        num_attention_heads=num_heads,
+        num_key_value_heads=layer.v_up.shape[0],
+        num_nope_key_heads=layer.k_up.shape[0],
+        num_rope_key_heads=layer.k_rope.shape[0],
+        kv_lora_rank=layer.latent.shape[0],
+        qk_nope_head_dim=layer.k_up.shape[1],
+        qk_rope_head_dim=layer.k_rope.shape[1],
+        v_head_dim=head_dim,
     )
+    expanded = nn.functional.linear(nn.functional.linear(x, layer.latent), up)
+    keys, values = expand_keys_values(expanded, k_rope, shape)
     repeats = num_heads // keys.shape[1]
     # Fused attention wants one width; padded, it runs twice as fast on a CPU as unfused.
     values = nn.functional.pad(values, (0, keys.shape[-1] - head_dim))

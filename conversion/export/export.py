@@ -1,0 +1,152 @@
+"""One of our models in, what an engine runs out."""
+
+import logging
+import time
+from pathlib import Path
+
+import torch
+from accelerate.utils.modeling import convert_file_size_to_int
+
+from mha2mla.conversion.checkpoint import CheckpointReader, CheckpointWriter, atomic_folder, check_output
+from mha2mla.conversion.convert import check_complete, write_companions
+from mha2mla.conversion.source import copy_companions, local_checkpoint
+
+from .card import write_card, write_way_back_card
+from .check import check_agreement, check_ids, compare_logits, streamed_logits
+from .config import DTYPES, ExportConfig
+from .deepseek import stock_config, stock_names, stock_tensors, tiny_gauge
+from .from_deepseek import find_layout, find_rope, load_stock_config, our_config, our_tensors
+from .gguf import GGUFTensors, atomic_file, big_gauge, check_output_file, check_package, write_gguf
+from .plan import engines, load_model_config, plan_export
+from .record import EXPORT_RECORD_NAME, write_record
+
+logger = logging.getLogger(__name__)
+
+
+def export(
+    model: str | Path, output: str | Path, options: ExportConfig | None = None, revision: str | None = None
+) -> Path:
+    """
+    Write one of our models in a form that serving engines run with their own code.
+
+    Args:
+        model (`str` or `Path`): Folder or name on the Hub of a converted model, recovered or not. For
+            `format="mla-llama"`, of a DeepSeek checkpoint.
+        output (`str` or `Path`): Folder to write, or, for `format="gguf"`, file; it appears only once it is complete
+            and checked.
+        options (`ExportConfig`, *optional*): What to write.
+        revision (`str`, *optional*): Branch, tag or commit of a model on the Hub.
+
+    Returns:
+        The output.
+
+    Raises:
+        ValueError: If the model cannot be said in the format's terms, before any work is done; or if what was written
+            does not compute what the model computes. Nothing is left then.
+    """
+    options, output = options or ExportConfig(), Path(output)
+    with local_checkpoint(str(model), revision) as folder:
+        write = {"deepseek-v3": export_deepseek, "gguf": export_gguf, "mla-llama": export_ours}[options.format]
+        write(folder, str(model), output, options)
+    logger.info("Wrote %s", output)
+    return output
+
+
+def weights_dtype(options: ExportConfig, stored: torch.dtype) -> str:
+    """The type to write, by name."""
+    name = str(stored).removeprefix("torch.")
+    allowed = DTYPES[options.format]
+    if options.dtype != "auto":
+        return options.dtype
+    if name not in allowed:
+        logger.warning("Weights are %s; the export has them in %s (--dtype chooses another).", name, allowed[0])
+        return allowed[0]
+    return name
+
+
+def export_deepseek(folder: Path, model: str, output: Path, options: ExportConfig) -> None:
+    """A stock DeepSeek-V3 checkpoint."""
+    start = time.perf_counter()
+    check_output(output, options.overwrite, EXPORT_RECORD_NAME)
+    config = load_model_config(folder, model)
+    reader = CheckpointReader(folder)
+    plan = plan_export(folder, config, reader, options, allow_step=True)
+    dtype = weights_dtype(options, reader.get("model.norm.weight").dtype)
+    gauge = tiny_gauge(config.rms_norm_eps)
+    stock = stock_config(config, plan, gauge, getattr(torch, dtype))
+    logger.info(plan.describe(config, 2))
+    logger.info("Engines that take these sizes: %s", engines(plan))
+    ids = check_ids(folder, config)
+    ours = streamed_logits(config, reader, ids)
+    with atomic_folder(output, options.overwrite, EXPORT_RECORD_NAME) as partial:
+        writer = CheckpointWriter(partial, convert_file_size_to_int(options.max_shard_size))
+        for name, tensor in stock_tensors(reader, config, plan, gauge, getattr(torch, dtype)):
+            writer.add(name, tensor)
+        writer.finish()
+        written = {name for shard in writer.shards for name in shard}
+        assert written == stock_names(stock), sorted(written ^ stock_names(stock))
+        stock.save_pretrained(partial)
+        if not any(name.startswith("tokenizer") for name in copy_companions(folder, partial)):
+            logger.warning("%s has no tokenizer; the export has none either.", model)
+        agreement = compare_logits(ours, streamed_logits(stock, CheckpointReader(partial), ids))
+        logger.info("Check: %s", agreement.describe())
+        check_agreement(agreement, dtype)
+        write_card(partial / "README.md", output.name, folder, model, config, plan, agreement, dtype)
+        details = {
+            "cache_width": plan.width,
+            "model_cache_width": config.latent_cache_dim,
+            # How our family says the same table; the way back takes it from here.
+            "source": {
+                "head_dim": config.head_dim,
+                "rope_parameters": config.rope_parameters,
+                "slot_of_frequency": plan.table.slots,
+            },
+        }
+        write_record(partial, model, options, details, agreement, time.perf_counter() - start)
+
+
+def export_ours(folder: Path, model: str, output: Path, options: ExportConfig) -> None:
+    """The way back: a checkpoint of our family."""
+    start = time.perf_counter()
+    check_output(output, options.overwrite, EXPORT_RECORD_NAME)
+    config = load_stock_config(folder, model)
+    reader = CheckpointReader(folder)
+    layout = find_layout(reader, config)
+    rope = find_rope(folder, config, layout)
+    dtype = weights_dtype(options, reader.get("model.norm.weight").dtype)
+    ours = our_config(config, layout, rope, getattr(torch, dtype))
+    logger.info("Cache: %d values per token and layer in use", ours.latent_cache_dim)
+    ids = check_ids(folder, config)
+    stock = streamed_logits(config, reader, ids)
+    with atomic_folder(output, options.overwrite, EXPORT_RECORD_NAME) as partial:
+        writer = CheckpointWriter(partial, convert_file_size_to_int(options.max_shard_size))
+        for name, tensor in our_tensors(reader, config, ours, layout, rope):
+            writer.add(name, tensor.to(ours.dtype).contiguous() if tensor.is_floating_point() else tensor)
+        writer.finish()
+        check_complete(writer, ours)
+        write_companions(partial, folder, ours)
+        agreement = compare_logits(stock, streamed_logits(ours, CheckpointReader(partial), ids))
+        logger.info("Check: %s", agreement.describe())
+        check_agreement(agreement, dtype)
+        write_way_back_card(partial / "README.md", output.name, folder, model, ours)
+        write_record(partial, model, options, {}, agreement, time.perf_counter() - start)
+
+
+def export_gguf(folder: Path, model: str, output: Path, options: ExportConfig) -> None:
+    """A file for llama.cpp."""
+    check_package()
+    check_output_file(output, options.overwrite)
+    config = load_model_config(folder, model)
+    reader = CheckpointReader(folder)
+    plan = plan_export(folder, config, reader, options, allow_step=False)
+    dtype = weights_dtype(options, reader.get("model.norm.weight").dtype)
+    gauge = big_gauge(config.rms_norm_eps, dtype)
+    stock = stock_config(config, plan, gauge, torch.float32)
+    logger.info(plan.describe(config, 2))
+    ids = check_ids(folder, config)
+    ours = streamed_logits(config, reader, ids)
+    with atomic_file(output) as partial:
+        write_gguf(partial, folder, model, reader, config, stock, plan, gauge, dtype)
+        agreement = compare_logits(ours, streamed_logits(stock, GGUFTensors(partial, stock), ids, gauge.norm_eps))
+        logger.info("Check: %s", agreement.describe())
+        check_agreement(agreement, dtype)

@@ -1,0 +1,218 @@
+"""What can be exported, and with which sizes: all that is found out before weights are read."""
+
+import json
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from mha2mla.conversion.checkpoint import RECORD_NAME, CheckpointReader
+from mha2mla.modeling import MLALlamaConfig
+
+from .config import KERNEL_HEAD_DIM, KERNEL_RANKS, KERNEL_ROPE_DIM, ExportConfig
+from .rope_table import LENGTH_DEPENDENT, RopeTable, fit_table, frequency_places
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """
+    Sizes of the exported model, padding included, and its rotary table.
+
+    Attributes:
+        table (`RopeTable`): Slots of the source's frequencies.
+        kv_lora_rank, qk_rope_head_dim, qk_nope_head_dim, v_head_dim (`int`): R', r', nope', v'.
+    """
+
+    table: RopeTable
+    kv_lora_rank: int
+    qk_rope_head_dim: int
+    qk_nope_head_dim: int
+    v_head_dim: int
+
+    @property
+    def width(self) -> int:
+        """Values that an engine caches per token and layer."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    def describe(self, config: MLALlamaConfig, element_size: int) -> str:
+        """What a token costs in an engine, in bytes of `element_size` a value, padding included."""
+        ours, source = config.latent_cache_dim, 2 * config.num_key_value_heads * config.head_dim
+        size = self.width * config.num_hidden_layers * element_size
+        line = (
+            f"Cache: {self.width} values per token and layer (latent {self.kv_lora_rank} + rotary key "
+            f"{self.qk_rope_head_dim}), {size:,} bytes per token; the source's has {source} "
+            f"({100 * (self.width / source - 1):+.1f} %)"
+        )
+        if self.width > ours:
+            line += f". {ours} of them hold something; the others are zeros, and cost {self.width / ours - 1:.1%} more"
+        return line
+
+
+def engines(plan: ExportPlan) -> str:
+    """Which engines take these sizes, for a person (measured or read in their source: docs/serving.md)."""
+    names = ["transformers"]
+    heads = (plan.qk_nope_head_dim, plan.v_head_dim) == (KERNEL_HEAD_DIM, KERNEL_HEAD_DIM)
+    if heads and plan.qk_rope_head_dim == KERNEL_ROPE_DIM and plan.kv_lora_rank in KERNEL_RANKS:
+        names.append("vLLM on a GPU")
+        if plan.kv_lora_rank == KERNEL_RANKS[-1]:
+            names += ["vLLM on a CPU", "SGLang"]
+    return ", ".join(names)
+
+
+def load_model_config(folder: Path, model: str) -> MLALlamaConfig:
+    """
+    The config of one of our checkpoints.
+
+    Raises:
+        ValueError: If it is something else: an adapter, a model that is not converted, an earlier export.
+    """
+    if (folder / "adapter_config.json").is_file():
+        base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        raise ValueError(
+            f"{model} is an adapter of {base}, and an export holds a whole model. Merge it first: `mha2mla train "
+            "--trainable lora --merge ...` writes OUTPUT_DIR/merged, and that can be exported."
+        )
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{model} has no config.json: it is not a transformers checkpoint.")
+    config = AutoConfig.from_pretrained(folder)
+    if config.model_type in ("deepseek_v2", "deepseek_v3"):
+        raise ValueError(
+            f"{model} is a DeepSeek checkpoint already (model_type={config.model_type!r}): serve it as it is, or make "
+            f"a model of our family of it by `mha2mla export {model} OUTPUT --format mla-llama`."
+        )
+    if config.model_type != "mla_llama":
+        raise ValueError(
+            f"{model} has model_type={config.model_type!r}: it is not converted. Convert it first: "
+            f"`mha2mla convert {model} CONVERTED --cache-ratio 0.3125 --calibration-data TEXT`."
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{model} has quantised weights. Export the model as it was before that.")
+    assert isinstance(config, MLALlamaConfig)
+    return config
+
+
+def convert_command(folder: Path, config: MLALlamaConfig) -> str:
+    """The command that would convert the same source for engines, as far as the folder's record tells."""
+    source, data = "SOURCE", "TEXT"
+    if (folder / RECORD_NAME).is_file():
+        record = json.loads((folder / RECORD_NAME).read_text())
+        source, data = record["source"], record["options"].get("calibration_data") or data
+    words = ["mha2mla", "convert", source, "CONVERTED", "--kv-lora-rank", str(config.kv_lora_rank)]
+    return shlex.join([*words, "--qk-rope-head-dim", str(config.qk_rope_head_dim), "--calibration-data", data])
+
+
+def check_architecture(config: MLALlamaConfig, remedy: str) -> None:
+    """
+    Raises:
+        ValueError: For what DeepSeek's attention and block do not have, whatever the weights are.
+    """
+    if config.num_rope_key_heads != 1:
+        raise ValueError(
+            f"num_rope_key_heads={config.num_rope_key_heads}: the model has a rotary key for each key/value head, and "
+            f"DeepSeek's attention has one for all heads. Convert with one: `{remedy}`."
+        )
+    for field in ("attention_bias", "mlp_bias"):
+        if getattr(config, field):
+            raise ValueError(
+                f"{field}=True: the model's projections have biases (as Qwen2's), and DeepSeek's have none. Use our "
+                "own class (transformers), or convert a source without them."
+            )
+    if config.hidden_act != "silu":
+        raise ValueError(f"hidden_act={config.hidden_act!r}: engines run DeepSeek's MLP with 'silu' only.")
+    rope_type = config.rope_parameters["rope_type"]
+    if rope_type in LENGTH_DEPENDENT:
+        raise ValueError(
+            f"rope_parameters.rope_type={rope_type!r} changes the frequencies with the length of the text, which "
+            "engines do not do for DeepSeek. If short texts are all you need, set rope_type to 'default' in the "
+            "source's config.json and convert it again."
+        )
+
+
+def common_frequencies(reader: CheckpointReader, config: MLALlamaConfig, remedy: str) -> list[int]:
+    """
+    The frequencies that all layers use, as indices of the source's table, ascending.
+
+    Raises:
+        ValueError: If layers differ, or one uses a frequency twice.
+    """
+    common: list[int] = []
+    for index in range(config.num_hidden_layers):
+        used = sorted(reader.get(f"model.layers.{index}.self_attn.rope_frequencies").flatten().tolist())
+        common = common or used
+        if used != common:
+            raise ValueError(
+                f"Layers use different rotary frequencies (layer 0: {common}; layer {index}: {used}), and DeepSeek's "
+                f"config has one list for all. Convert with a common one: `{remedy}`."
+            )
+        twice = sorted({frequency for frequency in used if used.count(frequency) > 1})
+        if twice:
+            raise ValueError(
+                f"Layer {index} uses the rotary frequencies {twice} more than once, and DeepSeek's config has each "
+                f"once. Convert with a list of different ones: `{remedy}`."
+            )
+    return common
+
+
+def find_table(
+    config: PreTrainedConfig, frequencies: list[int], allow_step: bool, num_slots: int | None, remedy: str
+) -> RopeTable:
+    """
+    Raises:
+        ValueError: If no stock table holds the frequencies.
+    """
+    places, theta = frequency_places(config), config.rope_parameters["rope_theta"]
+    table = fit_table(places, frequencies, theta, allow_step, num_slots)
+    if table is not None:
+        return table
+    smallest = fit_table(places, frequencies, theta, allow_step)
+    if smallest is not None:
+        raise ValueError(
+            f"The rotary frequencies {frequencies} need a table of {smallest.num_slots} slots, and kernels have "
+            f"{num_slots}. Leave --pad out (transformers then runs it), or convert with fewer: `{remedy}`."
+        )
+    kept = [index for index in range(len(places)) if places[index] == index]
+    moved = [index for index in frequencies if index not in kept]
+    known = "engines know" if allow_step else "llama.cpp knows"
+    raise ValueError(
+        f"The rotary frequencies {frequencies} are in no table that {known}: "
+        f"rope_parameters.rope_type={config.rope_parameters['rope_type']!r} moves {moved} of them. "
+        + (
+            f"It leaves {kept} where they are: convert with frequencies among these: `{remedy}`."
+            if kept
+            else "It leaves none where it is: use our own class (transformers), or convert a source without it."
+        )
+    )
+
+
+def plan_export(
+    folder: Path, config: MLALlamaConfig, reader: CheckpointReader, options: ExportConfig, allow_step: bool
+) -> ExportPlan:
+    """
+    Sizes and rotary table of an export of our model in `folder`.
+
+    Args:
+        allow_step (`bool`): Whether the engine knows yarn's step, see [`RopeTable`].
+
+    Raises:
+        ValueError: If the model cannot be said in DeepSeek's terms; what, why, and what would make one that can.
+    """
+    remedy = convert_command(folder, config)
+    check_architecture(config, remedy)
+    frequencies = common_frequencies(reader, config, remedy)
+    if options.pad is None:
+        table = find_table(config, frequencies, allow_step, None, remedy)
+        return ExportPlan(table, config.kv_lora_rank, 2 * table.num_slots, config.qk_nope_head_dim, config.v_head_dim)
+    if config.kv_lora_rank > options.pad:
+        raise ValueError(
+            f"kv_lora_rank={config.kv_lora_rank} is more than pad={options.pad}. Pad to more, or convert with a "
+            f"smaller latent: `{remedy}`."
+        )
+    for field in ("qk_nope_head_dim", "v_head_dim"):
+        if getattr(config, field) > KERNEL_HEAD_DIM:
+            raise ValueError(
+                f"{field}={getattr(config, field)} is more than the {KERNEL_HEAD_DIM} of GPU kernels. Leave --pad "
+                "out: transformers runs any size."
+            )
+    table = find_table(config, frequencies, allow_step, KERNEL_ROPE_DIM // 2, remedy)
+    return ExportPlan(table, options.pad, KERNEL_ROPE_DIM, KERNEL_HEAD_DIM, KERNEL_HEAD_DIM)

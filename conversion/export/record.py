@@ -1,0 +1,29 @@
+"""`export.json`: what an export is made of, for programs; it also marks a folder as an export's output."""
+
+import json
+import platform
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from .check import Agreement
+from .config import ExportConfig
+
+EXPORT_RECORD_NAME = "export.json"
+PACKAGES = ("mha2mla", "torch", "transformers", "safetensors")
+
+
+def write_record(
+    folder: Path, model: str, options: ExportConfig, details: dict[str, Any], agreement: Agreement, seconds: float
+) -> None:
+    """Write the record; `details` is what the format has to say."""
+    record = {
+        "model": model,
+        "options": asdict(options),
+        **details,
+        "agreement": asdict(agreement),
+        "seconds": round(seconds, 1),
+        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+    }
+    (folder / EXPORT_RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n")
