@@ -26,16 +26,10 @@ if not torch.cuda.is_available():
 import transformers
 from decode_gpu_kernel import DEVICE, KERNEL_CASES, SWEEP, TINY_SWEEP, check_shapes, compile_kernels, kernel_case
 
-from mha2mla.evaluation.speed.speed import (
-    DIMENSIONS,
-    allocated_nbytes,
-    copy_bandwidth,
-    fill,
-    make_cache,
-    measure_speed,
-    numbers_per_token,
-    random_models,
-)
+from mha2mla.evaluation.caches import DYNAMIC, CacheKind
+from mha2mla.evaluation.speed.bandwidth import copy_bandwidth
+from mha2mla.evaluation.speed.dimensions import DIMENSIONS, random_models
+from mha2mla.evaluation.speed.measure import allocated_nbytes, fill, measure_speed, numbers_per_token
 from mha2mla.modeling import cache_nbytes, latent_module
 from mha2mla.modeling.latent_decode import kernel_can_run
 
@@ -59,9 +53,8 @@ def step_case(sizes) -> Iterator[dict]:
         for kind in ("dynamic", "static-compiled") if DEVICE.type == "cuda" else ("dynamic", "static"):
             torch._dynamo.reset()
             try:
-                done = measure_speed(
-                    model, name, kind, sizes["step_batch"], sizes["step_context"], sizes["steps"], prefill=False
-                )
+                cache, shape = CacheKind.parse(kind), (sizes["step_batch"], sizes["step_context"])
+                done = measure_speed(model, name, cache, *shape, sizes["steps"], prefill=False)
                 row = dict(ms=done.step_ms, tokens_per_s=done.tokens_per_s, peak_gb=(done.peak_bytes or 0) / 1e9)
                 yield dict(model=name, cache=kind, **row, recompiles=recompiles())
             except Exception as problem:
@@ -83,7 +76,7 @@ def eager_case(sizes) -> Iterator[dict]:
         made = model[which]()
         with patch.object(latent_module, "kernel_can_run", kernel_can_run if kernel else lambda *_: False):
             for batch, context in shapes:
-                done = measure_speed(made, which, "dynamic", batch, context, sizes["steps"], prefill=False)
+                done = measure_speed(made, which, DYNAMIC, batch, context, sizes["steps"], prefill=False)
                 yield dict(model=which, kernel=kernel, batch=batch, context=context, ms=done.step_ms)
 
 
@@ -110,7 +103,8 @@ def batch_case(sizes) -> Iterator[dict]:
 
             def fits(batch: int, kind=kind, model=model, name=name):
                 try:
-                    return measure_speed(model, name, kind, batch, context, 3, repetitions=1, prefill=False)
+                    cache = CacheKind.parse(kind)
+                    return measure_speed(model, name, cache, batch, context, 3, repetitions=1, prefill=False)
                 except torch.cuda.OutOfMemoryError:
                     return None
                 finally:
@@ -144,7 +138,7 @@ def bytes_case(sizes) -> Iterator[dict]:
     rope = 128 if DEVICE.type == "cuda" else 4
     make = random_models(sizes["name"], sizes["dtype"], DEVICE.type, numbers * 5 // 16 - rope, rope, 1)["converted"]
     model, context = make(), sizes["step_context"]
-    cache = make_cache(model, "int4", context)
+    cache = CacheKind.parse("int4").make(model)
     fill(model, cache, 1, context)
     original = numbers * context * config.num_hidden_layers * 2
     shares = dict(share=cache_nbytes(cache) / original, allocated_share=allocated_nbytes(cache) / original)

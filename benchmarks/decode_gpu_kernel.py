@@ -7,7 +7,7 @@ from multiprocessing import get_context
 
 import torch
 
-from mha2mla.evaluation.speed.speed import time_calls
+from mha2mla.evaluation.speed.timing import time_calls
 from mha2mla.modeling.latent_decode import MAX_RANK, Part, Tiles, decode_attention
 from mha2mla.modeling.latent_quantization import dequantize, pack, quantize, unpack
 

@@ -40,8 +40,9 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 
 import mha2mla.modeling  # noqa: F401  # registers the family
+from mha2mla.cli.train import parse_arguments
 from mha2mla.evaluation import MultipleChoice, choice_bytes, preference_error, read_items, score_choices
-from mha2mla.training import RecoveryTrainer, pack_documents, parse_arguments, recover
+from mha2mla.training import RecoveryTrainer, pack_documents, recover
 from mha2mla.training.loss import token_losses
 from mha2mla.training.losses.distillation import Distillation
 from mha2mla.training.packing import IGNORED, collate_packed, packed_inputs, tokenize

@@ -4,116 +4,99 @@
     mha2mla bench --random llama-2-7b --kv-lora-rank 2048 --caches dynamic,static-compiled --device cuda
     mha2mla bench --random smollm2-135m --kv-lora-rank 80 --qk-rope-head-dim 40 --contexts 256 --dtype float32
 
-All models are measured in one run on one machine. Caches: dynamic, static, static-compiled (one CUDA graph a step),
-and for converted models int8 and int4. The output folder gets speed.json, speed.md and speed.png.
+All models are measured in one run on one machine. Caches are those of `mha2mla eval`, and two more: static, and
+static-compiled (one CUDA graph a step). The output folder gets speed.json, speed.md and speed.png.
 """
 
-import gc
-import json
-import platform
 import shlex
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Callable
-from dataclasses import asdict
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
-import torch
-import transformers
-from torch import nn
-from transformers import AutoModelForCausalLM
+from .parsing import Names, Positionals, Sizes, parse
 
-from mha2mla.evaluation.report.pictures import encode_png
-from mha2mla.evaluation.speed.speed import (
-    CACHES,
-    Speed,
-    attention_bandwidth,
-    copy_bandwidth,
-    measure_speed,
-    plot_speed,
-    random_models,
-    speed_table,
-)
-from mha2mla.modeling import MLALlamaConfig
+POSITIONALS: Positionals = {
+    "models": dict(nargs="*", help="The original, then its conversions: folders, or names on the Hub.")
+}
 
 
-def numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+@dataclass
+class BenchArguments:
+    """What is measured, and where the results go."""
 
+    random: str | None = field(
+        default=None, metadata={"help": "Random weights of these dimensions instead of models: llama-2-7b, ..."}
+    )
+    kv_lora_rank: int = field(default=512, metadata={"help": "Of the random converted model."})
+    qk_rope_head_dim: int = field(default=64, metadata={"help": "Of the random converted model."})
+    num_rope_key_heads: int = field(default=1, metadata={"help": "Of the random converted model."})
+    caches: Names = field(
+        default=Names("dynamic"),
+        metadata={
+            "help": "With commas: dynamic, static, static-compiled, int8, int4, int2; the last three also with a "
+            "backend before them (latent-, quanto-, hqq-)."
+        },
+    )
+    batch_sizes: Sizes = field(default=Sizes("1"), metadata={"help": "With commas."})
+    contexts: Sizes = field(default=Sizes("512"), metadata={"help": "Tokens before the measured ones, with commas."})
+    steps: int = field(default=16, metadata={"help": "Decoding steps a repetition, of three."})
+    no_prefill: bool = field(
+        default=False, metadata={"help": "Fill caches with random values instead of a prompt: no first token."}
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "Of weights and cache."}
+    )
+    device: str = field(default="cpu", metadata={"help": "cpu, cuda, cuda:1, ..."})
+    output: Path = field(default=Path("speed-results"), metadata={"help": "Folder of the results."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that models bring along."})
 
-def load(folder: str, dtype: torch.dtype, device: str) -> nn.Module:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}.")
 
 
 def main(argv: list[str]) -> None:
-    parser = ArgumentParser(prog="mha2mla bench", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", help="The original, then its conversions: folders, or names on the Hub.")
-    parser.add_argument("--random", help="Random weights of these dimensions instead of models.")
-    parser.add_argument("--kv-lora-rank", type=int, default=512, help="Of the random converted model.")
-    parser.add_argument("--qk-rope-head-dim", type=int, default=64)
-    parser.add_argument("--num-rope-key-heads", type=int, default=1)
-    parser.add_argument("--caches", default="dynamic", help=f"Some of {', '.join(CACHES)}, with commas.")
-    parser.add_argument("--batch-sizes", type=numbers, default=[1], help="With commas.")
-    parser.add_argument(
-        "--contexts", type=numbers, default=[512], help="Tokens before the measured ones, with commas."
-    )
-    parser.add_argument("--steps", type=int, default=16, help="Decoding steps a repetition, of three.")
-    parser.add_argument("--no-prefill", action="store_true", help="Fill caches with random numbers: no first token.")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path, default=Path("speed-results"), help="Folder of the results.")
-    args = parser.parse_args(argv)
-    caches = args.caches.split(",")
-    if unknown := [cache for cache in caches if cache not in CACHES]:
-        raise ValueError(f"--caches may name {', '.join(CACHES)}, not {', '.join(unknown)}.")
-    if bool(args.models) == bool(args.random):
+    options, given = parse(argv, "mha2mla bench", BenchArguments, description=__doc__, positionals=POSITIONALS)
+    if bool(given.models) == bool(options.random):
         raise ValueError("Name models, or dimensions with --random, and not both.")
-    dtype = getattr(torch, args.dtype)
-    makers: dict[str, Callable[[], nn.Module]]
-    if args.random:
-        sizes = (args.kv_lora_rank, args.qk_rope_head_dim, args.num_rope_key_heads)
-        makers = random_models(args.random, dtype, args.device, *sizes)
+
+    from functools import partial
+
+    import torch
+
+    from mha2mla.common.device import check_device
+    from mha2mla.common.loading import load_config, load_model
+    from mha2mla.evaluation.caches import CacheKind
+    from mha2mla.evaluation.speed.dimensions import random_models
+    from mha2mla.evaluation.speed.run import bench_models
+
+    device = check_device(options.device)
+    dtype = getattr(torch, options.dtype)
+    caches = [CacheKind.parse(name) for name in dict.fromkeys(options.caches)]
+
+    def load(path: str):
+        return load_model(path, trust_remote_code=options.trust_remote_code, dtype=dtype).to(device).eval()
+
+    if options.random:
+        sizes = (options.kv_lora_rank, options.qk_rope_head_dim, options.num_rope_key_heads)
+        makers = random_models(options.random, dtype, options.device, *sizes)
     else:
-        makers = {Path(folder).name: partial(load, folder, dtype, args.device) for folder in args.models}
-
-    device = torch.device(args.device)
-    bandwidth = copy_bandwidth(device)
-    measured: list[Speed] = []
-    shares = []
-    for name, make in makers.items():
-        model = make()
-        config = model.config
-        latent = isinstance(config, MLALlamaConfig)
-        for batch in args.batch_sizes:
-            for context in args.contexts:
-                for cache in caches:
-                    if latent or not cache.startswith("int"):
-                        measured.append(
-                            measure_speed(model, name, cache, batch, context, args.steps, prefill=not args.no_prefill)
-                        )
-                if isinstance(config, MLALlamaConfig):
-                    reached = attention_bandwidth(config, batch, context, dtype, device)
-                    shares.append(dict(model=name, batch=batch, context=context, bytes_per_s=reached))
-        del model  # the next one may need its memory
-        gc.collect()
-
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
-    versions = f"{hardware}, torch {torch.__version__}, transformers {transformers.__version__}, {args.dtype}"
-    table = speed_table(measured, f"Speed ({versions})").markdown()
-    table += f"\n\nCopy bandwidth: {bandwidth / 1e9:,.1f} GB/s. Decoding attention over the cache reaches:\n"
-    for share in shares:
-        part = share["bytes_per_s"] / bandwidth
-        table += f"- {share['model']}, batch {share['batch']}, context {share['context']}: {part:.1%} of it\n"
-    print(table)
-    args.output.mkdir(parents=True, exist_ok=True)
-    results = dict(
-        command=shlex.join(["mha2mla", "bench", *argv]),
-        versions=versions,
-        copy_bytes_per_s=bandwidth,
-        attention=shares,
-        speed=[asdict(m) for m in measured],
+        makers = {Path(path).name: partial(load, path) for path in given.models}
+        for path in given.models:  # before the first is measured
+            config = load_config(path, trust_remote_code=options.trust_remote_code)
+            for kind in caches:
+                kind.suits(config)
+    table = bench_models(
+        makers,
+        options.output,
+        shlex.join(["mha2mla", "bench", *argv]),
+        caches,
+        options.batch_sizes,
+        options.contexts,
+        options.steps,
+        not options.no_prefill,
+        options.dtype,
+        options.device,
     )
-    (args.output / "speed.json").write_text(json.dumps(results, indent=1) + "\n")
-    (args.output / "speed.md").write_text(table)
-    (args.output / "speed.png").write_bytes(encode_png(plot_speed(measured)))
-    print(f"Wrote {args.output}")
+    print(table)
+    print(f"Wrote {options.output}")

@@ -1,59 +1,106 @@
 """Measure what conversion cost: the original and its conversions side by side.
 
-    mha2mla eval ./my-llama my-llama-mla-31 my-llama-mla-19 --data-dir sets --output results
+    mha2mla eval ./my-llama my-llama-mla-31 my-llama-mla-19 --data sets --output results
+    mha2mla eval ./my-llama my-llama-mla --data wikitext.jsonl --column raw --cards
     mha2mla eval meta-llama/Llama-2-7b-hf llama-2-7b-mla --tasks mmlu,piqa,hellaswag --device cuda --batch-size auto
-    mha2mla eval ./my-llama my-llama-mla --data-dir sets --caches plain,int8,int4 --dtype bfloat16
-    mha2mla eval ./my-llama my-llama-mla --data-dir sets --tasks wikitext,agreement:wikitext,positions:books --limit 20
+    mha2mla eval ./my-llama my-llama-mla --data sets --caches dynamic,int8,int4 --dtype bfloat16
+    mha2mla eval ./my-llama my-llama-mla --data sets --tasks wikitext,agreement:wikitext,positions:books --limit 20
 
-A task is the name of a file in --data-dir without .jsonl, measured as its items' form says (multiple choice,
-retrieval, perplexity), or a task of lm-evaluation-harness (extra `eval`). The output folder gets results.json,
-table.md and report.html; the same command continues a run that was killed.
+A task is the name of a file in --data without .jsonl, measured as its items' form says (multiple choice, retrieval,
+perplexity), or a task of lm-evaluation-harness (extra `eval`). The output folder gets results.json, table.md and
+report.html, with pictures of what each conversion did; the same command continues a run that was killed.
 """
 
 import shlex
-from argparse import ArgumentTypeError, RawDescriptionHelpFormatter
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import HfArgumentParser
+from mha2mla.evaluation.settings import EvaluationSettings
 
-from mha2mla.evaluation.measures.caches import CacheKind
-from mha2mla.evaluation.report.tables import PAGE_NAME, make_tables
-from mha2mla.evaluation.run import evaluate_models
-from mha2mla.evaluation.tasks import EvaluationSettings, find_tasks
+from .parsing import Names, Positionals, parse
+
+POSITIONALS: Positionals = {
+    "models": dict(
+        nargs="+",
+        help="The original, then its conversions: folders, or names on the Hub. The original may be left out if it is "
+        "where it was when it was converted.",
+    )
+}
 
 
-def parse_batch_size(text: str) -> int | None:
-    if text == "auto":
-        return None
-    if not text.isdigit() or int(text) < 1:
-        raise ArgumentTypeError(f"must be a number of items or auto, got {text!r}")
-    return int(text)
+@dataclass
+class EvalArguments:
+    """What is measured, and where the results go."""
+
+    data: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of .jsonl files of items, a file's name being its task; one such file; or text: a .txt, "
+            ".jsonl.gz or .parquet file, or OWNER/NAME on the Hub."
+        },
+    )
+    column: str = field(default="text", metadata={"help": "Column of the text, where items are text."})
+    subset: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub, if any."})
+    split: str = field(default="train", metadata={"help": "Split of a data set on the Hub."})
+    tasks: Names | None = field(default=None, metadata={"help": "With commas; if not given, all that --data has."})
+    output: Path = field(default=Path("evaluation-results"), metadata={"help": "Folder of the results."})
+    batch_size: str = field(default="8", metadata={"help": "Items at a time, or auto."})
+    caches: Names = field(
+        default=Names("dynamic"),
+        metadata={
+            "help": "How the cache is held, a row each, with commas: dynamic, int8, int4, int2; with a backend before "
+            "it (latent-, quanto-, hqq-) or the model's own, which for the original is quanto, and hqq for int8."
+        },
+    )
+    device: str = field(default="cpu", metadata={"help": "cpu, cuda, cuda:1, ..."})
+    cards: bool = field(
+        default=False, metadata={"help": "Put tables and pictures into the model cards of the conversions, too."}
+    )
+    benchmarks: Names | None = field(
+        default=None,
+        metadata={
+            "help": "Write accuracies for the Hub's leaderboards into the conversions' folders (.eval_results), with "
+            "commas: TASK=OWNER/NAME:TASK_ID, the data set there and the task in its eval.yaml."
+        },
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that models bring along."})
+
+    def __post_init__(self):
+        if self.batch_size != "auto" and not (self.batch_size.isdecimal() and int(self.batch_size) > 0):
+            raise ValueError(f"batch_size must be a number of items or auto, got {self.batch_size!r}.")
 
 
 def main(argv: list[str]) -> None:
-    parser = HfArgumentParser(
-        EvaluationSettings, prog="mha2mla eval", description=__doc__, formatter_class=RawDescriptionHelpFormatter
+    options, settings, given = parse(
+        argv, "mha2mla eval", EvalArguments, EvaluationSettings, description=__doc__, positionals=POSITIONALS
     )
-    parser.add_argument("models", nargs="+", help="The original, then its conversions: folders, or names on the Hub.")
-    parser.add_argument("--data-dir", type=Path, help="Folder of .jsonl files of items; a file's name is its task.")
-    parser.add_argument("--tasks", help="Tasks, with commas between them; all files of --data-dir if not given.")
-    parser.add_argument("--output", type=Path, default=Path("evaluation-results"), help="Folder of the results.")
-    parser.add_argument("--batch-size", type=parse_batch_size, default=8, help="Items at a time, or auto.")
-    parser.add_argument(
-        "--caches",
-        default="plain",
-        help="How the cache is held, a row each: plain, int8, int4, int2; with a backend before it (quanto-int4, "
-        "hqq-int4) or the model's own, which for the original is quanto, and hqq for int8.",
+
+    from mha2mla.evaluation.caches import CacheKind
+    from mha2mla.evaluation.report.card import write_cards
+    from mha2mla.evaluation.report.hub_results import Benchmark, check_benchmarks, write_hub_results
+    from mha2mla.evaluation.report.page import PAGE_NAME
+    from mha2mla.evaluation.report.tables import make_tables
+    from mha2mla.evaluation.run import evaluate_models
+    from mha2mla.evaluation.tasks import TaskData, find_tasks
+
+    caches = [CacheKind.parse(name) for name in dict.fromkeys(options.caches)]
+    data = TaskData(options.data, options.column, options.subset, options.split)
+    tasks = find_tasks(options.tasks, data, settings.limit)
+    benchmarks = [Benchmark.parse(text) for text in options.benchmarks or ()]
+    check_benchmarks(benchmarks, tasks, settings.limit)
+    results = evaluate_models(
+        given.models,
+        tasks,
+        options.output,
+        settings,
+        shlex.join(["mha2mla", "eval", *argv]),
+        None if options.batch_size == "auto" else int(options.batch_size),
+        options.device,
+        caches,
+        options.trust_remote_code,
     )
-    parser.add_argument("--device", default="cpu")
-    args = vars(parser.parse_args(argv))
-    models, data_dir, names, output, batch_size, caches, device = (
-        args.pop(k) for k in ("models", "data_dir", "tasks", "output", "batch_size", "caches", "device")
-    )
-    settings = EvaluationSettings(**args)
-    kinds = [CacheKind.parse(name) for name in dict.fromkeys(caches.split(","))]
-    tasks = find_tasks(names.split(",") if names else None, data_dir, settings.limit)
-    command = shlex.join(["mha2mla", "eval", *argv])
-    results = evaluate_models(models, tasks, output, settings, command, batch_size, device, kinds)
+    if options.cards:
+        write_cards(results)
+    write_hub_results(results, benchmarks)
     print("\n\n".join(table.markdown() for table in make_tables(results)))
-    print(f"\nWrote {output / PAGE_NAME}")
+    print(f"\nWrote {options.output / PAGE_NAME}")

@@ -7,20 +7,27 @@ mha2mla export llama-mla llama-mla.gguf --format gguf --dtype q8_0
 mha2mla export llama-deepseek llama-mla-again --format mla-llama
 """
 
-from argparse import RawDescriptionHelpFormatter
-
-from transformers import HfArgumentParser
+from dataclasses import dataclass, field
 
 from mha2mla.conversion.export import ExportConfig, export
 
+from .parsing import Positionals, parse
+
+POSITIONALS: Positionals = {
+    "model": dict(help="Folder or name on the Hub of a converted model, recovered or not."),
+    "output": dict(help="Folder to write; for gguf, the file."),
+}
+
+
+@dataclass
+class SourceArguments:
+    """Which of a repository's models."""
+
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a model on the Hub."})
+
 
 def main(argv: list[str]) -> None:
-    parser = HfArgumentParser(
-        ExportConfig, prog="mha2mla export", description=__doc__, formatter_class=RawDescriptionHelpFormatter
+    options, source, given = parse(
+        argv, "mha2mla export", ExportConfig, SourceArguments, description=__doc__, positionals=POSITIONALS
     )
-    parser.add_argument("model", help="Folder or name on the Hub of a converted model, recovered or not.")
-    parser.add_argument("output", help="Folder to write; for gguf, the file.")
-    parser.add_argument("--revision", help="Branch, tag or commit of a model on the Hub.")
-    args = vars(parser.parse_args(argv))
-    model, output, revision = (args.pop(name) for name in ("model", "output", "revision"))
-    export(model, output, ExportConfig(**args), revision=revision)
+    export(given.model, given.output, options, revision=source.revision)

@@ -6,29 +6,48 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-COMMANDS = ("convert", "export", "report", "eval", "bench", "train", "push")
+from mha2mla import __version__
+
+from .errors import tell
+
+COMMANDS = ("convert", "export", "eval", "bench", "train", "push")
 
 
 def summary(command: str) -> str:
     """First line of the command's docstring, without its imports: these take seconds."""
-    source = Path(__file__).with_name(f"{command}.py").read_text()
+    source = Path(__file__).with_name(f"{command}.py").read_text(encoding="utf-8")
     return (ast.get_docstring(ast.parse(source)) or "").splitlines()[0]
 
 
+def usage() -> str:
+    lines = [f"  {command:10} {summary(command)}" for command in COMMANDS]
+    hint = "mha2mla COMMAND --help tells the options, mha2mla --version the version."
+    return "usage: mha2mla COMMAND ...\n\n" + "\n".join(lines) + "\n\n" + hint
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run a sub-command; what the user can mend is told in one line, without a traceback."""
+    """
+    Run a sub-command.
+
+    Returns:
+        Exit status: 0; 2 for what the user can mend, told in a sentence or two; 1 for a bug, told with its traceback;
+        130 after Ctrl-C.
+    """
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["--version"]:
+        print(f"mha2mla {__version__}")
+        return 0
     if not argv or argv[0] not in COMMANDS:
-        lines = [f"  {command:10} {summary(command)}" for command in COMMANDS]
-        print("usage: mha2mla COMMAND ...\n\n" + "\n".join(lines) + "\n\nmha2mla COMMAND --help tells the options.")
+        print(usage())
         return 0 if argv[:1] in (["-h"], ["--help"]) else 2
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("mha2mla").setLevel(logging.INFO)
     try:
         import_module(f"mha2mla.cli.{argv[0]}").main(argv[1:])
-    except (ValueError, OSError) as error:
-        print(f"mha2mla {argv[0]}: error: {error}", file=sys.stderr)
-        return 2
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        return tell(error, f"mha2mla {argv[0]}")
     return 0
 
 

@@ -8,21 +8,33 @@ Weights, config, code, tokenizer and model card go up in one commit; what belong
 in with `hf auth login`, or set HF_TOKEN.
 """
 
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from mha2mla.training.publish import describe_upload, plan_upload, push_folder
+from .parsing import Positionals, parse
+
+POSITIONALS: Positionals = {
+    "folder": dict(type=Path, help="Output of convert or train, a checkpoint-N, or OUTPUT/merged."),
+    "repo": dict(help="OWNER/NAME on the Hub; created if it is not there."),
+}
+
+
+@dataclass
+class PushArguments:
+    """What goes up, and how."""
+
+    private: bool = field(default=False, metadata={"help": "Make a new repository private."})
+    base_model: str | None = field(
+        default=None, metadata={"help": "Adapter: the name on the Hub of the model that it belongs to."}
+    )
+    dry_run: bool = field(default=False, metadata={"help": "List what would be uploaded, and upload nothing."})
 
 
 def main(argv: list[str]) -> None:
-    parser = ArgumentParser(prog="mha2mla push", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="Output of convert or train, a checkpoint-N, or OUTPUT_DIR/merged.")
-    parser.add_argument("repo", help="OWNER/NAME on the Hub; created if it is not there.")
-    parser.add_argument("--private", action="store_true", help="Make a new repository private.")
-    parser.add_argument("--base-model", help="Adapter: the name on the Hub of the model that it belongs to.")
-    parser.add_argument("--dry-run", action="store_true", help="List what would be uploaded, and upload nothing.")
-    args = parser.parse_args(argv)
-    uploads = plan_upload(args.folder, args.base_model, args.repo)
-    print(describe_upload(uploads))
-    if not args.dry_run:
-        print(push_folder(args.folder, args.repo, args.private, args.base_model))
+    options, given = parse(argv, "mha2mla push", PushArguments, description=__doc__, positionals=POSITIONALS)
+
+    from mha2mla.training.publish import describe_upload, plan_upload, push_folder
+
+    print(describe_upload(plan_upload(given.folder, options.base_model, given.repo)))
+    if not options.dry_run:
+        print(push_folder(given.folder, given.repo, options.private, options.base_model))

@@ -1,24 +1,41 @@
 """Recover what conversion lost: fine-tune a converted checkpoint on the stock Trainer.
 
-    mha2mla train --model llama-mla --data texts.jsonl --output_dir llama-mla-recovered --bf16
-    mha2mla train --model llama-mla --data paper --streaming --max_steps 18000 --teacher meta-llama/Llama-2-7b-hf \\
-        --output_dir llama-mla-recovered --bf16
+    mha2mla train --model llama-mla --data texts.jsonl --output llama-mla-recovered --bf16
+    mha2mla train --model llama-mla --data paper --streaming --max-steps 18000 --teacher meta-llama/Llama-2-7b-hf \\
+        --output llama-mla-recovered --bf16
     mha2mla train --config run.yaml --trainable lora --merge
     accelerate launch --config_file fsdp2.yaml -m mha2mla.cli.main train --config run.yaml
 
-All arguments of transformers' TrainingArguments are there beside the ones for model, loss and data; --config takes
-them from a YAML file, and the command line overrules it.
+All arguments of transformers' TrainingArguments are there beside the ones for model, loss and data.
 """
 
-from argparse import RawDescriptionHelpFormatter
+from mha2mla.training.arguments import (
+    DataArguments,
+    LossArguments,
+    ModelArguments,
+    RecoveryTrainingArguments,
+    TeacherArguments,
+)
+from mha2mla.training.losses import find_losses
 
-from mha2mla.training import parse_arguments
-from mha2mla.training.run import close, train
+from .parsing import parse
+
+
+def parse_arguments(
+    argv: list[str],
+) -> tuple[ModelArguments, LossArguments, DataArguments, RecoveryTrainingArguments]:
+    """The options of `mha2mla train`, those of every loss among them; see [`parse`]."""
+    losses = find_losses()
+    dataclasses = (ModelArguments, TeacherArguments, *losses.values(), DataArguments, RecoveryTrainingArguments)
+    model, teacher, *chosen, data, training = parse(argv, "mha2mla train", *dataclasses, description=__doc__)
+    return model, LossArguments(teacher.teacher, dict(zip(losses, chosen, strict=True))), data, training
 
 
 def main(argv: list[str]) -> None:
-    trainer = train(
-        *parse_arguments(argv, prog="mha2mla train", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    )
+    arguments = parse_arguments(argv)
+
+    from mha2mla.training.run import close, train
+
+    trainer = train(*arguments)
     if trainer is not None:
         close(trainer)

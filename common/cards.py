@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from .loading import find_file, on_hub
 
 CARD_NAME = "README.md"
+RESULTS_FOLDER = ".eval_results"  # what the Hub shows beside a card: https://huggingface.co/docs/hub/eval-results
 TAGS = ("mla", "multi-head-latent-attention", "kv-cache-compression", "mha2mla")
 # What a model made of another takes over from its card: the licence binds it, and it speaks the same languages.
 INHERITED = ("license", "license_name", "license_link", "language")

@@ -9,15 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
     HFValidationError,
     OfflineModeIsEnabled,
-    StrictDataclassError,
 )
 from huggingface_hub.utils import validate_repo_id
 from transformers import (
@@ -28,6 +29,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from .errors import raised_in_package
 
 # Files of a checkpoint that say what may be done with it.
 NOTICES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
@@ -92,22 +95,24 @@ def head_dim(config: PreTrainedConfig) -> int:
 
 @contextmanager
 def loading(name: str, role: str, part: str) -> Iterator[None]:
-    """Errors of loading, in one sentence."""
+    """What libraries say of a checkpoint's part that they cannot load, in one sentence."""
     check_name(name, role)
     try:
         yield
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
+    except (OSError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise  # nothing is wrong with the checkpoint, or it is said already
+    except Exception as error:
+        if raised_in_package(error):
             raise
-        raise ValueError(
-            f"{role}: {name} brings code of its own for its {part}, which would run on this machine. Read it, and "
-            "allow it by --trust_remote_code."
-        ) from error
-    except (StrictDataclassError, KeyError, TypeError, AttributeError) as error:
-        if part != "config":
-            raise
-        reason = str(error).strip().replace("\n", " ")
-        raise ValueError(f"{role}: the config.json of {name} is not valid ({reason}). Mend it.") from error
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{role}: {name} brings code of its own for its {part}, which would run on this machine. Read it, and "
+                "allow it by --trust_remote_code."
+            ) from error
+        reason = shorten(str(error), 300, placeholder=" ...")
+        if part == "config":
+            raise ValueError(f"{role}: the config.json of {name} is not valid ({reason}). Mend it.") from error
+        raise ValueError(f"{role}: the {part} of {name} cannot be loaded ({reason}).") from error
 
 
 def load_config(
@@ -144,7 +149,7 @@ def load_model(
 ) -> PreTrainedModel:
     """The causal language model of a checkpoint; `options` are those of `from_pretrained`: dtype, ... Arguments and
     errors are otherwise [`load_config`]'s."""
-    with loading(name, role, "model"):
+    with loading(name, role, "weights"):
         return AutoModelForCausalLM.from_pretrained(
             name, trust_remote_code=trust_remote_code, revision=revision or "main", **options
         )

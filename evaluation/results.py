@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from mha2mla.common.files import read_json_object
 from mha2mla.common.records import recorded_preset
 
-from .report.pictures import ORIGINAL
-from .tasks import EvaluationSettings, Task
+from .caches import DYNAMIC
+from .settings import EvaluationSettings
+from .tasks import Task
 
 RESULTS_NAME = "results.json"
+ORIGINAL = "original"
 PACKAGES = ("mha2mla", "torch", "transformers", "datasets", "lm_eval")
 
 
@@ -32,7 +35,7 @@ class ModelResult:
         name (`str`): "original", or the folder's name.
         path (`str`): Folder, or name on the Hub.
         preset (`str`): Of the conversion, or "original"; "other" where there is no record of it.
-        cache (`str`): Name of the [`CacheKind`]: "plain", "int4", ...
+        cache (`str`): Name of the [`CacheKind`]: "dynamic", "int4", ...
         digest (`str`): Of the checkpoint, by which a continued run sees that it changed.
         cache_bytes_per_token (`float`): Measured on a real cache.
         dtype (`str`): Of the weights.
@@ -53,7 +56,7 @@ class ModelResult:
     @property
     def label(self) -> str:
         """Name in tables and pictures."""
-        return self.name if self.cache == "plain" else f"{self.name}, {self.cache}"
+        return self.name if self.cache == DYNAMIC.name else f"{self.name}, {self.cache}"
 
 
 @dataclass
@@ -80,7 +83,9 @@ class Results:
         path = folder / RESULTS_NAME
         if not path.is_file():
             return cls(asdict(settings))
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json_object(path)
+        if missing := [name for name in ("settings", "runs", "models") if name not in content]:
+            raise ValueError(f"{path} has no {missing[0]}: `mha2mla eval` did not write it. Choose another --output.")
         changed = {k: v for k, v in asdict(settings).items() if content["settings"].get(k) != v}
         if changed:
             before = {name: content["settings"].get(name) for name in changed}

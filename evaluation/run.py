@@ -7,34 +7,32 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    set_seed,
-)
+from transformers import PreTrainedModel, set_seed
 
+from mha2mla.common.device import check_device
+from mha2mla.common.loading import load_config, load_model, load_tokenizer
+from mha2mla.common.records import read_record, recorded_preset
 from mha2mla.modeling import CACHE_ARGUMENT, cache_nbytes
 
-from .measures.caches import PLAIN, CacheKind
+from .caches import DYNAMIC, CacheKind
 from .measures.scoring import inference, prefix_token
-from .report.tables import write_tables
+from .report.conversion import find_records
+from .report.page import write_page
 from .results import ModelResult, Results, describe_environment, describe_model, is_done
-from .tasks import EvaluationSettings, Task, measure_task
+from .settings import EvaluationSettings
+from .tasks import Task, measure_task
 
 logger = logging.getLogger(__name__)
 
-PLAIN_TOKENS = 16  # a plain cache takes the same for each
+DYNAMIC_TOKENS = 16  # a dynamic cache takes the same for each
 QUANTISED_TOKENS = 1024  # many, so that the window weighs what it does in use
 MEASURE_PIECE = 128
 
 
-def measure_cache(model: PreTrainedModel, token: int, kind: CacheKind = PLAIN) -> float:
+def measure_cache(model: PreTrainedModel, token: int, kind: CacheKind = DYNAMIC) -> float:
     """Bytes of cache per token, of a real cache after real forward passes."""
     cache = kind.make(model)
-    num_tokens = PLAIN_TOKENS if kind.nbits is None else QUANTISED_TOKENS
+    num_tokens = DYNAMIC_TOKENS if kind.nbits is None else QUANTISED_TOKENS
     num_tokens = min(num_tokens, model.config.max_position_embeddings)
     ids = torch.full((1, num_tokens), token, device=model.device)
     with inference(model):
@@ -43,9 +41,9 @@ def measure_cache(model: PreTrainedModel, token: int, kind: CacheKind = PLAIN) -
     return cache_nbytes(cache) / num_tokens
 
 
-def suited_caches(path: str, caches: Sequence[CacheKind]) -> list[CacheKind]:
+def suited_caches(path: str, caches: Sequence[CacheKind], trust_remote_code: bool) -> list[CacheKind]:
     """Those in which a model's cache can be held; the others are named in the log."""
-    config = AutoConfig.from_pretrained(path)
+    config = load_config(path, trust_remote_code=trust_remote_code)
     suited = [kind for kind in caches if kind.suits(config)]
     for kind in caches:
         if kind not in suited:
@@ -53,54 +51,87 @@ def suited_caches(path: str, caches: Sequence[CacheKind]) -> list[CacheKind]:
     return suited
 
 
+def find_original(paths: Sequence[str]) -> str | None:
+    """
+    What the conversions are compared with: the first model, unless it is a conversion itself. Then it is the source of
+    that one, if it lies on this machine.
+    """
+    if recorded_preset(paths[0]) is None:
+        return paths[0]
+    source = read_record(paths[0])["source"]
+    if not Path(source).is_dir():
+        logger.info("%s is a conversion of %s, which is not here: there is no original", paths[0], source)
+        return None
+    logger.info("%s is a conversion of %s, which is measured as the original", paths[0], source)
+    return source
+
+
 def evaluate_models(
-    paths: list[str],
-    tasks: list[Task],
+    paths: Sequence[str],
+    tasks: Sequence[Task],
     output: Path,
     settings: EvaluationSettings,
     command: str,
     batch_size: int | None = 8,
     device: str = "cpu",
-    caches: Sequence[CacheKind] = (PLAIN,),
+    caches: Sequence[CacheKind] = (DYNAMIC,),
+    trust_remote_code: bool = False,
 ) -> Results:
     """
     Measure every task that has not been measured yet on every model. results.json is written after each; table.md and
     report.html after each row.
 
     Args:
-        paths (`list[str]`): The original first, then its conversions; folders or names on the Hub.
+        paths (`Sequence[str]`): The original first, then its conversions; folders or names on the Hub. Without an
+            original it is looked for by [`find_original`].
         output (`Path`): Folder of the results; those in it are continued.
         command (`str`): What the user ran, for the record.
         batch_size (`int`, *optional*, defaults to 8): Items at a time; None looks for a size that fits into memory.
-        caches (`Sequence[CacheKind]`): Each gives a row of every model whose cache can be held so.
+        caches (`Sequence[CacheKind]`): Each gives a row of every model whose cache can be held so; no static ones.
+        trust_remote_code (`bool`): Whether code that models bring along may run.
 
     Raises:
         ValueError: If the output folder's results have other settings, a cache's backend is not installed, or a task
             cannot be measured; what has been measured until then is kept.
     """
-    suited = {path: suited_caches(path, caches) for path in paths}
+    check_device(device)
+    for kind in caches:
+        if kind.is_static:
+            raise ValueError(
+                f"--caches {kind.name}: a static cache changes how fast a model is, not what it says. `mha2mla bench` "
+                "measures it."
+            )
+    original_path = find_original(paths)
+    compares = [task.name for task in tasks if task.kind == "agreement"]
+    if compares and original_path is None:
+        raise ValueError(f"{compares[0]} compares with the original, which is not here. Name it before {paths[0]}.")
+    paths = list(dict.fromkeys([*([original_path] if original_path else []), *paths]))
+    find_records(paths)  # one that is malformed shows before anything is measured
+    suited = {path: suited_caches(path, caches, trust_remote_code) for path in paths}
     results = Results.open(output, settings)
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     results.runs.append({"command": command, "started": started, "environment": describe_environment(device)})
     set_seed(settings.seed)
     original: PreTrainedModel | None = None
     original_row: ModelResult | None = None
-    keep_original = any(task.kind == "agreement" for task in tasks)
     for path in paths:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=settings.dtype).to(device).eval()
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+        model = load_model(path, trust_remote_code=trust_remote_code, dtype=settings.dtype).to(device).eval()
+        tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
         for kind in suited[path]:
             size = measure_cache(model, prefix_token(tokenizer), kind)
-            row = results.row(describe_model(path, model, kind.name, size, path == paths[0]))
-            if original_row is None:
+            row = results.row(describe_model(path, model, kind.name, size, path == original_path))
+            if path == original_path and original_row is None:
                 original_row = row
-                original = model if keep_original else None
+                original = model if compares else None
             for number, task in enumerate(tasks, 1):
                 if task.kind == "agreement" and row is original_row:
                     continue  # it agrees with itself
-                if task.kind == "harness" and kind != PLAIN:
+                if task.kind == "harness" and kind != DYNAMIC:
                     continue  # lm-evaluation-harness reads whole texts, without a cache
-                digest = task.digest + (original_row.digest if task.kind == "agreement" else "")
+                digest = task.digest
+                if task.kind == "agreement":
+                    assert original_row is not None
+                    digest += original_row.digest
                 if is_done(row, task, digest):
                     logger.info("%s, %s: done before", row.label, task.name)
                     continue
@@ -112,6 +143,6 @@ def evaluate_models(
                 row.tasks[task.name]["run"] = len(results.runs) - 1
                 results.save(output)
             results.save(output)
-            write_tables(output, results)
+            write_page(output, results)
         del model  # before the next one is loaded
     return results

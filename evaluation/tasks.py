@@ -1,60 +1,31 @@
 """Tasks of `mha2mla eval`: what a name means, and the measurement behind each kind."""
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import find_executable_batch_size
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mha2mla.common.loading import is_hub_name
+from mha2mla.common.text_sources import TextSource
+
+from .caches import DYNAMIC, CacheKind
 from .measures.agreement import measure_agreement
-from .measures.caches import PLAIN, CacheKind
 from .measures.harness import measure_harness, require_harness_task
-from .measures.items import Item, item_kind, read_items
+from .measures.items import Item, item_kind, read_items, read_texts
 from .measures.long_context import measure_position_perplexity, measure_retrieval
 from .measures.multiple_choice import measure_multiple_choice
 from .measures.perplexity import Perplexity, measure_text_perplexity
+from .settings import EvaluationSettings
 
 # What a file of texts is measured with if its name says so; a bare name means the first.
 TEXT_KINDS = ("perplexity", "positions", "agreement")
 # Kind by the form of a file's items.
 FILE_KINDS = {"choice": "choice", "completion": "retrieval", "text": TEXT_KINDS[0]}
-
-
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """
-    What the numbers depend on. A results file is continued only under the same settings.
-
-    Args:
-        limit (`int`, *optional*): Items of each task at most.
-        length (`int`, *optional*, defaults to 1024): Tokens of a window of perplexity tasks.
-        stride (`int`, *optional*): Tokens that a window adds; a window's length if not given.
-        long_length (`int`, *optional*, defaults to 4096): Tokens of a document in tasks of perplexity by position.
-        agreement_length (`int`, *optional*, defaults to 512): Tokens of a text in agreement tasks.
-        prompt_length (`int`, *optional*, defaults to 64): Tokens that are continued in agreement tasks.
-        new_tokens (`int`, *optional*, defaults to 64): Greedy tokens in agreement tasks.
-        dtype (`str`, *optional*, defaults to `"auto"`): Of the weights and the cache; as they are saved.
-        seed (`int`, *optional*, defaults to 0): Of what lm-evaluation-harness draws. Nothing else is random.
-    """
-
-    limit: int | None = field(default=None, metadata={"help": "Items of each task at most."})
-    length: int = field(default=1024, metadata={"help": "Tokens of a window of perplexity tasks."})
-    stride: int | None = field(default=None, metadata={"help": "Tokens that a window adds; its length if not given."})
-    long_length: int = field(default=4096, metadata={"help": "Tokens of a document in `positions:` tasks."})
-    agreement_length: int = field(default=512, metadata={"help": "Tokens of a text in `agreement:` tasks."})
-    prompt_length: int = field(default=64, metadata={"help": "Tokens that are continued in `agreement:` tasks."})
-    new_tokens: int = field(default=64, metadata={"help": "Greedy tokens in `agreement:` tasks."})
-    dtype: str = field(default="auto", metadata={"help": "Of weights and cache: auto, float32, bfloat16, float16."})
-    seed: int = field(default=0, metadata={"help": "Of what lm-evaluation-harness draws."})
-
-    def __post_init__(self):
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit must be at least 1, got {self.limit}.")
-        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {self.dtype!r}.")
 
 
 @dataclass(frozen=True)
@@ -73,7 +44,57 @@ class Task:
     digest: str
 
 
-def find_tasks(names: list[str] | None, data_dir: Path | None, limit: int | None) -> list[Task]:
+@dataclass(frozen=True)
+class TaskData:
+    """
+    What `--data` names, and how it is read.
+
+    Attributes:
+        data (`str`, *optional*): A folder of .jsonl (or .json) files of items, whose names are their tasks; one such
+            file; or text: another kind of file, or OWNER/NAME on the Hub.
+        column (`str`): Of the text.
+        subset (`str`, *optional*), split (`str`): Of a data set on the Hub.
+    """
+
+    data: str | None = None
+    column: str = "text"
+    subset: str | None = None
+    split: str = "train"
+
+    def sources(self) -> dict[str, str]:
+        """
+        What can be measured, by the task's name.
+
+        Raises:
+            ValueError: If `data` names nothing.
+        """
+        if self.data is None:
+            return {}
+        path = Path(self.data)
+        if path.is_dir():
+            files = {file.stem: str(file) for file in sorted(path.iterdir()) if is_item_file(file)}
+            if not files:
+                raise ValueError(f"--data {self.data} has no .jsonl or .json file.")
+            return files
+        if TextSource(self.data).builder is None and not is_hub_name(self.data):
+            raise ValueError(
+                f"--data {self.data} is not a folder, not a .jsonl, .json, .txt or .parquet file, and not the name "
+                "of a data set on the Hub, which has the form OWNER/NAME."
+            )
+        return {path.name.split(".")[0]: self.data}
+
+    def read(self, source: str, limit: int | None) -> list[Item]:
+        """The items of one of the sources; at most `limit`, if it is text."""
+        if is_item_file(Path(source)):
+            return read_items(Path(source), self.column)
+        return read_texts(TextSource(source, self.subset, self.split, self.column), limit)
+
+
+def is_item_file(path: Path) -> bool:
+    return path.suffix in (".json", ".jsonl")
+
+
+def find_tasks(names: Sequence[str] | None, data: TaskData, limit: int | None) -> list[Task]:
     """
     Tasks by name: `NAME` is a file `NAME.jsonl` (or .json) of the data folder, measured as its items' form says, or
     else a task of lm-evaluation-harness; `positions:NAME` and `agreement:NAME` measure a file of texts otherwise, and
@@ -82,52 +103,47 @@ def find_tasks(names: list[str] | None, data_dir: Path | None, limit: int | None
     All files are read and checked, so that a mistake shows before anything is measured.
 
     Args:
-        names (`list[str]`, *optional*): All files of the folder if not given.
+        names (`Sequence[str]`, *optional*): All files of the folder if not given.
+        limit (`int`, *optional*): Items of each task at most.
 
     Raises:
         ValueError: If a name is unknown, an item malformed, or a file's items do not have the form asked for.
     """
-    files: dict[str, Path] = {}
-    if data_dir is not None:
-        if not data_dir.is_dir():
-            raise ValueError(f"--data-dir {data_dir} is not a folder.")
-        files = {path.stem: path for path in sorted(data_dir.iterdir()) if path.suffix in (".json", ".jsonl")}
-        if not files:
-            raise ValueError(f"--data-dir {data_dir} has no .jsonl or .json file.")
-    if not names and not files:
-        raise ValueError("There is nothing to measure: give --tasks, or --data-dir with files of items.")
-    return [find_task(name, files, limit) for name in dict.fromkeys(names or files)]
+    sources = data.sources()
+    if not names and not sources:
+        raise ValueError("There is nothing to measure: give --tasks, or --data with files of items.")
+    return [find_task(name, sources, data, limit) for name in dict.fromkeys(names or sources)]
 
 
-def find_task(name: str, files: dict[str, Path], limit: int | None) -> Task:
+def find_task(name: str, sources: dict[str, str], data: TaskData, limit: int | None) -> Task:
     """One task of [`find_tasks`]."""
     prefix, _, stem = name.rpartition(":")
     if prefix not in ("", "harness", *TEXT_KINDS):
         raise ValueError(
             f"Unknown task {name!r}: before the colon stands {', '.join(TEXT_KINDS)} or harness, got {prefix!r}."
         )
-    if prefix == "harness" or (prefix == "" and stem not in files):
-        if prefix == "" and files:
-            known = f"Files in --data-dir: {', '.join(files)}."
+    if prefix == "harness" or (prefix == "" and stem not in sources):
+        if prefix == "" and sources:
+            known = f"In --data: {', '.join(sources)}."
         else:
-            known = "Give --data-dir for local files."
+            known = "Give --data for local files."
         try:
             require_harness_task(stem)
         except ValueError as error:
             raise ValueError(f"{error} {known}") from None
         return Task(name, "harness", [], "")
-    if stem not in files:
-        raise ValueError(f"Task {name!r} has no file; --data-dir has {', '.join(files) or 'none'}.")
-    items = read_items(files[stem])
-    form = item_kind(items[0], str(files[stem]))
+    if stem not in sources:
+        raise ValueError(f"Task {name!r} has no file; --data has {', '.join(sources) or 'none'}.")
+    items = data.read(sources[stem], limit)
+    form = item_kind(items[0], sources[stem])
     if prefix and form != "text":
-        raise ValueError(f"Task {name!r} needs items with `text`; {files[stem]} has {form} items.")
+        raise ValueError(f"Task {name!r} needs items with `text`; {sources[stem]} has {form} items.")
     kind = prefix or FILE_KINDS[form]
+    digest = hashlib.sha256(json.dumps(items).encode()).hexdigest()
     if limit is not None:
         # Retrieval files are sorted by length; a few of their items shall still cover all lengths.
         step = len(items) / limit if "length" in items[0] and len(items) > limit else 1
         items = [items[int(i * step)] for i in range(min(limit, len(items)))]
-    digest = hashlib.sha256(files[stem].read_bytes()).hexdigest()
     return Task(name, kind, items, digest)
 
 
@@ -138,7 +154,7 @@ def measure_task(
     original: PreTrainedModel,
     settings: EvaluationSettings,
     batch_size: int | None,
-    cache_kind: CacheKind = PLAIN,
+    cache_kind: CacheKind = DYNAMIC,
 ) -> dict[str, Any]:
     """
     Run a task; gives its numbers by name.

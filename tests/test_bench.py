@@ -6,26 +6,27 @@ import pytest
 import torch
 
 from mha2mla.cli.main import main
-from mha2mla.evaluation.speed.speed import allocated_nbytes, fill, make_cache, measure_speed, numbers_per_token
+from mha2mla.evaluation.caches import DYNAMIC, CacheKind
+from mha2mla.evaluation.speed.measure import allocated_nbytes, fill, measure_speed, numbers_per_token
 from mha2mla.modeling import cache_nbytes
 from pico import make_mla, make_source
 
 
 def test_random_weights_original_against_converted(tmp_path, capsys):
     command = "bench --random pico --kv-lora-rank 8 --qk-rope-head-dim 4 --batch-sizes 1,2 --contexts 16 --steps 2"
-    assert main([*command.split(), "--caches", "dynamic,static,int4", "--output", str(tmp_path)]) == 0
+    assert main([*command.split(), "--caches", "dynamic,static,latent-int4", "--output", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "Copy bandwidth" in printed and "% of it" in printed
     results = json.loads((tmp_path / "speed.json").read_text())
     found = {(m["model"], m["cache"], m["batch"]) for m in results["speed"]}
     assert found == {("original", c, b) for c in ("dynamic", "static") for b in (1, 2)} | {
-        ("converted", c, b) for c in ("dynamic", "static", "int4") for b in (1, 2)
+        ("converted", c, b) for c in ("dynamic", "static", "latent-int4") for b in (1, 2)
     }
     for m in results["speed"]:
         assert m["step_ms"] > 0 and m["first_token_s"] > 0
         assert m["tokens_per_s"] == pytest.approx(m["batch"] / m["step_ms"] * 1000)
         assert m["cache_bytes"] <= m["allocated_bytes"]
-        if m["cache"] != "int4":
+        if m["cache"] != "latent-int4":
             assert m["cache_bytes"] == m["formula_bytes"]
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
 
@@ -43,7 +44,9 @@ def test_saved_models(save_source, tmp_path):
     "arguments, message",
     [
         (["--random", "huge"], "Dimensions are known for"),
-        (["--random", "pico", "--caches", "paged"], "--caches may name"),
+        (["--random", "pico", "--caches", "paged"], "Unknown cache 'paged'"),
+        (["--random", "pico", "--caches", "int8"], "pip install hqq"),
+        (["--random", "pico", "--batch-sizes", "1,0"], "must be above 0"),
         ([], "Name models, or dimensions"),
     ],
 )
@@ -54,7 +57,7 @@ def test_mistakes_are_told_in_one_line(arguments, message, capsys):
 
 @pytest.mark.parametrize("model", [make_mla(), make_source()], ids=["converted", "original"])
 def test_a_filled_cache_is_what_a_prompt_makes(model):
-    cache = make_cache(model, "dynamic", 20)
+    cache = DYNAMIC.make(model)
     fill(model, cache, 3, 11)
     assert cache.get_seq_length() == 11
     assert cache_nbytes(cache) == numbers_per_token(model.config) * 11 * 3 * 2 * 4
@@ -71,6 +74,6 @@ def test_compiled_steps_do_not_recompile(monkeypatch):
     counters = torch._dynamo.utils.counters
     counters.clear()
     with torch._dynamo.config.patch(error_on_recompile=True):
-        measured = measure_speed(make_mla(), "pico", "static-compiled", 2, 8, steps=4, repetitions=2)
+        measured = measure_speed(make_mla(), "pico", CacheKind.parse("static-compiled"), 2, 8, steps=4, repetitions=2)
     assert measured.step_ms > 0
     assert counters["stats"]["unique_graphs"] == 1

@@ -10,8 +10,8 @@ from test_evaluation import random_texts
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mha2mla.cli.main import main
-from mha2mla.evaluation.measures import caches
-from mha2mla.evaluation.measures.caches import PLAIN, CacheKind
+from mha2mla.evaluation import caches
+from mha2mla.evaluation.caches import DYNAMIC, CacheKind
 from mha2mla.evaluation.measures.perplexity import measure_text_perplexity, text_tokens
 from mha2mla.evaluation.measures.scoring import Request, score_requests
 from mha2mla.evaluation.run import measure_cache
@@ -34,21 +34,21 @@ def small_window(monkeypatch):
 
 
 def test_names():
-    assert CacheKind.parse("plain") == PLAIN
+    assert CacheKind.parse("dynamic") == DYNAMIC
     assert CacheKind.parse("hqq-int2") == CacheKind("hqq-int2", 2, "hqq")
     source, mla = make_source().config, make_mla().config
-    for name, of_source, of_mla in (("int8", "hqq", "latent"), ("int4", "quanto", "latent"), ("plain", None, None)):
+    for name, of_source, of_mla in (("int8", "hqq", "latent"), ("int4", "quanto", "latent"), ("dynamic", None, None)):
         kind = CacheKind.parse(name)
         assert (kind.backend_for(source), kind.backend_for(mla)) == (of_source, of_mla)
     for name in ("int3", "int", "quanto", "fp8", "other-int4"):
-        with pytest.raises(ValueError, match="plain, int8, int4"):
+        with pytest.raises(ValueError, match="dynamic, static, static-compiled, int8, int4"):
             CacheKind.parse(name)
 
 
 def test_what_a_model_can_hold(monkeypatch):
     source, mla = make_source().config, make_mla().config
     monkeypatch.setattr(caches, "is_installed", lambda module: False)
-    assert CacheKind.parse("int4").suits(mla) and PLAIN.suits(source)
+    assert CacheKind.parse("int4").suits(mla) and DYNAMIC.suits(source)
     assert not CacheKind.parse("int2").suits(mla) and not CacheKind.parse("latent-int4").suits(source)
     with pytest.raises(ValueError, match="pip install optimum-quanto"):
         CacheKind.parse("int4").suits(source)
@@ -66,11 +66,11 @@ def test_text_perplexity_reads_the_window_through_the_cache(layout):
     expected = torch.nn.functional.cross_entropy(torch.cat(logits), ids[1:]).item()
     loss = {name: measure_text_perplexity(model, TOKENIZER, text, 32, None, kind).loss for name, kind in KINDS.items()}
     assert loss["int4"] == pytest.approx(expected, abs=1e-5)
-    assert loss["int8"] == pytest.approx(loss["plain"], rel=1e-2)
-    assert loss["int4"] != pytest.approx(loss["plain"], abs=1e-4)
+    assert loss["int8"] == pytest.approx(loss["dynamic"], rel=1e-2)
+    assert loss["int4"] != pytest.approx(loss["dynamic"], abs=1e-4)
 
 
-KINDS = {name: CacheKind.parse(name) for name in ("plain", "int8", "int4")}
+KINDS = {name: CacheKind.parse(name) for name in ("dynamic", "int8", "int4")}
 
 
 def test_choices_find_their_context_in_the_quantised_cache():
@@ -91,11 +91,11 @@ def test_caches_that_cannot_select_read_the_context_for_each_continuation(monkey
 
 
 def test_a_row_for_each_cache_a_model_can_have(models, sets, tmp_path, capsys):  # noqa: F811
-    command = arguments(models, sets, tmp_path, "--caches", "plain,latent-int8,latent-int4")
+    command = arguments(models, sets, tmp_path, "--caches", "dynamic,latent-int8,latent-int4")
     assert main(command) == 0
     rows = json.loads((tmp_path / "results" / "results.json").read_text())["models"]
     labels = [(row["name"], row["cache"]) for row in rows]
-    assert labels == [("original", "plain"), ("half", "plain"), ("half", "latent-int8"), ("half", "latent-int4")]
+    assert labels == [("original", "dynamic"), ("half", "dynamic"), ("half", "latent-int8"), ("half", "latent-int4")]
     sizes = [row["cache_bytes_per_token"] for row in rows[1:]]
     assert sizes[0] > sizes[1] > sizes[2]
     assert set(rows[3]["tasks"]) == set(rows[1]["tasks"])
@@ -104,7 +104,7 @@ def test_a_row_for_each_cache_a_model_can_have(models, sets, tmp_path, capsys): 
 
 def test_missing_backend_is_said_before_anything_is_measured(models, sets, tmp_path, capsys, monkeypatch):  # noqa: F811
     monkeypatch.setattr(caches, "is_installed", lambda module: False)
-    assert main(arguments(models, sets, tmp_path, "--caches", "plain,int4")) == 2
+    assert main(arguments(models, sets, tmp_path, "--caches", "dynamic,int4")) == 2
     assert "pip install optimum-quanto" in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
 

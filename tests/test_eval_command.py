@@ -2,14 +2,16 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import pico_tokenizer
 
 from mha2mla.cli.main import main
 from mha2mla.evaluation import run
 from mha2mla.evaluation.measures import harness
-from pico import VOCAB
+from pico import VOCAB, make_mla
 
 SIZES = ("--length", "16", "--long-length", "20", "--agreement-length", "16")
 SIZES += ("--prompt-length", "8", "--new-tokens", "4")
@@ -58,7 +60,7 @@ def models(save_source, calibration_file, tmp_path):
 
 
 def arguments(models, sets, tmp_path, *more, tasks=TASKS):
-    output = ("--output", str(tmp_path / "results"), "--data-dir", str(sets), "--tasks", tasks)
+    output = ("--output", str(tmp_path / "results"), "--data", str(sets), "--tasks", tasks)
     return ["eval", *models, *output, *SIZES, *more]
 
 
@@ -89,8 +91,8 @@ def test_tables_page_and_results(models, sets, tmp_path, capsys):
     assert results["settings"]["seed"] == 0
 
     page = (tmp_path / "results" / "report.html").read_text()
-    # Mean accuracy, perplexity, a heat map for each model, perplexity by position.
-    assert page.count("data:image/png;base64,") == 5
+    # Mean accuracy, perplexity, a heat map for each model, perplexity by position; three of the conversion.
+    assert page.count("data:image/png;base64,") == 5 + 3
     assert "http" not in page
     assert "Multiple choice, accuracy in %" in (tmp_path / "results" / "table.md").read_text()
 
@@ -107,8 +109,7 @@ def test_killed_run_continues_with_the_tasks_not_yet_done(models, sets, tmp_path
 
     monkeypatch.setattr(run, "measure_task", killed_at_third)
     command = arguments(models, sets, tmp_path, tasks="choices,texts,completion")
-    with pytest.raises(KeyboardInterrupt):
-        main(command)
+    assert main(command) == 130
     measured.clear()
     monkeypatch.setattr(
         run, "measure_task", lambda task, *args: measured.append(task.name) or measure_task(task, *args)
@@ -157,7 +158,7 @@ def test_limit_takes_the_first_items_and_spreads_over_lengths(models, sets, tmp_
     ("options", "message"),
     [
         (("--tasks", "agreement:choices"), "needs items with `text`"),
-        (("--tasks", "perplexity:missing"), "has no file; --data-dir has choices, completion"),
+        (("--tasks", "perplexity:missing"), "has no file; --data has choices, completion"),
         (("--tasks", "shape:texts"), "Unknown task 'shape:texts': before the colon stands perplexity, positions"),
         (
             ("--tasks", "mmlu"),
@@ -165,21 +166,52 @@ def test_limit_takes_the_first_items_and_spreads_over_lengths(models, sets, tmp_
         ),
         (("--limit", "0"), "limit must be at least 1, got 0"),
         (("--dtype", "int3"), "dtype must be auto, float32, bfloat16 or float16, got 'int3'"),
-        (("--data-dir", "missing"), "--data-dir missing is not a folder"),
+        (("--data", "missing"), "--data missing is not a folder"),
     ],
 )
 def test_mistakes_show_before_anything_is_measured(sets, tmp_path, options, message, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)  # as on a machine without it
     harness.harness_task_names.cache_clear()
     output = str(tmp_path / "results")
-    assert main(["eval", "no-such-model", "--data-dir", str(sets), "--output", output, *options]) == 2
+    assert main(["eval", "no-such-model", "--data", str(sets), "--output", output, *options]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
 
 
 def test_malformed_file_is_refused_with_its_line(sets, tmp_path, capsys):
     (sets / "broken.jsonl").write_text('{"context": "a", "choices": ["b", "c"], "answer": 7}\n')
-    assert main(["eval", "no-such-model", "--data-dir", str(sets), "--output", str(tmp_path / "results")]) == 2
+    assert main(["eval", "no-such-model", "--data", str(sets), "--output", str(tmp_path / "results")]) == 2
     assert "broken.jsonl:1: `answer` must be the index of a choice, 0 to 1, got 7" in capsys.readouterr().err
     assert main(["eval", "no-such-model"]) == 2
-    assert "give --tasks, or --data-dir" in capsys.readouterr().err
+    assert "give --tasks, or --data" in capsys.readouterr().err
+
+
+def shortened(file: Path, size: int) -> None:
+    file.write_bytes(file.read_bytes()[:size])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: shortened(folder / "model.safetensors", 2000), "the weights of"),
+        (lambda folder: shortened(folder / "tokenizer.json", 100), "the tokenizer of"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "no file named model.safetensors"),
+        (lambda folder: (folder / "config.json").write_text("{"), "is not a valid JSON file"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "Should have a `model_type` key"),
+        (lambda folder: (folder / "config.json").unlink(), "has no config.json: it is not a transformers checkpoint"),
+        (lambda folder: (folder / "conversion.json").write_text("[]"), "must hold a JSON object, got list"),
+        (lambda folder: (folder / "conversion.json").write_text('{"source": "x"}'), "has no 'source_cache_width'"),
+        (lambda folder: (folder / "results.json").write_text("{}"), "`mha2mla eval` did not write it"),
+    ],
+)
+def test_broken_checkpoints_end_in_a_sentence(spoil, message, sets, tmp_path, capsys):
+    original, converted = tmp_path / "original", tmp_path / "converted"
+    for folder in (original, converted):
+        make_mla().save_pretrained(folder)
+        pico_tokenizer().save_pretrained(folder)
+    spoil(converted)
+    paths = [str(original), str(converted)]
+    output = converted if (converted / "results.json").exists() else tmp_path / "results"
+    command = ["eval", *paths, "--data", str(sets), "--tasks", "completion", "--output", str(output)]
+    assert main(command) == 2
+    assert message in capsys.readouterr().err

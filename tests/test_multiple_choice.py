@@ -141,7 +141,7 @@ GOOD = {"context": "a", "choices": ["b", "c"], "answer": 1}
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", r"items.jsonl:3: not JSON"),
+        ("{", r"items.jsonl:3 is not JSON"),
         ("[1]", r"items.jsonl:3: an item must be a JSON object, got list"),
         (json.dumps({"question": "a"}), r"items.jsonl:3: an item needs `text`.*this one has question"),
         (json.dumps(GOOD | {"answer": 2}), r"items.jsonl:3: `answer` must be the index of a choice, 0 to 1, got 2"),

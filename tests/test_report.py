@@ -1,48 +1,120 @@
-"""The report command, on pico conversions."""
+"""What `mha2mla eval` shows of conversions: pictures on its page, results in model cards and in the Hub's form."""
 
+import gzip
 import json
 
 import pytest
+import yaml
+from huggingface_hub import parse_eval_result_entries
+from test_eval_command import arguments, models, sets, words  # noqa: F401 (fixtures)
 
 from mha2mla.cli.main import main
+from mha2mla.training.publish import plan_upload
+
+TEXT = ("--calibration-samples", 4, "--calibration-length", 16)
 
 
 @pytest.fixture
 def conversions(save_source, calibration_file, tmp_path):
     source = save_source("gqa")
-    text = ("--calibration-data", calibration_file, "--calibration-samples", 4, "--calibration-length", 16)
     for name, options in (
         ("big", ("--cache-ratio", 0.5, "--refine-steps", 1)),
         ("small", ("--cache-ratio", 0.3, "--refine-steps", 1)),
         ("paper", ("--cache-ratio", 0.5, "--preset", "paper")),
     ):
-        assert main(["convert", *map(str, (source, tmp_path / name, *options, *text))]) == 0
+        command = (source, tmp_path / name, *options, "--calibration-data", calibration_file, *TEXT)
+        assert main(["convert", *map(str, command)]) == 0
     return tmp_path
 
 
-def test_report_is_one_self_contained_page_with_pictures(conversions, calibration_file, capsys):
+def test_page_and_model_cards_show_the_conversions(conversions, calibration_file, capsys):
     folders = [str(conversions / name) for name in ("big", "small", "paper")]
-    arguments = ["report", *folders, "--data", str(calibration_file), "--blocks", "2", "--length", "16"]
-    assert main(arguments) == 0
+    output = conversions / "results"
+    command = ["eval", *folders, "--data", str(calibration_file), "--length", "16", "--limit", "3", "--cards"]
+    command += ["--output", str(output)]
+    assert main(command) == 0
     printed = capsys.readouterr().out
-    for name in ("original", "big", "small", "paper"):
-        assert f"{name}: " in printed
+    for name in ("original", "big", "small", "paper"):  # the original was found by the record
+        assert f" {name} |" in printed
+    page = (output / "report.html").read_text()
+    # Perplexity against cache size; frequencies, energy and loss by stage, of which the paper's preset measures none.
+    assert page.count("data:image/png;base64,") == 1 + 3 + 3 + 1
+    assert "http" not in page  # nothing is fetched
+    assert "&quot;refine_steps&quot;: 1" in page
     big = conversions / "big"
-    page = (big / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 4
-    assert "http" not in page.split("<h2>Options")[0]  # nothing is fetched
-    for picture in ("perplexity.png", "rope_frequencies.png", "latent_energy.png", "loss_by_stage.png"):
+    for picture in ("perplexity-calibration.png", "rope_frequencies.png", "latent_energy.png", "loss_by_stage.png"):
         assert (big / picture).read_bytes().startswith(b"\x89PNG")
-    assert (big / "README.md").read_text().count("](perplexity.png)") == 1
-    main(arguments)
-    assert (big / "README.md").read_text().count("](perplexity.png)") == 1
+    assert not (conversions / "paper" / "latent_energy.png").exists()
+    card = (big / "README.md").read_text()
+    assert card.index("](perplexity-calibration.png)") < card.index("## Recipe\n")
+    section = card[card.index("## Evaluation\n") : card.index("## Recipe\n")]
+    assert " original |" in section and " big |" in section and " small |" not in section
+    assert f"Made by `mha2mla eval {folders[0]}" in section
 
-    # The paper's preset measures nothing by layer: two pictures.
-    assert main(["report", folders[2], *arguments[4:]]) == 0
-    assert (conversions / "paper" / "report.html").read_text().count("data:image/png;base64,") == 2
+    # Once, however often it is measured; what stands around it stays.
+    assert main(command) == 0
+    assert (big / "README.md").read_text() == card
+    assert card.count("## Evaluation\n") == 1 and card.endswith("[mha2mla]: https://arxiv.org/abs/2502.14837\n")
+    source = next(conversions.glob("source-*"))
+    assert not list(source.glob("*.png")) and not (source / "README.md").exists()
 
 
-def test_report_wants_a_conversion(tmp_path, calibration_file, capsys):
-    (tmp_path / "config.json").write_text(json.dumps({}))
-    assert main(["report", str(tmp_path), "--data", str(calibration_file)]) == 2
-    assert "give a folder that `mha2mla convert` wrote" in capsys.readouterr().err
+def test_without_its_source_a_conversion_is_measured_alone(conversions, calibration_file, capsys):
+    next(conversions.glob("source-*")).rename(conversions / "moved")
+    command = ["eval", str(conversions / "big"), "--length", "16", "--limit", "2", "--output", str(conversions / "r")]
+    assert main([*command, "--data", str(calibration_file)]) == 0
+    assert " original |" not in capsys.readouterr().out
+    names = [row["name"] for row in json.loads((conversions / "r" / "results.json").read_text())["models"]]
+    assert names == ["big"]
+    agreement = ["--data", str(calibration_file), "--tasks", "agreement:calibration"]
+    assert main([*command, *agreement]) == 2
+    assert "agreement:calibration compares with the original, which is not here" in capsys.readouterr().err
+
+
+def test_results_in_the_form_of_the_hub(models, sets, tmp_path, capsys):  # noqa: F811
+    command = arguments(models, sets, tmp_path, "--benchmarks", "choices=me/choices:test", tasks="choices,texts")
+    assert main(command) == 0
+    file = tmp_path / "half" / ".eval_results" / "choices.yaml"
+    (entry,) = parse_eval_result_entries(yaml.safe_load(file.read_text()))  # the Hub's own reading
+    results = json.loads((tmp_path / "results" / "results.json").read_text())
+    assert entry.value == pytest.approx(
+        100 * results["models"][1]["tasks"]["choices"]["numbers"]["accuracy"], abs=0.01
+    )
+    assert (entry.dataset_id, entry.task_id) == ("me/choices", "test")
+    assert isinstance(entry.date, str) and results["runs"][0]["started"].startswith(entry.date)
+    assert [path.name for path in tmp_path.glob("*/.eval_results")] == [".eval_results"]  # not of the original
+    assert ".eval_results/choices.yaml" in {upload.name for upload in plan_upload(tmp_path / "half")}
+    capsys.readouterr()
+    for given, message in (
+        (("choices",), "write TASK=OWNER/NAME:TASK_ID"),
+        (("texts=me/choices:test",), "no task of this run that has an accuracy"),
+        (("choices=me/choices:test", "--limit", "2"), "wants the whole set: leave out --limit 2"),
+    ):
+        assert main(arguments(models, sets, tmp_path, "--benchmarks", *given, tasks="choices,texts")) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_text_of_any_form_is_the_same_text(save_source, tmp_path, capsys):
+    source, texts = save_source(), [words(12, seed) for seed in range(3)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"raw": text}) + "\n" for text in texts))
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
+        file.write("".join(json.dumps({"raw": text}) + "\n" for text in [*texts[:1], "", *texts[1:]]))
+    (tmp_path / "c.txt").write_text("\n\n".join(texts))
+    losses = []
+    for name, column in (("a.jsonl", "raw"), ("b.jsonl.gz", "raw"), ("c.txt", "text")):
+        output = tmp_path / f"of-{name}"
+        data = ("--data", str(tmp_path / name), "--column", column, "--output", str(output))
+        assert main(["eval", str(source), *data, "--length", "16"]) == 0
+        (row,) = json.loads((output / "results.json").read_text())["models"]
+        (task,) = row["tasks"].values()
+        assert list(row["tasks"]) == [name[0]]
+        losses.append(task["numbers"]["loss"])
+    assert losses[0] == losses[1] == losses[2]
+    capsys.readouterr()
+    for data, message in (
+        (("owner/set",), "owner/set is a data set on the Hub: say by --limit"),
+        ((str(tmp_path / "b.jsonl.gz"),), "has no column 'text'; it has raw"),
+        ((str(tmp_path / "d.txt"),), "there is no such file"),
+    ):
+        assert main(["eval", str(source), "--data", *data]) == 2
+        assert message in capsys.readouterr().err

@@ -15,7 +15,8 @@ from test_training_run import arguments, folder, losses  # noqa: F401  # a fixtu
 from transformers.integrations import deepspeed as integration
 
 from mha2mla.cli.main import main
-from mha2mla.training import parse_arguments, run
+from mha2mla.cli.train import parse_arguments
+from mha2mla.training import run
 from mha2mla.training.parameters import meta_model
 from pico import make_mla
 

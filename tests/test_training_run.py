@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mha2mla.cli.main import main
-from mha2mla.training import RecoveryTrainer, parse_arguments, run
+from mha2mla.cli.train import parse_arguments
+from mha2mla.training import RecoveryTrainer, run
 from mha2mla.training.resume import newest_checkpoint
 from pico import BLOCK_PACKAGE, VOCAB, make_mla, make_source, tokens
 

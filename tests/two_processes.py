@@ -12,7 +12,8 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import distributed
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from mha2mla.training import collate_packed, loss, make_losses, parse_arguments, use_losses
+from mha2mla.cli.train import parse_arguments
+from mha2mla.training import collate_packed, loss, make_losses, use_losses
 from mha2mla.training.run import close, train
 from pico import make_mla, make_source, tokens
 

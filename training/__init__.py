@@ -5,7 +5,6 @@ from .arguments import (
     LossArguments,
     ModelArguments,
     RecoveryTrainingArguments,
-    parse_arguments,
 )
 from .loss import RecoveryOutput, use_losses
 from .losses import make_losses
@@ -26,7 +25,6 @@ __all__ = [
     "freeze_except",
     "make_losses",
     "pack_documents",
-    "parse_arguments",
     "recover",
     "use_losses",
 ]

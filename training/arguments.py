@@ -1,14 +1,11 @@
 """What the user chooses: dataclasses, from the command line and from YAML alike; losses bring their own."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
-from mha2mla.common.files import read_yaml
-
-from .losses import Loss, find_losses, make_losses, weigh
+from .losses import Loss, make_losses, weigh
 from .parameters import PROJECTIONS
 
 
@@ -131,6 +128,9 @@ class DataArguments:
 class RecoveryTrainingArguments(TrainingArguments):
     """transformers' `TrainingArguments`, all of them, with the paper's defaults (arXiv 2502.14837, Appendix A)."""
 
+    output_dir: str = field(
+        metadata={"help": "Folder of the trained model and its checkpoints.", "aliases": ["--output"]}
+    )
     learning_rate: float = field(default=1e-4, metadata={"help": "Highest rate, held through the stable phase."})
     adam_beta2: float = field(default=0.95, metadata={"help": "Second beta of AdamW; the first is 0.9."})
     lr_scheduler_type: str = field(
@@ -175,38 +175,3 @@ class RecoveryTrainingArguments(TrainingArguments):
         if self.compile_layers and self.torch_compile:
             raise ValueError("compile_layers and torch_compile both compile the decoder layers: choose one.")
         super().__post_init__()
-
-
-def parse_arguments(
-    argv: list[str], **parser_options: Any
-) -> tuple[ModelArguments, LossArguments, DataArguments, RecoveryTrainingArguments]:
-    """
-    Arguments from the command line and, with `--config FILE`, from a YAML file of the same names; what is said on the
-    command line wins.
-
-    Raises:
-        ValueError: If the file is none of YAML, or names an argument that there is not.
-    """
-    losses = find_losses()
-    arguments = (ModelArguments, TeacherArguments, *losses.values(), DataArguments, RecoveryTrainingArguments)
-    parser = HfArgumentParser(arguments, **parser_options)
-    parser.add_argument("--config", type=Path, help="YAML file of arguments; the command line overrules it.")
-    first = HfArgumentParser([], add_help=False, allow_abbrev=False)
-    first.add_argument("--config", type=Path)
-    path = first.parse_known_args(argv)[0].config
-    if path is not None:
-        use_defaults(parser, read_yaml(path), path)
-    model, teacher, *chosen, data, training, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    return model, LossArguments(teacher.teacher, dict(zip(losses, chosen, strict=True))), data, training
-
-
-def use_defaults(parser: HfArgumentParser, values: Any, path: Path) -> None:
-    """Make the values of a YAML file the parser's defaults."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold `name: value` lines, got {type(values).__name__}.")
-    actions = {action.dest: action for action in parser._actions}  # argparse has no public list of them
-    for name in values:
-        if name not in actions or name == "config":
-            raise ValueError(f"{path}: there is no argument {name!r}; mha2mla train --help tells which there are.")
-        actions[name].required = False
-    parser.set_defaults(**values)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 
-from mha2mla.common.cards import CARD_NAME
+from mha2mla.common.cards import CARD_NAME, RESULTS_FOLDER
 from mha2mla.common.files import read_json_object
 from mha2mla.common.loading import NOTICES, on_hub
 
@@ -30,7 +30,7 @@ PUBLISHED = [
     "*.tiktoken",
     *NOTICES,
 ]
-CHAT_TEMPLATES = "additional_chat_templates"  # a folder beside them
+IN_FOLDERS = ["additional_chat_templates/*.jinja", f"{RESULTS_FOLDER}/*.yaml"]
 LEFT_OUT = ["trainer_state.json", "*_results.json"]
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -73,13 +73,14 @@ def plan_upload(folder: Path, base_model: str | None = None, repo: str | None = 
     if not folder.is_dir():
         raise ValueError(f"There is no folder {folder}.")
     files = [
-        path.relative_to(folder).as_posix()
-        for path in sorted([*folder.iterdir(), *folder.glob(f"{CHAT_TEMPLATES}/*.jinja")])
+        path
+        for path in sorted(folder.iterdir())
         if path.is_file()
         and any(fnmatch(path.name, pattern) for pattern in PUBLISHED)
         and not any(fnmatch(path.name, pattern) for pattern in LEFT_OUT)
     ]
-    uploads = {name: Upload(name, folder / name) for name in files}
+    files += [path for pattern in IN_FOLDERS for path in sorted(folder.glob(pattern))]
+    uploads = {name: Upload(name, path) for path in files for name in [path.relative_to(folder).as_posix()]}
     if not any(name.endswith(".safetensors") for name in uploads):
         raise ValueError(f"{folder} holds no .safetensors weights. Give the output of mha2mla convert or train.")
     if ADAPTER_CONFIG in uploads:

@@ -1,6 +1,6 @@
 """Recovery fine-tuning as a script to read and change; `mha2mla train` does the same with more checks.
 
-python docs/examples/train.py --model llama-mla --data texts.jsonl --output_dir recovered --bf16
+python docs/examples/train.py --model llama-mla --data texts.jsonl --output recovered --bf16
 python docs/examples/train.py --config run.yaml --teacher meta-llama/Llama-2-7b-hf --trainable lora
 accelerate launch --config_file docs/examples/accelerate/fsdp2.yaml docs/examples/train.py --config run.yaml
 """
@@ -11,13 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 import mha2mla.modeling  # noqa: F401  # registers the family: no trust_remote_code needed
+from mha2mla.cli.train import parse_arguments
 from mha2mla.training import (
     RecoveryTrainer,
     add_lora,
     collate_packed,
     describe_trainable,
     freeze_except,
-    parse_arguments,
     use_losses,
 )
 from mha2mla.training.data import load_rows

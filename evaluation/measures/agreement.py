@@ -8,7 +8,8 @@ import torch
 from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .caches import PLAIN, CacheKind
+from mha2mla.evaluation.caches import DYNAMIC, CacheKind
+
 from .multiple_choice import mean_stderr
 from .perplexity import CHUNK, chunked_logits, text_tokens
 from .scoring import inference
@@ -42,7 +43,7 @@ def kl_divergence(
     model: PreTrainedModel,
     ids: torch.Tensor,
     chunk: int = CHUNK,
-    cache_kind: CacheKind = PLAIN,
+    cache_kind: CacheKind = DYNAMIC,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Compare the next-token distributions behind every token of a text, a chunk at a time.
@@ -65,7 +66,7 @@ def kl_divergence(
 
 
 def greedy_continuation(
-    model: PreTrainedModel, ids: torch.Tensor, new_tokens: int, cache_kind: CacheKind = PLAIN
+    model: PreTrainedModel, ids: torch.Tensor, new_tokens: int, cache_kind: CacheKind = DYNAMIC
 ) -> list[int]:
     """Greedy tokens behind a prompt [tokens], up to and with an end-of-sequence token."""
     prompt = ids[None].to(model.device)
@@ -90,7 +91,7 @@ def measure_agreement(
     length: int = 512,
     prompt_length: int = 64,
     new_tokens: int = 64,
-    cache_kind: CacheKind = PLAIN,
+    cache_kind: CacheKind = DYNAMIC,
 ) -> Agreement:
     """
     Agreement with the original on texts: the KL divergence over the first tokens of each text, and greedy

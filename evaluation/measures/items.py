@@ -1,50 +1,78 @@
-"""Evaluation items from local JSON Lines files: read, checked, and told apart by their fields."""
+"""Evaluation items: read from files or data sets, checked, and told apart by their fields."""
 
-import json
 from pathlib import Path
 from typing import Any
+
+from mha2mla.common.files import read_json, read_json_lines
+from mha2mla.common.text_sources import TextSource, clean_documents, find_column, is_chat, load_source, reading
 
 Item = dict[str, Any]
 
 
-def read_items(path: Path) -> list[Item]:
+def read_items(path: Path, column: str = "text") -> list[Item]:
     """
     Items of a .jsonl file, one object a line, or of a .json file that holds a list of them. Every item has an "id":
     its own, or its place in the file.
+
+    Args:
+        column (`str`, *optional*, defaults to `"text"`): What the text of a text item is called in the file.
 
     Raises:
         ValueError: If the file is not JSON, has no items, or an item is malformed; with the line (or, in a .json
             file, the place) of the first such item.
     """
-    text = path.read_text(encoding="utf-8")
     if path.suffix == ".json":
-        try:
-            rows = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{error.lineno}: not JSON ({error.msg}).") from None
+        rows = read_json(path)
         if not isinstance(rows, list):
             raise ValueError(f"{path}: a .json file must hold a list of items; one object a line is a .jsonl file.")
         numbered = [(f"{path}, item {number}", row) for number, row in enumerate(rows, 1)]
     else:
-        numbered = []
-        for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): JSON strings may hold U+2028
-            if line.strip():
-                try:
-                    numbered.append((f"{path}:{number}", json.loads(line)))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}:{number}: not JSON ({error.msg}).") from None
+        numbered = [(f"{path}:{number}", row) for number, row in read_json_lines(path)]
     if not numbered:
         raise ValueError(f"{path} has no items.")
     kinds = {}
-    for place, row in numbered:
+    items = []
+    for number, (place, row) in enumerate(numbered, 1):
         if not isinstance(row, dict):
             raise ValueError(f"{place}: an item must be a JSON object, got {type(row).__name__}.")
-        kinds[place] = item_kind(row, place)
+        item = row | {"text": row[column]} if column in row else row
+        kinds[place] = item_kind(item, place)
+        items.append({"id": str(number)} | item)
     first_place, first_kind = next(iter(kinds.items()))
     for place, kind in kinds.items():
         if kind != first_kind:
             raise ValueError(f"{place}: a {kind} item, but {first_place} is a {first_kind} item; give each a file.")
-    return [{"id": str(number)} | row for number, (_, row) in enumerate(numbered, 1)]
+    return items
+
+
+def read_texts(source: TextSource, limit: int | None = None) -> list[Item]:
+    """
+    Text items of any source of text, in the order they lie in; what is empty is left out.
+
+    Args:
+        limit (`int`, *optional*): Texts at most.
+
+    Raises:
+        ValueError: If the source cannot be read or has no text, or is a data set on the Hub and there is no limit.
+    """
+    if source.builder is None and limit is None:
+        raise ValueError(
+            f"--data {source} is a data set on the Hub: say by --limit how many of its texts to measure on."
+        )
+    texts: list[Any] = []
+    column = None
+    with reading(source):
+        for row in load_source(source, streaming=True):
+            if column is None:
+                column = find_column(source, list(row))
+            texts += clean_documents([row[column]], source, column)
+            if len(texts) == limit:
+                break
+    if not texts:
+        raise ValueError(f"{source} has no text.")
+    if is_chat(texts[0]):
+        raise ValueError(f"{source}: column {column!r} holds messages; perplexity is measured on plain text.")
+    return [{"id": str(number), "text": text} for number, text in enumerate(texts, 1)]
 
 
 def item_kind(item: Item, place: str) -> str:
@@ -61,6 +89,8 @@ def item_kind(item: Item, place: str) -> str:
     if "context" not in item:
         if isinstance(item.get("text"), str) and item["text"]:
             return "text"
+        if "text" in item:
+            raise ValueError(f"{place}: the text must be a string that is not empty, got {item['text']!r:.80}.")
         raise ValueError(
             f"{place}: an item needs `text`, or `context` with `choices` and `answer`, or `context` with `target`; "
             f"this one has {', '.join(item) or 'nothing'}."

@@ -8,7 +8,8 @@ import torch
 from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .caches import PLAIN, CacheKind
+from mha2mla.evaluation.caches import DYNAMIC, CacheKind
+
 from .items import Item
 from .multiple_choice import mean_stderr
 from .perplexity import Perplexity, text_tokens, token_losses
@@ -58,7 +59,7 @@ def measure_retrieval(
     tokenizer: PreTrainedTokenizerBase,
     items: Sequence[Item],
     batch_size: int = 1,
-    cache_kind: CacheKind = PLAIN,
+    cache_kind: CacheKind = DYNAMIC,
 ) -> Retrieval:
     """
     Whether greedy decoding completes each context with its target. One forward pass tells: it does if every token of
@@ -115,7 +116,7 @@ def measure_position_perplexity(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     length: int,
-    cache_kind: CacheKind = PLAIN,
+    cache_kind: CacheKind = DYNAMIC,
 ) -> list[PositionRange]:
     """
     Perplexity by position over the first tokens of long documents, in ranges that double: [1, 128), [128, 256), ...

@@ -7,7 +7,8 @@ from statistics import mean, stdev
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .caches import PLAIN, CacheKind
+from mha2mla.evaluation.caches import DYNAMIC, CacheKind
+
 from .items import Item, check_choices
 from .scoring import encode_request, score_requests
 
@@ -84,7 +85,7 @@ def measure_multiple_choice(
     tokenizer: PreTrainedTokenizerBase,
     items: Sequence[Item],
     batch_size: int = 8,
-    cache_kind: CacheKind = PLAIN,
+    cache_kind: CacheKind = DYNAMIC,
 ) -> MultipleChoice:
     """
     Accuracy on multiple-choice items, each choice scored as `" " + choice` after the context.
@@ -114,7 +115,7 @@ def score_choices(
     tokenizer: PreTrainedTokenizerBase,
     items: Sequence[Item],
     batch_size: int = 8,
-    cache_kind: CacheKind = PLAIN,
+    cache_kind: CacheKind = DYNAMIC,
 ) -> list[list[float]]:
     """
     Log-likelihood of every choice of every item, in nats. Arguments and errors are those of

@@ -8,9 +8,9 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mha2mla.common.perplexity import Perplexity
+from mha2mla.evaluation.caches import DYNAMIC, CacheKind
 from mha2mla.modeling import CACHE_ARGUMENT
 
-from .caches import PLAIN, CacheKind
 from .scoring import inference, prefix_token, score_targets
 
 # Tokens that go through a model at a time where only the losses are kept: its logits are the largest tensor there is.
@@ -54,7 +54,7 @@ def measure_text_perplexity(
     texts: Sequence[str],
     length: int,
     stride: int | None = None,
-    cache_kind: CacheKind = PLAIN,
+    cache_kind: CacheKind = DYNAMIC,
 ) -> Perplexity:
     """
     Perplexity of whole texts, each on its own behind the tokenizer's bos (or eos) token. Every token of every text is
@@ -100,7 +100,7 @@ def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
 
 
 def chunked_logits(
-    model: PreTrainedModel, ids: torch.Tensor, chunk: int = CHUNK, cache_kind: CacheKind = PLAIN
+    model: PreTrainedModel, ids: torch.Tensor, chunk: int = CHUNK, cache_kind: CacheKind = DYNAMIC
 ) -> Iterator[torch.Tensor]:
     """
     Logits of a text, a chunk at a time over a growing cache, so that memory never holds those of the whole text.
@@ -118,7 +118,7 @@ def chunked_logits(
 
 
 def token_losses(
-    model: PreTrainedModel, ids: torch.Tensor, chunk: int = CHUNK, cache_kind: CacheKind = PLAIN
+    model: PreTrainedModel, ids: torch.Tensor, chunk: int = CHUNK, cache_kind: CacheKind = DYNAMIC
 ) -> torch.Tensor:
     """Loss in nats of each token but the first given those before it, [tokens - 1], fp32."""
     targets = ids[1:].to(model.device)

@@ -11,9 +11,8 @@ import torch
 from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mha2mla.evaluation.caches import DYNAMIC, CacheKind
 from mha2mla.modeling import CACHE_ARGUMENT
-
-from .caches import PLAIN, CacheKind
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def encode_request(
 
 
 def score_requests(
-    model: PreTrainedModel, requests: list[Request], batch_size: int, desc: str, cache_kind: CacheKind = PLAIN
+    model: PreTrainedModel, requests: list[Request], batch_size: int, desc: str, cache_kind: CacheKind = DYNAMIC
 ) -> list[list[Score]]:
     """
     Scores of all continuations, in the order of the requests.

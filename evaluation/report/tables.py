@@ -1,57 +1,18 @@
-"""Tables and the page of an evaluation: models below one another, what was measured beside one another."""
+"""Tables of an evaluation: models below one another, what was measured beside one another."""
 
 import math
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from matplotlib import pyplot
-from matplotlib.figure import Figure
-
 from mha2mla.evaluation.measures.multiple_choice import paired_difference
-from mha2mla.evaluation.results import ModelResult, Results
+from mha2mla.evaluation.results import ORIGINAL, ModelResult, Results
 
-from .pictures import ORIGINAL, Measured, encode_png, html_page, html_picture, html_table, plot_against_cache
-
-PAGE_NAME = "report.html"
-MARKDOWN_NAME = "table.md"
+from .table import Table, show
 
 CHOICE_KINDS = ("choice", "harness")
 
 Numbers = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Table:
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-
-    def markdown(self) -> str:
-        """A markdown table whose columns are aligned, so that it reads well on a terminal too."""
-        columns = [max(map(text_width, column)) for column in zip(self.header, *self.rows, strict=True)]
-        lines = [self.header, ["-" * (width - 1) + ":" for width in columns], *self.rows]
-        pad = [
-            "| " + " | ".join(" " * (w - text_width(c)) + c for c, w in zip(line, columns, strict=True)) + " |"
-            for line in lines
-        ]
-        return "\n".join([f"{self.title}:", "", *pad])
-
-
-def text_width(text: str) -> int:
-    """Columns on a terminal: marks that combine with a letter take none."""
-    return sum(not unicodedata.combining(letter) for letter in text)
-
-
-def show(value: float | None, stderr: float | None = None, digits: int = 2, factor: float = 1) -> str:
-    """A number with its standard error, where there is one."""
-    if value is None:
-        return "-"
-    text = f"{factor * value:,.{digits}f}"
-    return text if stderr is None or math.isnan(stderr) else f"{text} ± {factor * stderr:,.{digits}f}"
 
 
 def task_numbers(model: ModelResult, name: str) -> Numbers:
@@ -217,91 +178,3 @@ def text_tables(results: Results) -> Iterator[Table]:
 def make_tables(results: Results) -> list[Table]:
     """All tables that have a column."""
     return [*accuracy_tables(results), *text_tables(results)]
-
-
-def plot_positions(results: Results, name: str) -> Figure:
-    """Perplexity by position, a line for each model."""
-    figure, axes = pyplot.subplots(figsize=(8, 4))
-    for model in results.models:
-        ranges = task_numbers(model, name).get("ranges", [])
-        if ranges:
-            ends, values = [r["end"] for r in ranges], [r["perplexity"] for r in ranges]
-            axes.plot(ends, values, marker="o", markersize=3, label=model.label)
-    axes.set(xlabel="position in the document (end of the range)", ylabel="perplexity", title=name)
-    axes.set(xscale="log", yscale="log")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    return figure
-
-
-def plot_retrieval(model: ModelResult, name: str) -> Figure:
-    """A heat map of retrieval by depth and length; white where nothing was measured."""
-    cells = task_numbers(model, name)["cells"]
-    lengths, depths = (sorted({cell[key] for cell in cells}) for key in ("length", "depth"))
-    image = [[math.nan] * len(lengths) for _ in depths]
-    for cell in cells:
-        image[depths.index(cell["depth"])][lengths.index(cell["length"])] = cell["accuracy"]
-    figure, axes = pyplot.subplots(figsize=(6, 3))
-    drawn = axes.imshow(image, aspect="auto", cmap="RdYlGn", vmin=0, vmax=1, interpolation="nearest")
-    axes.set_xticks(range(len(lengths)), [f"{length:g}" for length in lengths])
-    axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
-    axes.set(xlabel="length (tokens)", ylabel="depth", title=f"{name}: {model.label}")
-    figure.colorbar(drawn, label="retrieved")
-    return figure
-
-
-def measured_points(
-    results: Results, numbers_of: Callable[[ModelResult], tuple[float, float] | None]
-) -> list[Measured]:
-    """Points of the picture of quality against cache size, of the models that have both."""
-    points = []
-    for model in results.models:
-        quality = numbers_of(model)
-        if quality is not None:
-            value, stderr = quality
-            points.append(Measured(model.label, model.preset, model.cache_bytes_per_token, value, stderr))
-    return points
-
-
-def make_figures(results: Results) -> Iterator[tuple[str, Figure]]:
-    """Quality against cache size, heat maps of retrieval, and perplexity by position."""
-
-    def against_cache(points: list[Measured], ylabel: str, title: str, log: bool) -> Figure:
-        return plot_against_cache(points, "bytes of cache per token (measured)", ylabel, title, log, "bytes")
-
-    choices = tasks_with(results, CHOICE_KINDS, "accuracy")
-    points = measured_points(results, lambda model: average_accuracy(model, choices))
-    if points:
-        title = f"Mean of {len(choices)} tasks against cache size"
-        yield "accuracy", against_cache(points, "accuracy", title, log=False)
-    for name in tasks_with(results, ("perplexity",), "perplexity"):
-
-        def perplexity(model: ModelResult, name: str = name) -> tuple[float, float] | None:
-            numbers = task_numbers(model, name)
-            stderr = numbers.get("stderr")
-            return (numbers["perplexity"], math.nan if stderr is None else stderr) if numbers else None
-
-        points = measured_points(results, perplexity)
-        yield f"perplexity-{name}", against_cache(points, "perplexity", f"{name} against cache size", log=True)
-    for name in tasks_with(results, ("retrieval",), "cells"):
-        for model in results.models:
-            if task_numbers(model, name).get("cells"):
-                yield f"{name}-{model.label}", plot_retrieval(model, name)
-    for name in tasks_with(results, ("positions",), "ranges"):
-        yield name, plot_positions(results, name)
-
-
-def write_tables(folder: Path, results: Results) -> list[Table]:
-    """Write the markdown file and the HTML page beside the results file; gives the tables."""
-    tables = make_tables(results)
-    command, environment = results.runs[-1]["command"], results.runs[-1]["environment"]
-    versions = ", ".join(f"{name} {number}" for name, number in environment["versions"].items())
-    made = f"Made by `{command}`, commit {environment['commit']}, on {environment['device']}; {versions}."
-    text = "\n\n".join(table.markdown() for table in tables)
-    (folder / MARKDOWN_NAME).write_text(f"{text}\n\n{made}\n", encoding="utf-8")
-    parts = [f"<h2>{table.title}</h2>{html_table(table.header, table.rows)}" for table in tables]
-    pictures = [html_picture(name, encode_png(figure)) for name, figure in make_figures(results)]
-    notes = html_table(("made by", ""), [("command", command), *((k, str(v)) for k, v in environment.items())])
-    body = "".join((*pictures, *parts, "<h2>Run</h2>", notes))
-    (folder / PAGE_NAME).write_text(html_page("Evaluation", body), encoding="utf-8")
-    return tables

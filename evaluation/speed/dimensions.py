@@ -1,0 +1,68 @@
+"""Models of known dimensions with random weights: speed depends on no others."""
+
+from collections.abc import Callable
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from mha2mla.modeling import MLALlamaConfig, MLALlamaForCausalLM
+
+DIMENSIONS = {
+    "llama-2-7b": dict(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        head_dim=128,
+        max_position_embeddings=65536,
+    ),
+    "smollm2-135m": dict(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    ),
+    "pico": dict(
+        vocab_size=96,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        max_position_embeddings=4096,
+    ),
+}
+
+
+def random_models(
+    name: str, dtype: torch.dtype, device: str, rank: int, rope_dim: int, num_rope_key_heads: int
+) -> dict[str, Callable[[], PreTrainedModel]]:
+    """Makers of the original and the converted model of these [`DIMENSIONS`] with random weights, one at a time."""
+    if name not in DIMENSIONS:
+        raise ValueError(f"Dimensions are known for {', '.join(DIMENSIONS)}, not for {name!r}.")
+    sizes = DIMENSIONS[name]
+    latent = dict(kv_lora_rank=rank, qk_rope_head_dim=rope_dim, num_rope_key_heads=num_rope_key_heads)
+    latent |= dict(qk_nope_head_dim=sizes["head_dim"], v_head_dim=sizes["head_dim"])
+
+    def make(config, model_class) -> PreTrainedModel:
+        torch.manual_seed(0)
+        with torch.device(device):
+            default = torch.get_default_dtype()
+            torch.set_default_dtype(dtype)
+            try:
+                return model_class(config).eval()
+            finally:
+                torch.set_default_dtype(default)
+
+    return {
+        "original": lambda: make(LlamaConfig(**sizes), LlamaForCausalLM),
+        "converted": lambda: make(MLALlamaConfig(**sizes, **latent), MLALlamaForCausalLM),
+    }

@@ -1,0 +1,109 @@
+"""Measure the speed of models one after another, and write what was found."""
+
+import gc
+import json
+import logging
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from mha2mla.common.device import check_device
+from mha2mla.evaluation.caches import CacheKind
+from mha2mla.evaluation.report.figures import encode_png
+from mha2mla.modeling import MLALlamaConfig
+
+from .bandwidth import attention_bandwidth, copy_bandwidth
+from .measure import Speed, measure_speed
+from .tables import plot_speed, speed_table
+
+logger = logging.getLogger(__name__)
+
+
+def measure_speeds(
+    makers: Mapping[str, Callable[[], PreTrainedModel]],
+    caches: Sequence[CacheKind],
+    batch_sizes: Sequence[int],
+    contexts: Sequence[int],
+    steps: int,
+    prefill: bool,
+    device: torch.device,
+) -> tuple[list[Speed], list[dict[str, Any]]]:
+    """
+    Every model with every cache that it can have, batch size and context.
+
+    Args:
+        makers (`Mapping[str, Callable]`): What loads each model, by its name; one is in memory at a time.
+        steps, prefill: See [`measure_speed`].
+
+    Returns:
+        The speeds, and the bytes a second that the decoding attention of converted models reaches by itself.
+    """
+    speeds: list[Speed] = []
+    shares = []
+    for name, make in makers.items():
+        model = make()
+        config = model.config
+        suited = [kind for kind in caches if kind.suits(config)]
+        for kind in caches:
+            if kind not in suited:
+                logger.info("%s: a cache of a %s model cannot be %s, left out", name, config.model_type, kind.name)
+        for batch in batch_sizes:
+            for context in contexts:
+                for kind in suited:
+                    speeds.append(measure_speed(model, name, kind, batch, context, steps, prefill=prefill))
+                if isinstance(config, MLALlamaConfig):
+                    reached = attention_bandwidth(config, batch, context, model.dtype, device)
+                    shares.append(dict(model=name, batch=batch, context=context, bytes_per_s=reached))
+        del model  # the next one may need its memory
+        gc.collect()
+    return speeds, shares
+
+
+def bench_models(
+    makers: Mapping[str, Callable[[], PreTrainedModel]],
+    output: Path,
+    command: str,
+    caches: Sequence[CacheKind],
+    batch_sizes: Sequence[int],
+    contexts: Sequence[int],
+    steps: int,
+    prefill: bool,
+    dtype: str,
+    device: str,
+) -> str:
+    """
+    [`measure_speeds`], with the copy bandwidth of the same machine; `speed.json`, `speed.md` and `speed.png` are
+    written into the output folder.
+
+    Returns:
+        The table.
+    """
+    torch_device = check_device(device)
+    bandwidth = copy_bandwidth(torch_device)
+    speeds, shares = measure_speeds(makers, caches, batch_sizes, contexts, steps, prefill, torch_device)
+    on_gpu = torch_device.type == "cuda"
+    hardware = torch.cuda.get_device_name(torch_device) if on_gpu else platform.processor() or "CPU"
+    versions = f"{hardware}, torch {torch.__version__}, transformers {transformers.__version__}, {dtype}"
+    table = speed_table(speeds, f"Speed ({versions})").markdown()
+    table += f"\n\nCopy bandwidth: {bandwidth / 1e9:,.1f} GB/s. Decoding attention over the cache reaches:\n"
+    for share in shares:
+        part = share["bytes_per_s"] / bandwidth
+        table += f"- {share['model']}, batch {share['batch']}, context {share['context']}: {part:.1%} of it\n"
+    output.mkdir(parents=True, exist_ok=True)
+    results = dict(
+        command=command,
+        versions=versions,
+        copy_bytes_per_s=bandwidth,
+        attention=shares,
+        speed=[asdict(speed) for speed in speeds],
+    )
+    (output / "speed.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (output / "speed.md").write_text(table, encoding="utf-8")
+    (output / "speed.png").write_bytes(encode_png(plot_speed(speeds)))
+    return table
