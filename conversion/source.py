@@ -12,6 +12,8 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from mha2mla.common.loading import NOTICES
+
 from .checkpoint import CheckpointReader
 
 logger = logging.getLogger(__name__)
@@ -26,9 +28,7 @@ COMPANION_PATTERNS = [
     "vocab.*",
     "merges.txt",
     "chat_template*",
-    "LICEN[CS]E*",
-    "NOTICE*",
-    "USE_POLICY*",
+    *NOTICES,
 ]
 
 
