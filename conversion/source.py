@@ -11,6 +11,8 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
+from mha2mla.common.loading import NOTICES
+
 logger = logging.getLogger(__name__)
 
 # What a checkpoint may carry beside its weights, and what the converted one takes over as it is.
@@ -22,9 +24,7 @@ COMPANION_PATTERNS = [
     "vocab.*",
     "merges.txt",
     "chat_template*",
-    "LICEN[CS]E*",
-    "NOTICE*",
-    "USE_POLICY*",
+    *NOTICES,
 ]
 
 

@@ -1,10 +1,12 @@
 """Pico source models, made on the spot, and their exact conversion into both layouts."""
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from mha2mla.conversion.architectures import architecture_classes, architecture_of
 from mha2mla.conversion.attention_weights import LatentAttention, SourceAttention
+from mha2mla.conversion.export.check import TEXT
 from mha2mla.conversion.presets.paper.closed_form import convert_attention
 from mha2mla.conversion.rotary import rope_attention_scaling
 from mha2mla.modeling import MLALlamaConfig, MLALlamaForCausalLM
@@ -203,3 +205,35 @@ LAYOUTS = ("per-head", "shared")
 
 def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def byte_pair_tokenizer(kind: str = "byte-level") -> PreTrainedTokenizerFast:
+    """A tokenizer trained on a few lines, of a kind that engines know: "byte-level" (GPT-2's) or "sentencepiece"
+    (Llama 2's, byte pairs with single bytes to fall back on)."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    if kind == "byte-level":
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+    else:
+        tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+        special, alphabet = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))], []
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False, max_token_length=8
+    )
+    tokenizer.train_from_iterator(TEXT.splitlines(), trainer)
+    pad, bos, eos = special[:3]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=pad, bos_token=bos, eos_token=eos, chat_template=CHAT_TEMPLATE
+    )
