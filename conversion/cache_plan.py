@@ -58,6 +58,9 @@ class CachePlan:
     def ratio(self) -> float:
         return self.width / self.source_width
 
+    def __str__(self) -> str:
+        return f"rotary {self.num_rope_key_heads} x {self.qk_rope_head_dim} + latent {self.kv_lora_rank}"
+
     def describe(self, element_size: int) -> str:
         """One line for a person: what a token costs before and after, in bytes of `element_size` each."""
         before, after = (w * self.num_layers * element_size for w in (self.source_width, self.width))

@@ -70,9 +70,7 @@ def convert(
         ):
             job = ConversionJob(architecture, tensors, blocks, options.device, options.seed, Path(scratch))
             plan = preset.choose(job, plans)
-            logger.info(
-                "Rotary keys %d x %d, latent %d", plan.num_rope_key_heads, plan.qk_rope_head_dim, plan.kv_lora_rank
-            )
+            logger.info("Chosen: %s", plan)
             sizes = {
                 "kv_lora_rank": plan.kv_lora_rank,
                 "qk_rope_head_dim": plan.qk_rope_head_dim,

@@ -43,5 +43,5 @@ def lowest_loss(
             advance(visit, layer, stream)
     losses = [language_loss(job, stream) for stream in streams]
     for plan, loss in zip(plans, losses, strict=True):
-        logger.info("  rotary %4d + latent %4d: loss %.4f", plan.rope_width, plan.kv_lora_rank, loss)
+        logger.info("  %s: loss %.4f", plan, loss)
     return plans[losses.index(min(losses))]

@@ -265,9 +265,15 @@ def test_calibrated_is_the_default_and_splits_the_budget_itself(kind, save_sourc
     assert config.num_rope_key_heads == 1
     assert config.latent_cache_dim == record["cache_width"] == config.num_key_value_heads * 12
     # Every candidate's loss was measured, and the lowest was taken.
-    losses = {int(r.args[0]): r.args[2] for r in caplog.records if "loss" in r.msg}
+    losses = {r.args[0]: r.args[1] for r in caplog.records if "loss" in r.msg}
+    chosen = next(r.args[0] for r in caplog.records if "Chosen" in r.msg)
+    assert chosen.qk_rope_head_dim == config.qk_rope_head_dim
     if losses:
-        assert losses[config.qk_rope_head_dim] == min(losses.values())
+        assert losses[chosen] == min(losses.values())
+    # All layers rotate with what was chosen, each frequency once.
+    for layer in model.model.layers:
+        assert layer.self_attn.rope_frequencies.tolist() == [list(chosen.frequencies)]
+    assert len(set(chosen.frequencies)) == config.qk_rope_head_dim // 2
     for layer in record["layers"]:
         assert 0 <= layer["unrotation_error"] and 0 < layer["key_energy_kept"] <= 1.0001
         assert layer["output_error"] > 0
@@ -275,13 +281,21 @@ def test_calibrated_is_the_default_and_splits_the_budget_itself(kind, save_sourc
     assert "needs recovery training" not in (out / "README.md").read_text()
 
 
-@pytest.mark.parametrize("layout, heads", [("shared", 1), ("per-head", 2)])
-def test_explicit_sizes_overrule_the_search(layout, heads, save_source, calibration_file, tmp_path, caplog):
+@pytest.mark.parametrize(
+    "choice, heads",
+    [
+        (("--rope-frequencies", "common"), 1),
+        (("--rope-frequencies", "per-layer"), 1),
+        (("--rope-layout", "per-head"), 2),
+    ],
+)
+def test_explicit_sizes_overrule_the_search(choice, heads, save_source, calibration_file, tmp_path, caplog):
     source, out = save_source("gqa"), tmp_path / "out"
-    sizes = ("--qk-rope-head-dim", 6, "--kv-lora-rank", 12, "--rope-layout", layout)
+    sizes = ("--qk-rope-head-dim", 6, "--kv-lora-rank", 12, *choice)
     with caplog.at_level("INFO", logger="mha2mla"):
         run(source, out, *sizes, "--calibration-data", calibration_file, *CALIBRATED, preset="calibrated")
-    assert "loss" not in caplog.text
+    # Only what all layers share is still to be found.
+    assert ("loss" in caplog.text) == ("common" in choice)
     config = AutoConfig.from_pretrained(out)
     assert (config.qk_rope_head_dim, config.kv_lora_rank, config.num_rope_key_heads) == (6, 12, heads)
 
@@ -289,9 +303,16 @@ def test_explicit_sizes_overrule_the_search(layout, heads, save_source, calibrat
 def test_exact_sizes_lose_nothing_through_the_whole_pipeline(save_source, calibration_file, tmp_path):
     source, out = save_source("gqa"), tmp_path / "out"
     sizes = ("--qk-rope-head-dim", 24, "--kv-lora-rank", 24, "--calibration-data", calibration_file)
-    run(source, out, *sizes, *CALIBRATED, "--refine-steps", 0, preset="calibrated")
+    everything = ("--refine-steps", 0, "--rope-frequencies", "per-layer")
+    run(source, out, *sizes, *CALIBRATED, *everything, preset="calibrated")
     expected = logits(source)
     assert (logits(out) - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_common_frequencies_are_each_there_once(save_source, calibration_file, tmp_path, capsys):
+    sizes = ("--qk-rope-head-dim", 14, "--kv-lora-rank", 12, "--calibration-data", calibration_file)
+    assert run(save_source("gqa"), tmp_path / "out", *sizes, *CALIBRATED, preset="calibrated") == 2
+    assert "6 frequencies" in (message := capsys.readouterr().err) and "--rope-frequencies per-layer" in message
 
 
 def test_calibration_state_serves_several_ratios_and_refuses_other_text(

@@ -18,6 +18,7 @@ from mha2mla.conversion.attention_weights import LatentAttention, SourceAttentio
 from mha2mla.conversion.rotary import pair_norms
 from mha2mla.modeling.latent_attention import rotate
 
+from .frequency_lists import select_listed
 from .pair_scores import (
     PairMoments,
     attention_probabilities,
@@ -142,6 +143,16 @@ def shrink(covariance: torch.Tensor, amount: float) -> torch.Tensor:
     return (1 - amount) * covariance + amount * covariance.diagonal().mean() * unit
 
 
+def unrotation_cost(
+    statistics: LayerStatistics, num_heads: int, steps: Steps = DEFAULT_STEPS
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What it costs to take RoPE from each pair of a layer, summed over heads, [F, A], and the energy of the layer's
+    scores that this is to be compared with."""
+    factors = head_factors(statistics.mix, num_heads)  # [H, F, A]
+    cost = steps.mean_rotation(statistics.moments, factors)[1].sum(0)
+    return cost, score_energy(statistics.moments, factors).sum()
+
+
 def convert_attention(
     source: SourceAttention,
     statistics: LayerStatistics,
@@ -150,6 +161,7 @@ def convert_attention(
     shared_key: bool,
     rope_attention_scaling: float = 1.0,
     steps: Steps = DEFAULT_STEPS,
+    frequency_list: tuple[int, ...] | None = None,
 ) -> tuple[LatentAttention, dict[str, float]]:
     """
     The layer as MLA, in closed form.
@@ -164,6 +176,8 @@ def convert_attention(
         kv_lora_rank (`int`): R.
         rope_attention_scaling (`float`): As for [`collect_statistics`].
         steps (`Steps`): Of which the mean rotation and the low rank are used.
+        frequency_list (`tuple[int, ...]`, *optional*): The r/2 frequencies that keep RoPE, each in the layer's best
+            component; by default the layer's most costly pairs keep it. For a shared key only.
 
     Returns:
         The layer, and what it cost by stage: `unrotation_error`, the weighted squared score error of taking RoPE from
@@ -173,8 +187,11 @@ def convert_attention(
     mix, unmix, kind = statistics.mix, statistics.unmix, statistics.latent_covariance.dtype
     factors = head_factors(mix, num_heads)  # [H, F, A]
     rotation, cost = steps.mean_rotation(statistics.moments, factors)
-    select = select_shared if shared_key else select_per_head
-    frequency, component = select(cost.sum(0), qk_rope_head_dim // 2)  # [n, r/2] both
+    if frequency_list is not None:
+        frequency, component = select_listed(cost.sum(0), frequency_list)  # [1, r/2] both
+    else:
+        select = select_shared if shared_key else select_per_head
+        frequency, component = select(cost.sum(0), qk_rope_head_dim // 2)  # [n, r/2] both
 
     rows = components(source.k.to(kind), unmix)  # [A, F, D]
     queries = to_complex(source.q.to(kind))  # [H, F, D]

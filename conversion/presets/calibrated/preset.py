@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,8 @@ from mha2mla.conversion.presets.base import ConvertedLayer, Preset
 from mha2mla.conversion.rotary import head_dim
 from mha2mla.conversion.search import lowest_loss
 
-from .closed_form import LayerStatistics, collect_statistics, convert_attention
+from .closed_form import LayerStatistics, collect_statistics, convert_attention, unrotation_cost
+from .frequency_lists import best_lists, runs
 from .low_rank import ranks
 from .refine import RefineSettings
 from .state import CalibrationState, fingerprint
@@ -30,6 +31,22 @@ from .steps import DEFAULT_STEPS
 logger = logging.getLogger(__name__)
 
 ROPE_SHARES = (0.2, 0.27, 0.34, 0.41)  # of a cache, for the rotary keys: tried where the split is not given
+NUM_LISTS = 4  # lists of frequencies compared for each split
+
+
+@dataclass(frozen=True)
+class FrequencyPlan(CachePlan):
+    """
+    A cache, and what rotates in it.
+
+    Attributes:
+        frequencies (`tuple[int, ...]`): The rotary frequencies of all layers, indices of the source's.
+    """
+
+    frequencies: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}, frequencies {runs(self.frequencies)}"
 
 
 @dataclass(kw_only=True)
@@ -40,6 +57,9 @@ class Calibrated(Preset):
 
     Args:
         rope_layout (`str`, *optional*, defaults to `"shared"`): One rotary key for all heads, or one `"per-head"`.
+        rope_frequencies (`str`, *optional*, defaults to `"common"`): One list of frequencies for all layers, which
+            DeepSeek's inference engines can express, or each layer's own, `"per-layer"`. Rotary keys per head have
+            their own.
         refine_steps (`int`, *optional*, defaults to 120): Gradient steps on each layer.
         refine_batch_size (`int`, *optional*, defaults to 2): Blocks of text a step.
         refine_learning_rate (`float`, *optional*, defaults to 0.03): Relative to the root mean square of each matrix.
@@ -58,6 +78,13 @@ class Calibrated(Preset):
 
     rope_layout: Literal["shared", "per-head"] = field(
         default="shared", metadata={"help": "One rotary key for all heads, or one per key/value head."}
+    )
+    rope_frequencies: Literal["common", "per-layer"] = field(
+        default="common",
+        metadata={
+            "help": "What a shared rotary key rotates with: one list of frequencies for all layers, which inference "
+            "engines made for DeepSeek can express, or each layer's own choice."
+        },
     )
     refine_steps: int = field(
         default=120, metadata={"help": "Gradient steps on each layer against the original's; 0: none."}
@@ -80,11 +107,22 @@ class Calibrated(Preset):
         """Whether all query heads share one rotary key."""
         return self.rope_layout == "shared"
 
+    @property
+    def common_frequencies(self) -> bool:
+        """Whether all layers rotate with the same frequencies."""
+        return self.shared_key and self.rope_frequencies == "common"
+
     def plans(self, source: PreTrainedConfig, sizes: CacheSizes) -> list[CachePlan]:
         """For a budget, several splits, of which the best is found by measurement."""
-        groups = source.num_key_value_heads
+        groups, dim = source.num_key_value_heads, head_dim(source)
         rope_keys = 1 if self.shared_key else groups
-        most_rope = groups * head_dim(source) // rope_keys
+        most_rope = dim if self.common_frequencies else groups * dim // rope_keys
+        rope = sizes.qk_rope_head_dim
+        if rope is not None and self.common_frequencies and rope > dim:
+            raise ValueError(
+                f"qk_rope_head_dim={rope} asks for {rope // 2} different frequencies, and the source has {dim // 2} "
+                f"frequencies. Give {dim} or less, or --rope-frequencies per-layer, which repeats them."
+            )
 
         def rope_dims(width: int) -> list[int]:
             tried = {round(share * width / rope_keys / 2) * 2 for share in ROPE_SHARES}
@@ -100,9 +138,12 @@ class Calibrated(Preset):
         return {"Refinement": f"{self.refine_steps} steps a layer x {self.refine_batch_size} blocks"}
 
     def choose(self, job: ConversionJob, plans: list[CachePlan]) -> CachePlan:
-        """Measure the text, and find the split with the lowest loss, every candidate converted in closed form."""
+        """Measure the text, and find the split, and the frequencies that all layers share, with the lowest loss, every
+        candidate converted in closed form."""
         state = self.open_state(job)
         self.collect(job, state)
+        if self.common_frequencies:
+            plans = self.frequency_plans(job, state, plans)
 
         def layers_of(visit: LayerVisit) -> Iterator[LatentAttention]:
             statistics = state.load(visit.index, job.device)
@@ -110,6 +151,20 @@ class Calibrated(Preset):
                 yield self.closed_form(visit, statistics, plan)[0]
 
         return lowest_loss(job, plans, layers_of)
+
+    def frequency_plans(
+        self, job: ConversionJob, state: CalibrationState, plans: list[CachePlan]
+    ) -> list[FrequencyPlan]:
+        """Every plan with each of the lists of frequencies that promise most for its rotary key."""
+        shares = []
+        for index in range(job.config.num_hidden_layers):
+            cost, energy = unrotation_cost(state.load(index, job.device), job.config.num_attention_heads, self.steps)
+            shares.append((cost / energy).cpu())
+        return [
+            FrequencyPlan(**asdict(plan), frequencies=frequencies)
+            for plan in plans
+            for frequencies in best_lists(torch.stack(shares), plan.qk_rope_head_dim // 2, NUM_LISTS)
+        ]
 
     def layers(self, job: ConversionJob, plan: CachePlan) -> Iterator[ConvertedLayer]:
         state = self.open_state(job)
@@ -164,6 +219,7 @@ class Calibrated(Preset):
             self.shared_key,
             visit.architecture.rope_attention_scaling,
             self.steps,
+            plan.frequencies if isinstance(plan, FrequencyPlan) else None,
         )
 
 
