@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from accelerate.utils.modeling import convert_file_size_to_int
@@ -17,7 +16,10 @@ from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.llama.configuration_llama import LlamaConfig
 
+from mha2mla.common.companions import copy_companions
+from mha2mla.common.scratch import scratch_folder
 from mha2mla.common.text import load_blocks
+from mha2mla.common.tokenizer import write_tokenizer
 from mha2mla.modeling import MLALlamaConfig, MLALlamaForCausalLM
 
 from .checkpoint import RECORD_NAME, CheckpointReader, CheckpointWriter, atomic_folder, check_output
@@ -25,7 +27,8 @@ from .config import CachePlan, ConversionConfig, plan_caches
 from .model_card import write_model_card
 from .pipeline import ConvertedLayer, calibrated_layers, collect_state, paper_layers, search_split
 from .presets.calibrated.state import CalibrationState, fingerprint
-from .source import check_tensors, copy_companions, head_dim, load_config, local_checkpoint
+from .source import check_tensors, head_dim, load_config, local_checkpoint
+from .weights_check import check_weights, is_tied
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +70,8 @@ def convert(
         config = load_config(folder)
         reader = CheckpointReader(folder)
         check_tensors(reader)
+        check_weights(reader, config)
+        config.tie_word_embeddings = is_tied(reader, config, "model.embed_tokens.weight", "lm_head.weight")
         plans = plan_caches(options, config)
         dtype = output_dtype(options, reader)
         logger.info(plans[0].describe(dtype.itemsize))
@@ -167,7 +172,7 @@ def converted_layers(
         return
     assert blocks is not None
     identity = fingerprint(config, blocks, options.score_samples, options.shared_key)
-    with TemporaryDirectory(prefix="mha2mla-calibration-") as temporary:
+    with scratch_folder("mha2mla-calibration-") as temporary:
         state = CalibrationState(Path(options.calibration_state or temporary), identity)
         collect_state(reader, config, options, blocks, state)
         plan = search_split(reader, config, options, blocks, state, plans)
@@ -220,5 +225,5 @@ def write_companions(output: Path, folder: Path, mla_config: MLALlamaConfig) -> 
     mla_config.save_pretrained(output)
     with torch.device("meta"):
         custom_object_save(MLALlamaForCausalLM(mla_config), output)
-    if not any(name.startswith("tokenizer") for name in copy_companions(folder, output)):
-        logger.warning("%s has no tokenizer; the converted checkpoint has none either.", folder)
+    copy_companions(folder, output)
+    write_tokenizer(folder, output)
