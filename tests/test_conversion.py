@@ -9,16 +9,14 @@ import time
 
 import pytest
 import torch
-from conftest import pico_tokenizer
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mha2mla.cli.main import main
 from mha2mla.conversion import ConversionConfig, Paper, convert
-from mha2mla.conversion import source as source_module
 from mha2mla.conversion.cache_plan import CacheSizes
 from mha2mla.modeling import MLALlamaForCausalLM
-from pico import SOURCES, make_source, tokens
+from pico import SOURCES, tokens
 
 FULL = ["--qk-rope-head-dim", "12", "--rope-selection", "high"]  # all pairs of the pico models' heads
 
@@ -221,18 +219,6 @@ def test_pickled_missing_and_incomplete_weights(save_source, tmp_path, capsys):
     assert "model-00001-of-00002.safetensors, which is not there" in capsys.readouterr().err
     assert run(tmp_path / "nowhere", *options) == 2
     assert "No folder or .gguf file" in capsys.readouterr().err
-
-
-def test_a_gguf_tokenizer_gets_the_special_tokens_of_the_file(monkeypatch, tmp_path):
-    """transformers 5.17 makes the beginning-of-sequence token of SmolLM2's GGUF the end-of-sequence token too."""
-    tokenizer = pico_tokenizer()
-    tokenizer.eos_token, tokenizer.pad_token = "<s>", None
-    monkeypatch.setattr(source_module.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: make_source())
-    monkeypatch.setattr(source_module.AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer)
-    source_module.dequantise_gguf(str(tmp_path), "model.gguf", tmp_path / "out")
-    monkeypatch.undo()
-    loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert (loaded.bos_token, loaded.eos_token, loaded.pad_token) == ("<s>", "</s>", "<pad>")
 
 
 def test_calibration_errors(save_source, calibration_file, tmp_path, capsys):

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from mha2mla.common.text import pack_blocks
 from mha2mla.conversion import Calibrated, ConversionConfig, Paper, convert
-from mha2mla.conversion.source import dequantise_gguf
+from mha2mla.conversion.gguf_source import dequantise_gguf
 from mha2mla.evaluation import measure_perplexity
 from mha2mla.modeling import CACHE_ARGUMENT, cache_nbytes
 
