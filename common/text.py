@@ -98,7 +98,7 @@ def pack_blocks(
             return torch.tensor(stream[:needed]).view(num_blocks, length)
     raise ValueError(
         f"The calibration text gives {len(stream) // length} blocks of {length} tokens, {num_blocks} are asked for. "
-        "Lower --calibration-samples or --calibration-length, or give more text."
+        "Lower --samples or --length, or give more text."
     )
 
 

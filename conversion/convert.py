@@ -34,6 +34,7 @@ def convert(
     options: ConversionConfig,
     revision: str | None = None,
     gguf_file: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Path:
     """
     Convert a checkpoint and write it as a folder that `from_pretrained(..., trust_remote_code=True)` loads.
@@ -47,6 +48,7 @@ def convert(
         options (`ConversionConfig`): What to do.
         revision (`str`, *optional*): Branch, tag or commit of a source on the Hub.
         gguf_file (`str`, *optional*): Name of a GGUF file in the source.
+        trust_remote_code (`bool`): Whether code that the source brings along for its tokenizer may be run.
 
     Returns:
         The output folder.
@@ -67,7 +69,7 @@ def convert(
         plans = preset.plans(config, options)
         dtype = architecture.norm(tensors).dtype if options.dtype == "auto" else getattr(torch, options.dtype)
         logger.info(plans[0].describe(dtype.itemsize))
-        blocks = load_text(folder, options)
+        blocks = load_text(folder, options, trust_remote_code)
         with (
             atomic_folder(output, options.overwrite) as partial,
             scratch_folder("mha2mla-conversion-") as scratch,
@@ -86,7 +88,9 @@ def convert(
                 attention_bias=architecture.has_attention_bias(tensors),
                 dtype=dtype,
             )
-            write_companions(partial, folder, mla_config)  # the tokenizer is proved before the long work
+            write_companions(
+                partial, folder, mla_config, trust_remote_code
+            )  # the tokenizer is proved before the long work
             max_shard_bytes = convert_file_size_to_int(options.max_shard_size)
             records = write_weights(partial, job, mla_config, preset.layers(job, plan), max_shard_bytes)
             versions = {name: version(name) for name in PACKAGES}
@@ -109,18 +113,19 @@ def convert(
     return output
 
 
-def load_text(folder: Path, options: ConversionConfig) -> torch.Tensor | None:
+def load_text(folder: Path, options: ConversionConfig, trust_remote_code: bool) -> torch.Tensor | None:
     """Calibration blocks [samples, length], if the preset has any use for text."""
     if options.preset.use_of_text is None:
         return None
-    assert options.calibration_data is not None
+    assert options.data is not None
     return load_blocks(
         folder,
-        options.calibration_data,
-        options.calibration_samples,
-        options.calibration_length,
-        options.calibration_column,
-        options.calibration_subset,
-        options.calibration_split,
+        options.data,
+        options.samples,
+        options.length,
+        options.column,
+        options.subset,
+        options.split,
         options.seed,
+        trust_remote_code,
     )

@@ -57,9 +57,9 @@ def check_complete(writer: CheckpointWriter, mla_config: MLALlamaConfig) -> None
     assert written == expected, f"written and expected tensors differ: {sorted(written ^ expected)}"
 
 
-def write_companions(output: Path, folder: Path, mla_config: MLALlamaConfig) -> None:
+def write_companions(output: Path, folder: Path, mla_config: MLALlamaConfig, trust_remote_code: bool = False) -> None:
     """Config, code, tokenizer and generation config."""
     mla_config.save_pretrained(output)
     custom_object_save(empty_model(mla_config), output)
     copy_companions(folder, output)
-    write_tokenizer(folder, output)
+    write_tokenizer(folder, output, trust_remote_code)
