@@ -97,8 +97,8 @@ def pack_blocks(
         if len(stream) >= needed:
             return torch.tensor(stream[:needed]).view(num_blocks, length)
     raise ValueError(
-        f"The calibration text gives {len(stream) // length} blocks of {length} tokens, {num_blocks} are asked for. "
-        "Lower --calibration-samples or --calibration-length, or give more text."
+        f"The text gives {len(stream) // length} blocks of {length} tokens, {num_blocks} are asked for. Ask for fewer "
+        "or shorter ones (--calibration-samples, --calibration-length; of report: --blocks, --length), or give more."
     )
 
 
