@@ -4,8 +4,8 @@
         --eval wikitext=wikitext2_valid.jsonl:raw --eval book=longdoc_book.jsonl --device cuda --workers 8
 
 Rows whose name matches --rows (a regular expression) are run, several at a time; a row already in --results is not run
-again. The rows that take an idea away patch one function of the package for the time of the conversion: the product
-has no switch for them.
+again. The rows that take an idea away exchange one of the preset's steps for a function of this file: there is no
+option for them.
 """
 
 import argparse
@@ -16,18 +16,19 @@ import shutil
 import tempfile
 import time
 import traceback
-from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, fields
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 import torch.multiprocessing as multiprocessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mha2mla.conversion import ConversionConfig, convert, pipeline
-from mha2mla.conversion.presets.calibrated import closed_form as calibrated
-from mha2mla.conversion.presets.calibrated import pair_scores, refine
+from mha2mla.conversion import ConversionConfig, convert
+from mha2mla.conversion.layerwise import LayerVisit
+from mha2mla.conversion.presets.calibrated.low_rank import joint_low_rank
+from mha2mla.conversion.presets.calibrated.pair_scores import mean_rotation, score_energy
+from mha2mla.conversion.presets.calibrated.refine import refine_layer
+from mha2mla.conversion.presets.calibrated.steps import Steps
 from mha2mla.evaluation import measure_perplexity
 
 SIZES = {120: (40, 80), 72: (24, 48), 48: (16, 32)}  # cache of SmolLM2-135M: rotary key + latent; a third rotary
@@ -49,59 +50,60 @@ def no_rotation(moments, factors, ridge=1e-3):
 
 def by_energy(moments, factors, ridge=1e-3):
     """The best rotation, but pairs ranked by the energy of their scores, not by the error of un-rotating them."""
-    rotation, _ = pair_scores.mean_rotation(moments, factors, ridge)
-    return rotation, pair_scores.score_energy(moments, factors)
+    rotation, _ = mean_rotation(moments, factors, ridge)
+    return rotation, score_energy(moments, factors)
 
 
 def weights_alone(keys, values, root, rank):
     """The SVD of the weights, blind to the inputs' covariance."""
     plain = [torch.linalg.solve_triangular(root, rows, upper=False, left=False) for rows in (keys, values)]
-    return calibrated_joint_low_rank(*plain, torch.eye(len(root)).to(root), rank)
+    return joint_low_rank(*plain, torch.eye(len(root)).to(root), rank)
 
 
-calibrated_joint_low_rank = calibrated.joint_low_rank
+@dataclass
+class AttentionVisit(LayerVisit):
+    """A layer that ends after its attention."""
+
+    def layer_output(self, state, attention):
+        return state.to(attention.device) + attention
 
 
 def refine_residual(layer, visit, stream, settings, seed):
-    """Refinement against the residual stream behind attention, the MLP left out: half the work a step."""
-    target = replace(visit)
-    target.after_mlp = lambda state: state
-    with torch.no_grad():
-        target.outputs = [
-            (
-                state.to(layer.o.device)
-                + visit.layer.self_attn(
-                    hidden_states=visit.attention_input(state),
-                    position_embeddings=visit.position_embeddings,
-                    attention_mask=None,
-                )[0]
-            ).to(state.device)
-            for state in visit.states
-        ]
-    return refine.refine_layer(layer, target, stream, settings, seed)
+    """Refinement against the residual stream after attention, the MLP left out: half the work a step."""
+    visit = AttentionVisit(**{field.name: getattr(visit, field.name) for field in fields(visit)})
+    return refine_layer(layer, visit, stream, settings, seed)
 
 
-# name: (cache, options, {function: replacement})
-ROWS: dict[str, tuple[int, dict, dict]] = {}
+# name: (cache, options, steps of the preset `calibrated`)
+ROWS: dict[str, tuple[int, dict, Steps]] = {}
 for rule in ("high", "low", "uniform", "2-norm"):
-    ROWS[f"paper {rule} joint"] = (120, dict(preset="paper", rope_selection=rule, cache_ratio=120 / 384), {})
-ROWS["paper 2-norm split"] = (120, dict(preset="paper", svd="split", cache_ratio=120 / 384), {})
+    ROWS[f"paper {rule} joint"] = (120, dict(preset="paper", rope_selection=rule, cache_ratio=120 / 384), Steps())
+ROWS["paper 2-norm split"] = (120, dict(preset="paper", svd="split", cache_ratio=120 / 384), Steps())
 for cache in SIZES:
     if cache != 120:
-        ROWS[f"paper 2-norm joint {cache}"] = (cache, dict(preset="paper", cache_ratio=cache / 384), {})
-    ROWS[f"closed {cache}"] = (cache, dict(refine_steps=0, **sizes(cache)), {})
-    ROWS[f"default {cache}"] = (cache, sizes(cache), {})
-for name, options, patches in (
-    ("per-head key", dict(rope_layout="per-head", qk_rope_head_dim=14, kv_lora_rank=78), {}),
-    ("no mean rotation", {}, {"mean_rotation": no_rotation}),
-    ("ranked by energy", {}, {"mean_rotation": by_energy}),
-    ("scores unweighted", {}, {"softmax_weight": lambda p: (p > 0).to(p) / p.shape[-1]}),
-    ("tokens unweighted", {}, {"received_attention": lambda p: torch.ones_like(p[0, 0])}),
-    ("refined behind attention", dict(refine_steps=192), {"refine_layer": refine_residual}),
-    ("weights alone", {}, {"joint_low_rank": weights_alone}),
+        ROWS[f"paper 2-norm joint {cache}"] = (cache, dict(preset="paper", cache_ratio=cache / 384), Steps())
+    ROWS[f"closed {cache}"] = (cache, dict(refine_steps=0, **sizes(cache)), Steps())
+    ROWS[f"default {cache}"] = (cache, sizes(cache), Steps())
+for name, options, steps in (
+    ("per-head key", dict(rope_layout="per-head", qk_rope_head_dim=14, kv_lora_rank=78), Steps()),
+    ("no mean rotation", {}, Steps(mean_rotation=no_rotation)),
+    ("ranked by energy", {}, Steps(mean_rotation=by_energy)),
+    ("scores unweighted", {}, Steps(score_weight=lambda p: (p > 0).to(p) / p.shape[-1])),
+    ("tokens unweighted", {}, Steps(token_weight=lambda p: torch.ones_like(p[0, 0]))),
+    ("refined behind attention", dict(refine_steps=192), Steps(refine=refine_residual)),
+    ("weights alone", {}, Steps(low_rank=weights_alone)),
 ):
-    ROWS[f"closed 120, {name}"] = (120, dict(refine_steps=0) | sizes(120) | options, patches)
-    ROWS[f"default 120, {name}"] = (120, sizes(120) | options, patches)
+    ROWS[f"closed 120, {name}"] = (120, dict(refine_steps=0) | sizes(120) | options, steps)
+    ROWS[f"default 120, {name}"] = (120, sizes(120) | options, steps)
+
+
+def make_config(options: dict, steps: Steps, args: argparse.Namespace) -> ConversionConfig:
+    """The options of a row, overruled by those of --set that its preset has."""
+    values = ConversionConfig.from_dict(dict(calibration_data=args.data, device=args.device) | options).to_dict()
+    overrides = {key: json.loads(value) for key, value in (item.split("=") for item in args.set)}
+    config = ConversionConfig.from_dict(values | {key: overrides[key] for key in overrides.keys() & values.keys()})
+    config.preset.steps = steps
+    return config
 
 
 def read_blocks(spec: str, tokenizer, num_blocks: int) -> torch.Tensor:
@@ -115,21 +117,14 @@ def read_blocks(spec: str, tokenizer, num_blocks: int) -> torch.Tensor:
 
 
 def run_row(name: str, args: argparse.Namespace) -> dict:
-    cache, options, patches = ROWS[name] if name != "original" else (384, {}, {})
+    cache, options, steps = ROWS[name] if name != "original" else (384, {}, Steps())
     folder = Path(tempfile.mkdtemp(prefix="ablation-"))
     start = time.perf_counter()
     try:
         if name == "original":
             model_folder = Path(args.source)
         else:
-            overrides = {key: json.loads(value) for key, value in (item.split("=") for item in args.set)}
-            base = dict(calibration_data=args.data, device=args.device)
-            config = ConversionConfig(**(base | options | overrides))
-            with ExitStack() as stack:
-                for function, replacement in patches.items():
-                    module = pipeline if function == "refine_layer" else calibrated
-                    stack.enter_context(patch.object(module, function, replacement))
-                model_folder = convert(args.source, folder / "model", config)
+            model_folder = convert(args.source, folder / "model", make_config(options, steps, args))
         seconds = time.perf_counter() - start
         tokenizer = AutoTokenizer.from_pretrained(args.source)
         model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).to(args.device)

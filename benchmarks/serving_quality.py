@@ -50,7 +50,7 @@ def transformers_loss(model, ids: torch.Tensor) -> float:
 
 @torch.no_grad()
 def transformers_rows(args: argparse.Namespace, ids: torch.Tensor) -> None:
-    """Perplexity in both types, and greedy text in bf16 with its fp32 log-probs left for the comparison."""
+    """Perplexity in both types."""
     for dtype in (torch.float32, torch.bfloat16):
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(DEVICE)
         loss = transformers_loss(model, ids)
@@ -60,17 +60,17 @@ def transformers_rows(args: argparse.Namespace, ids: torch.Tensor) -> None:
 
 def prompts_of(ids: torch.Tensor, count: int) -> list[list[int]]:
     """Prompts of different lengths."""
-    return [block[: 16 + 7 * index].tolist() for index, block in enumerate(ids[:count])]
+    return [block[: 40 + 13 * index].tolist() for index, block in enumerate(ids[:count])]
 
 
 @torch.no_grad()
 def compare_greedy(args: argparse.Namespace, ids: torch.Tensor, texts: list[list[int]]) -> dict:
-    """vLLM's greedy tokens against those of transformers in bf16; where they part, the gap in fp32."""
-    half = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).to(DEVICE)
+    """vLLM's greedy tokens against those of transformers in the same type; where they part, the gap in fp32."""
+    same_type = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(DEVICE)
     full = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(DEVICE)
     same, gaps = 0, []
     for prompt, text in zip(prompts_of(ids, args.prompts), texts, strict=True):
-        out = half.generate(
+        out = same_type.generate(
             torch.tensor([prompt], device=DEVICE), max_new_tokens=len(text), min_new_tokens=len(text), do_sample=False
         )
         expected = out[0, len(prompt) :].tolist()
@@ -97,7 +97,7 @@ def run_vllm(args: argparse.Namespace, kind: str, chunk: int, ids: torch.Tensor)
         max_model_len=ids.shape[1] + 64,
         max_num_batched_tokens=max(chunk, 64),
         max_num_seqs=min(chunk, 16),
-        enable_prefix_caching=False,
+        enable_prefix_caching=True,  # what asks for prompt log-probs reads the prompt anew
         gpu_memory_utilization=0.5,
         tensor_parallel_size=args.tensor_parallel,
         **options,
@@ -112,7 +112,8 @@ def run_vllm(args: argparse.Namespace, kind: str, chunk: int, ids: torch.Tensor)
     if kind == "auto" and chunk == args.chunks[0]:
         greedy = SamplingParams(max_tokens=args.new, temperature=0.0, ignore_eos=True)
         prompts = [{"prompt_token_ids": prompt} for prompt in prompts_of(ids, args.prompts)]
-        texts = [list(output.outputs[0].token_ids) for output in llm.generate(prompts, greedy)]
+        texts, again = ([list(out.outputs[0].token_ids) for out in llm.generate(prompts, greedy)] for _ in range(2))
+        row["same_from_cached_prefix"] = sum(a == b for a, b in zip(texts, again, strict=True)) / len(texts)
         Path(f"{args.output}.greedy").write_text(json.dumps(texts))
     add_row(args.output, row)
 

@@ -1,6 +1,9 @@
-"""Conversion of Llama-type checkpoints to Multi-head Latent Attention."""
+"""Conversion of pretrained checkpoints to Multi-head Latent Attention."""
 
-from .config import CachePlan, ConversionConfig, plan_caches
+from .cache_plan import CachePlan
+from .config import ConversionConfig
 from .convert import convert
+from .presets.calibrated import Calibrated
+from .presets.paper import Paper
 
-__all__ = ["CachePlan", "ConversionConfig", "convert", "plan_caches"]
+__all__ = ["CachePlan", "Calibrated", "ConversionConfig", "Paper", "convert"]

@@ -4,11 +4,19 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
+from mha2mla.modeling import LatentShape
+
+
+def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [..., T, D] through a projection by head [heads, d, D] with bias [heads, d]: [..., heads, T, d]."""
+    out = torch.nn.functional.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
+    return out.unflatten(-1, weight.shape[:2]).transpose(-2, -3)
+
 
 @dataclass
 class SourceAttention:
     """
-    Attention of a Llama-type layer, fp32.
+    Softmax attention over rotated keys, fp32.
 
     Attributes:
         q, k, v (`torch.Tensor`): Projections by head, [H, d, hidden], [G, d, hidden], [G, d, hidden].
@@ -24,26 +32,6 @@ class SourceAttention:
     k_bias: torch.Tensor | None = None
     v_bias: torch.Tensor | None = None
     o_bias: torch.Tensor | None = None
-
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, torch.Tensor], head_dim: int) -> "SourceAttention":
-        """From `{"q_proj.weight": ..., "q_proj.bias": ...}` of one layer, in any float type."""
-
-        def by_head(name: str) -> torch.Tensor | None:
-            tensor = tensors.get(name)
-            return None if tensor is None else tensor.float().unflatten(0, (-1, head_dim))
-
-        o_bias = tensors.get("o_proj.bias")
-        return cls(
-            q=tensors["q_proj.weight"].float().unflatten(0, (-1, head_dim)),
-            k=tensors["k_proj.weight"].float().unflatten(0, (-1, head_dim)),
-            v=tensors["v_proj.weight"].float().unflatten(0, (-1, head_dim)),
-            o=tensors["o_proj.weight"].float(),
-            q_bias=by_head("q_proj.bias"),
-            k_bias=by_head("k_proj.bias"),
-            v_bias=by_head("v_proj.bias"),
-            o_bias=None if o_bias is None else o_bias.float(),
-        )
 
     def to(self, device: str) -> "SourceAttention":
         """The same on another device."""
@@ -98,21 +86,15 @@ class LatentAttention:
     k_rope_bias: torch.Tensor | None = None
     o_bias: torch.Tensor | None = None
 
-    def state_dict(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """The tensors of `MLALlamaAttention` by name; weights in `dtype`, frequencies as integers."""
-        tensors = {
-            "q_proj.weight": torch.cat((self.q_nope, self.q_rope), dim=1).flatten(0, 1),
-            "kv_a_proj.weight": torch.cat((self.latent, self.k_rope.flatten(0, 1))),
-            "kv_b_proj.weight": torch.cat((self.k_up.flatten(0, 1), self.v_up.flatten(0, 1))),
-            "o_proj.weight": self.o,
-        }
-        if self.o_bias is not None:
-            assert self.q_nope_bias is not None and self.q_rope_bias is not None and self.k_rope_bias is not None
-            latent_bias = self.latent.new_zeros(self.latent.shape[0])
-            tensors |= {
-                "q_proj.bias": torch.cat((self.q_nope_bias, self.q_rope_bias), dim=1).flatten(),
-                "kv_a_proj.bias": torch.cat((latent_bias, self.k_rope_bias.flatten())),
-                "o_proj.bias": self.o_bias,
-            }
-        tensors = {name: tensor.to(device="cpu", dtype=dtype).contiguous() for name, tensor in tensors.items()}
-        return tensors | {"rope_frequencies": self.rope_frequencies.cpu().contiguous().clone()}
+    @property
+    def shape(self) -> LatentShape:
+        return LatentShape(
+            num_attention_heads=self.q_rope.shape[0],
+            num_key_value_heads=self.v_up.shape[0],
+            num_nope_key_heads=self.k_up.shape[0],
+            num_rope_key_heads=self.k_rope.shape[0],
+            kv_lora_rank=self.latent.shape[0],
+            qk_nope_head_dim=self.k_up.shape[1],
+            qk_rope_head_dim=self.k_rope.shape[1],
+            v_head_dim=self.v_up.shape[1],
+        )

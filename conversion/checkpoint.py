@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import safe_open
@@ -16,6 +17,16 @@ from mha2mla.common.records import RECORD_NAME
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+
+
+class TensorSource(Protocol):
+    """What weights are read from, by their names in a checkpoint."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def get(self, name: str) -> torch.Tensor: ...
+
+    def with_prefix(self, prefix: str) -> dict[str, torch.Tensor]: ...
 
 
 class CheckpointReader:

@@ -5,7 +5,8 @@ from pathlib import Path
 from mha2mla.common.cards import card_metadata, table, usage, write_card
 from mha2mla.common.text_sources import hub_datasets
 
-from .config import CachePlan, ConversionConfig
+from .cache_plan import CachePlan
+from .config import ConversionConfig
 
 BODY = """{source_sentence} whose attention has been converted to Multi-head Latent Attention (MLA) with
 [mha2mla]: its cache holds **{width} numbers per token and layer instead of {source_width}
@@ -23,13 +24,6 @@ It needs transformers >= 5.17 and nothing else; `generate` picks the latent cach
 
 `conversion.json` holds everything needed to repeat it, the frequencies that kept RoPE in each layer included."""
 
-NOTES = {
-    "paper": "**The paper's conversion needs recovery training**: as converted, before any training, the model's text "
-    "is not good.",
-    "calibrated": "Converted on calibration text alone, without training; recovery fine-tuning brings the model "
-    "nearer to its source.",
-}
-
 
 def write_model_card(
     path: Path,
@@ -44,16 +38,13 @@ def write_model_card(
     """Write the card; `source` is named as the base model only if it is a repository on the Hub."""
     rows = {
         "Source": source,
-        "Preset": options.preset,
+        "Preset": options.preset.name,
         "kv_lora_rank": plan.kv_lora_rank,
         "Rotary keys x dims": f"{plan.num_rope_key_heads} x {plan.qk_rope_head_dim}",
     }
-    if options.preset == "paper":
-        rows |= {"RoPE selection": options.rope_selection, "SVD": options.svd}
-    else:
-        rows["Refinement"] = f"{options.refine_steps} steps a layer x {options.refine_batch_size} blocks"
+    rows |= options.preset.card_rows()
     datasets: list[str] = []
-    if options.needs_calibration:
+    if options.preset.use_of_text is not None:
         assert options.calibration_data is not None
         size = f"{options.calibration_samples} x {options.calibration_length} tokens"
         rows["Calibration"] = f"{size} of {options.calibration_data}, seed {options.seed}"
@@ -64,7 +55,7 @@ def write_model_card(
         width=plan.width,
         source_width=plan.source_width,
         percent=100 * (plan.ratio - 1),
-        note=NOTES[options.preset],
+        note=options.preset.card_note,
         usage=usage(repo),
         recipe=table(rows),
     )

@@ -1,4 +1,4 @@
-"""Finding a source checkpoint and saying early what cannot be converted."""
+"""Finding a source checkpoint, and what lies in it beside the weights."""
 
 import logging
 import shutil
@@ -10,13 +10,11 @@ from tempfile import TemporaryDirectory
 import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from .checkpoint import CheckpointReader
+from mha2mla.common.loading import NOTICES
 
 logger = logging.getLogger(__name__)
 
-SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2")
 # What a checkpoint may carry beside its weights, and what the converted one takes over as it is.
 COMPANION_PATTERNS = [
     "generation_config.json",
@@ -26,9 +24,7 @@ COMPANION_PATTERNS = [
     "vocab.*",
     "merges.txt",
     "chat_template*",
-    "LICEN[CS]E*",
-    "NOTICE*",
-    "USE_POLICY*",
+    *NOTICES,
 ]
 
 
@@ -87,63 +83,7 @@ def copy_companions(folder: Path, output: Path) -> list[str]:
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
-    """The source's config, once everything that the conversion relies on has been checked."""
+    """The source's config; a `ValueError` if there is none."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json: it is not a transformers checkpoint.")
-    config = AutoConfig.from_pretrained(folder)
-    check_supported(config)
-    return config
-
-
-def check_supported(config: PreTrainedConfig) -> None:
-    """Raise a `ValueError` that names the field and the remedy if the architecture cannot be converted."""
-    model_type = config.model_type
-    if model_type == "mla_llama":
-        raise ValueError("model_type is 'mla_llama': this checkpoint has been converted already. Give its source.")
-    for field in ("num_local_experts", "num_experts", "n_routed_experts"):
-        if getattr(config, field, None):
-            raise ValueError(
-                f"{field}={getattr(config, field)}: mixture-of-experts models are not supported. Use a dense model "
-                f"({', '.join(SUPPORTED_MODEL_TYPES)})."
-            )
-    if model_type in ("qwen3", "gemma3_text", "olmo2"):
-        raise ValueError(
-            f"model_type={model_type!r}: its queries and keys are normalised head by head (qk-norm), which a latent "
-            f"cannot carry. Use a model without qk-norm ({', '.join(SUPPORTED_MODEL_TYPES)})."
-        )
-    if model_type not in SUPPORTED_MODEL_TYPES:
-        raise ValueError(f"model_type={model_type!r} is not supported; it must be one of {SUPPORTED_MODEL_TYPES}.")
-    if getattr(config, "sliding_window", None) is not None:
-        raise ValueError(
-            f"sliding_window={config.sliding_window}: a window bounds the cache already, and the converted model "
-            "would not keep it. If the model never meets longer texts, set sliding_window to null in its config.json."
-        )
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(
-            "quantization_config: the weights are quantised. De-quantise and save them first "
-            "(from_pretrained(...).dequantize().save_pretrained(folder)), or give the original."
-        )
-    factor = config.rope_parameters.get("partial_rotary_factor", 1.0)
-    if factor != 1.0:
-        raise ValueError(f"rope_parameters.partial_rotary_factor={factor}: only fully rotated heads are supported.")
-    if head_dim(config) % 2 != 0:
-        raise ValueError(f"head_dim={head_dim(config)} must be even for rotary embeddings.")
-
-
-def check_tensors(reader: CheckpointReader) -> None:
-    """Raise a `ValueError` for weights that an unsuspicious config does not tell of."""
-    for name in ("q_norm", "k_norm"):
-        if f"model.layers.0.self_attn.{name}.weight" in reader:
-            raise ValueError(
-                f"The checkpoint has self_attn.{name} weights (qk-norm), which a latent cannot carry. Use a model "
-                "without them."
-            )
-
-
-def head_dim(config: PreTrainedConfig) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def rope_attention_scaling(config: PreTrainedConfig) -> float:
-    """The factor on cosines and sines that yarn and longrope bring along; 1 for all other types."""
-    return float(LlamaRotaryEmbedding(config).attention_scaling)
+    return AutoConfig.from_pretrained(folder)

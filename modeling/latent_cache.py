@@ -111,6 +111,35 @@ class LatentLayer(CacheLayerMixin):
         return context
 
 
+def not_of_entries(keys: torch.Tensor) -> ValueError:
+    """The error for a cache that was made for `keys`, [batch, heads, tokens, dims], instead of entries."""
+    return ValueError(
+        f"The cache was made for {keys.shape[1]} heads of {keys.shape[3]} numbers; latent attention caches one entry "
+        "of config.latent_cache_dim. Make it by DynamicCache(config=config) or StaticCache(config=config, "
+        "max_cache_len=...); early_initialization takes (batch_size, 1, config.latent_cache_dim, dtype, device). "
+        "Prefix tuning makes keys and values, which have no place here: use prompt tuning or LoRA."
+    )
+
+
+def latent_layer(cache: Cache, layer_idx: int, width: int) -> CacheLayerMixin:
+    """
+    The layer of a cache that is given entries [batch, 1, tokens, W]. A `DynamicCache()` made without a config makes
+    its layers when they are asked for; transformers' own are taken as they are, and hold the latents twice.
+
+    Raises:
+        ValueError: If the layer holds something else.
+    """
+    while len(cache.layers) <= layer_idx and cache.layer_class_to_replicate is not None:
+        # Only layers of transformers can come out of an exported graph.
+        exporting = torch.compiler.is_exporting()
+        cache.layers.append(cache.layer_class_to_replicate() if exporting else LatentDynamicLayer())
+    layer = cache.layers[layer_idx]
+    if not hasattr(layer, "parts") and layer.keys is not None and layer.keys.dim() == 4:
+        if layer.keys.shape[1] != 1 or layer.keys.shape[3] != width:
+            raise not_of_entries(layer.keys)
+    return layer
+
+
 class OneBufferLayer(LatentLayer):
     """What the dynamic and the static latent layer share: `keys` is all there is, `values` a view of it."""
 
@@ -201,6 +230,9 @@ class LatentDynamicLayer(OneBufferLayer, DynamicLayer):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
+    def get_seq_length(self) -> int:
+        return self.buffer.length
+
     def append(self, entries: torch.Tensor) -> None:
         if not self.is_initialized:
             self.lazy_initialization(entries, entries)
@@ -241,6 +273,8 @@ class LatentStaticLayer(OneBufferLayer, StaticLayer):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size, self.num_heads = key_states.shape[:2]
+        if self.num_heads != 1:
+            raise not_of_entries(key_states)
         self.keys = key_states.new_zeros((self.batch_size, 1, self.max_cache_len, key_states.shape[-1]))
         self.cumulative_length = self.cumulative_length.to(self.device)
         if not is_torchdynamo_compiling():
@@ -252,6 +286,8 @@ class LatentStaticLayer(OneBufferLayer, StaticLayer):
     def append(self, entries: torch.Tensor) -> None:
         if not self.is_initialized:
             self.lazy_initialization(entries, entries)
+        if entries.shape[3] != self.keys.shape[3]:
+            raise not_of_entries(self.keys)
         num_new = entries.shape[2]
         positions = torch.arange(num_new, device=self.device) + self.cumulative_length
         self.cumulative_length.add_(num_new)  # in place: its address is part of the compiled graph

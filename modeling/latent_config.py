@@ -43,6 +43,9 @@ class LatentConfigMixin:
     auto_models: ClassVar[dict[str, str]] = {
         "AutoModel": "Model",
         "AutoModelForCausalLM": "ForCausalLM",
+        "AutoModelForQuestionAnswering": "ForQuestionAnswering",
+        "AutoModelForSequenceClassification": "ForSequenceClassification",
+        "AutoModelForTokenClassification": "ForTokenClassification",
     }
 
     kv_lora_rank: int = 512

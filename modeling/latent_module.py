@@ -4,6 +4,7 @@ A family is what differs from its model in transformers: it builds its decoder l
 and puts [`LatentModelMixin`] before its `PreTrainedModel`.
 """
 
+import logging
 from collections.abc import Callable
 from enum import Enum
 from typing import Any
@@ -27,10 +28,16 @@ from .latent_attention import (
     rotate,
     select_frequencies,
 )
-from .latent_cache import CACHE_ARGUMENT, LatentLayer
+from .latent_cache import CACHE_ARGUMENT, LatentLayer, latent_layer
 from .latent_decode import decode_attention, decode_attention_op, kernel_can_run
+from .latent_projection import as_matrix, is_linear_map, is_plain_linear
 from .latent_quantization import importance
 from .latent_quantized_cache import quantized_cache
+
+logger = logging.getLogger(__name__)
+
+# The modules of attention that have weights, which are what LoRA is for.
+PROJECTIONS = ("q_proj", "kv_a_proj", "kv_b_proj", "o_proj")
 
 
 class AttentionPath(Enum):
@@ -39,17 +46,6 @@ class AttentionPath(Enum):
     EXPANDED = "keys and values are expanded, and transformers' attention interface works on them"
     ABSORBED = "torch works on latents and rotary keys"
     KERNEL = "the decode kernel works on the cache as it lies"
-
-
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether calling the module is `x @ module.weight.T` and nothing else: no adapter, quantised or offloaded weight,
-    parametrisation or hook."""
-    return (
-        type(module) is nn.Linear
-        and "forward" not in module.__dict__
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-    )
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -118,7 +114,7 @@ class MultiHeadLatentAttention(nn.Module):
         # Store.
         path = AttentionPath.EXPANDED
         if cache is not None:
-            layer = cache.layers[self.layer_idx]
+            layer = latent_layer(cache, self.layer_idx, self.shape.width)
             entries = self.shape.join(latents, rope_keys).unsqueeze(1)  # [B, 1, T, W]
             path, _ = self.choose_path(cache, layer, entries, attention_mask, kwargs.get("output_attentions"))
             if path is AttentionPath.KERNEL:
@@ -164,9 +160,13 @@ class MultiHeadLatentAttention(nn.Module):
             return AttentionPath.EXPANDED, "no mask for several queries is how sdpa is told of a prefill"
         if attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
             return AttentionPath.EXPANDED, "the mask is one of blocks, for flex attention"
+        if not is_linear_map(self.kv_b_proj):
+            return AttentionPath.EXPANDED, "kv_b_proj may do something else to each row"
         if not absorbed_costs_less(num_queries, num_cached, self.shape):
             return AttentionPath.EXPANDED, "absorbed attention costs more"
 
+        if not hasattr(layer, "parts"):
+            return AttentionPath.ABSORBED, "the cache has layers of transformers"
         if cache.offloading:
             return AttentionPath.ABSORBED, "an offloaded layer is on the device during its update only"
         if not kernel_can_run(entries, self.shape.kv_lora_rank, layer.packed):
@@ -225,19 +225,25 @@ class MultiHeadLatentAttention(nn.Module):
         return output[..., : self.shape.v_head_dim] if padded else output, weights
 
     def _kv_b_matrix(self, dtype: torch.dtype) -> torch.Tensor:
-        """The up-projection as a matrix [N*nope + G*v, R]. Reading `.weight` of a wrapped layer would skip its LoRA
-        adapter without a word, so anything but a plain `nn.Linear` is asked what it does to the unit vectors."""
-        if is_plain_linear(self.kv_b_proj):
-            return self.kv_b_proj.weight
-        unit = torch.eye(self.shape.kv_lora_rank, dtype=dtype, device=self.rope_frequencies.device)
-        return self.kv_b_proj(unit).T
+        """The up-projection as a matrix [N*nope + G*v, R]."""
+        return as_matrix(self.kv_b_proj, self.shape.kv_lora_rank, dtype, self.rope_frequencies.device)
 
-    def channel_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """How finely a quantised cache has to tell apart the channels of an entry, from the weights that read them:
-        [R] and [n*r], see [`importance`]. The two dims of a rotary pair share a factor, as rotation mixes them."""
-        n, r = self.shape.num_rope_key_heads, self.shape.qk_rope_head_dim
-        latent = importance(self._kv_b_matrix(self.o_proj.weight.dtype).detach().float().norm(dim=0))
-        rope = torch.ones(n * r, device=latent.device)
+    def channel_factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        How finely a quantised cache has to tell apart the channels of an entry, from the weights that read them, see
+        [`importance`]; ones where those cannot be read.
+
+        Args:
+            dtype (`torch.dtype`): In which the model computes.
+
+        Returns:
+            Factors of the latent [R] and of the rotary keys [n*r]. The two dims of a rotary pair share one, as
+            rotation mixes them.
+        """
+        n, r, device = self.shape.num_rope_key_heads, self.shape.qk_rope_head_dim, self.rope_frequencies.device
+        latent, rope = torch.ones(self.shape.kv_lora_rank, device=device), torch.ones(n * r, device=device)
+        if is_linear_map(self.kv_b_proj):
+            latent = importance(self._kv_b_matrix(dtype).detach().float().norm(dim=0))
         if is_plain_linear(self.q_proj):
             rows = self.q_proj.weight.detach().unflatten(0, (n, -1, self.shape.qk_head_dim))[:, :, -r:]
             pairs = rows.float().square().sum((1, 3)).view(n, 2, r // 2).sum(1, keepdim=True).sqrt()
@@ -246,7 +252,8 @@ class MultiHeadLatentAttention(nn.Module):
 
 
 class LatentModelMixin:
-    """What `generate` and loading ask of a model with latent attention. Goes before the family's `PreTrainedModel`."""
+    """What `generate`, loading and adapters ask of a model with latent attention. Goes before the family's
+    `PreTrainedModel`."""
 
     config: Any
 
@@ -255,6 +262,20 @@ class LatentModelMixin:
         super()._init_weights(module)  # type: ignore[misc]
         if isinstance(module, MultiHeadLatentAttention):
             init.copy_(module.rope_frequencies, default_rope_frequencies(module.shape, self.config.head_dim))
+
+    def add_adapter(self, adapter_config: Any, *args, **kwargs) -> None:
+        """The usual recipe for LoRA names projections that are not here, of which peft does not tell while it finds
+        one of them."""
+        targets = adapter_config.target_modules
+        names = {name.rsplit(".", 1)[-1] for name, _ in self.named_modules()}  # type: ignore[attr-defined]
+        missing = set() if targets is None or isinstance(targets, str) else set(targets) - names
+        if missing:
+            logger.warning(
+                "target_modules: there is no layer %s, so it gets no adapter. Attention's layers are %s.",
+                " or ".join(sorted(missing)),
+                ", ".join(PROJECTIONS),
+            )
+        super().add_adapter(adapter_config, *args, **kwargs)  # type: ignore[misc]
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args, **kwargs) -> None:
         """`generate` would build a cache that quantises keys and values; ours quantises latents."""

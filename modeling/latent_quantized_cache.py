@@ -300,7 +300,8 @@ def quantized_cache(model, backend: str = "latent", **settings) -> Cache:
     """
     layers = model.base_model.layers
     if backend == "latent":
-        return Cache(layers=[LatentQuantizedLayer(*layer.self_attn.channel_factors(), **settings) for layer in layers])
+        factors = [layer.self_attn.channel_factors(model.dtype) for layer in layers]
+        return Cache(layers=[LatentQuantizedLayer(*each, **settings) for each in factors])
     if backend not in ("quanto", "hqq"):
         raise ValueError(f"The backend of a quantised cache must be 'latent', 'quanto' or 'hqq', got {backend!r}.")
     layer_class = LatentQuantoLayer if backend == "quanto" else LatentHQQLayer

@@ -10,7 +10,19 @@
 """
 
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
     LlamaForCausalLM,
@@ -41,6 +53,12 @@ class MLALlamaPreTrainedModel(LatentModelMixin, LlamaPreTrainedModel):
     _no_split_modules = ["MLALlamaDecoderLayer"]
     _can_record_outputs = {"hidden_states": MLALlamaDecoderLayer, "attentions": MultiHeadLatentAttention}
 
+    def __init__(self, config: MLALlamaConfig):
+        super().__init__(config)
+        # The heads find their decoder by AutoModel, and the config may come from another copy of its file, as
+        # transformers loads the code of a checkpoint.
+        AutoModel.register(type(config), MLALlamaModel, exist_ok=True)
+
 
 class MLALlamaModel(MLALlamaPreTrainedModel, LlamaModel):
     """Llama's decoder with latent attention. `forward` is Llama's: it hands every layer the full rotary table, from
@@ -59,7 +77,12 @@ class MLALlamaModel(MLALlamaPreTrainedModel, LlamaModel):
 
 
 class MLALlamaForCausalLM(MLALlamaPreTrainedModel, LlamaForCausalLM):
-    """Causal language model with latent attention; `forward` (logits_to_keep, num_items_in_batch, ...) is Llama's."""
+    """
+    Causal language model with latent attention; `forward` (logits_to_keep, num_items_in_batch, ...) is Llama's.
+
+    Adapters: `LoraConfig(target_modules=["q_proj", "kv_a_proj", "kv_b_proj", "o_proj"])`, which is peft's default for
+    this model once `mha2mla.modeling` is imported. Names that are not here (k_proj, v_proj) peft ignores in silence.
+    """
 
     def __init__(self, config: MLALlamaConfig):
         LlamaPreTrainedModel.__init__(self, config)
@@ -69,7 +92,21 @@ class MLALlamaForCausalLM(MLALlamaPreTrainedModel, LlamaForCausalLM):
         self.post_init()
 
 
-MLALlamaModel.register_for_auto_class("AutoModel")
-MLALlamaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+class MLALlamaForQuestionAnswering(GenericForQuestionAnswering, MLALlamaPreTrainedModel): ...
 
-__all__ = ["MLALlamaForCausalLM", "MLALlamaModel", "MLALlamaPreTrainedModel"]
+
+class MLALlamaForSequenceClassification(GenericForSequenceClassification, MLALlamaPreTrainedModel): ...
+
+
+class MLALlamaForTokenClassification(GenericForTokenClassification, MLALlamaPreTrainedModel): ...
+
+
+for auto_class, model_class in (
+    (AutoModel, MLALlamaModel),
+    (AutoModelForCausalLM, MLALlamaForCausalLM),
+    (AutoModelForQuestionAnswering, MLALlamaForQuestionAnswering),
+    (AutoModelForSequenceClassification, MLALlamaForSequenceClassification),
+    (AutoModelForTokenClassification, MLALlamaForTokenClassification),
+):
+    auto_class.register(MLALlamaConfig, model_class)
+    model_class.register_for_auto_class(auto_class.__name__)

@@ -1,11 +1,14 @@
 """Pico source models, made on the spot, and their exact conversion into both layouts."""
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from mha2mla.conversion.architectures import architecture_classes, architecture_of
 from mha2mla.conversion.attention_weights import LatentAttention, SourceAttention
+from mha2mla.conversion.export.check import TEXT
 from mha2mla.conversion.presets.paper.closed_form import convert_attention
-from mha2mla.conversion.source import head_dim, rope_attention_scaling
+from mha2mla.conversion.rotary import rope_attention_scaling
 from mha2mla.modeling import MLALlamaConfig, MLALlamaForCausalLM
 
 # Begins a script in which the package cannot be imported, as on a machine of a checkpoint's user. An editable install
@@ -28,6 +31,7 @@ CODE_FILES = [
     "latent_decode.py",
     "latent_kernels.py",
     "latent_module.py",
+    "latent_projection.py",
     "latent_quantization.py",
     "latent_quantized_cache.py",
     "latent_shape.py",
@@ -49,14 +53,19 @@ BASE = dict(
     pad_token_id=0,
 )
 
+# What the pico config of an architecture needs beside BASE.
+ARCHITECTURE_FIELDS = {"mistral": dict(sliding_window=None)}
+# Llama in its forms, and one source of every other architecture that is found.
 SOURCES = {
     "mha": LlamaConfig(**BASE, num_key_value_heads=4),
     "gqa": LlamaConfig(**BASE, num_key_value_heads=2),
     "mqa": LlamaConfig(**BASE, num_key_value_heads=1, tie_word_embeddings=True),
     "head-dim": LlamaConfig(**BASE, num_key_value_heads=2, head_dim=16),
     "llama-bias": LlamaConfig(**BASE, num_key_value_heads=2, attention_bias=True),
-    "mistral": MistralConfig(**BASE, num_key_value_heads=2, sliding_window=None),
-    "qwen2": Qwen2Config(**BASE, num_key_value_heads=2),
+} | {
+    name: AutoConfig.for_model(name, **{**BASE, "num_key_value_heads": 2, **ARCHITECTURE_FIELDS.get(name, {})})
+    for name in (architecture.model_type for architecture in architecture_classes())
+    if name != "llama"
 }
 
 ROPES = {
@@ -102,9 +111,16 @@ def make_source(kind: str = "gqa", rope: str = "default", seed: int = 0) -> torc
     return model
 
 
+class StateDict(dict):
+    """Weights of a model that is in memory, as the conversion reads them."""
+
+    def with_prefix(self, prefix: str) -> dict[str, torch.Tensor]:
+        return {name[len(prefix) :]: tensor for name, tensor in self.items() if name.startswith(prefix)}
+
+
 def attention_of(model: torch.nn.Module, layer: int) -> SourceAttention:
-    state = model.model.layers[layer].self_attn.state_dict()
-    return SourceAttention.from_tensors(state, head_dim(model.config))
+    architecture = architecture_of(model.config)
+    return architecture.source_attention(architecture.attention_tensors(StateDict(model.state_dict()), layer))
 
 
 def shared_layout(source: SourceAttention) -> LatentAttention:
@@ -136,21 +152,10 @@ def shared_layout(source: SourceAttention) -> LatentAttention:
     return layer
 
 
-def mla_config(config: PreTrainedConfig, **sizes) -> MLALlamaConfig:
-    names = (*BASE, "num_key_value_heads", "rope_parameters", "tie_word_embeddings", "rms_norm_eps")
-    return MLALlamaConfig(
-        **{name: getattr(config, name) for name in names},
-        head_dim=head_dim(config),
-        v_head_dim=head_dim(config),
-        **sizes,
-    )
-
-
 def assemble(source: torch.nn.Module, layers: list[LatentAttention]) -> MLALlamaForCausalLM:
     """An MLA model with the source's weights and these attention layers."""
-    first = layers[0]
-    config = mla_config(
-        source.config,
+    first, architecture = layers[0], architecture_of(source.config)
+    config = architecture.mla_config(
         kv_lora_rank=first.latent.shape[0],
         qk_rope_head_dim=first.k_rope.shape[1],
         qk_nope_head_dim=first.q_nope.shape[1],
@@ -158,12 +163,10 @@ def assemble(source: torch.nn.Module, layers: list[LatentAttention]) -> MLALlama
         num_nope_key_heads=first.k_up.shape[0],
         attention_bias=first.o_bias is not None,
     )
-    state = {name: t for name, t in source.state_dict().items() if ".self_attn." not in name}
-    for index, layer in enumerate(layers):
-        for name, tensor in layer.state_dict(torch.float32).items():
-            state[f"model.layers.{index}.self_attn.{name}"] = tensor
-    model = MLALlamaForCausalLM(config).eval()
-    model.load_state_dict(state)
+    model = architecture.mla_model_class(config).eval()
+    state = dict(architecture.converted_tensors(StateDict(source.state_dict()), layers))
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected and set(missing) <= set(model.all_tied_weights_keys)
     return model
 
 
@@ -202,3 +205,35 @@ LAYOUTS = ("per-head", "shared")
 
 def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def byte_pair_tokenizer(kind: str = "byte-level") -> PreTrainedTokenizerFast:
+    """A tokenizer trained on a few lines, of a kind that engines know: "byte-level" (GPT-2's) or "sentencepiece"
+    (Llama 2's, byte pairs with single bytes to fall back on)."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    if kind == "byte-level":
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+    else:
+        tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+        special, alphabet = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))], []
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False, max_token_length=8
+    )
+    tokenizer.train_from_iterator(TEXT.splitlines(), trainer)
+    pad, bos, eos = special[:3]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=pad, bos_token=bos, eos_token=eos, chat_template=CHAT_TEMPLATE
+    )

@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from mha2mla.common.robust_error import robust_error
+from mha2mla.conversion.architectures import architecture_of
+from mha2mla.conversion.layerwise import LayerVisit, attend
 from mha2mla.conversion.presets.calibrated import closed_form as calibrated
+from mha2mla.conversion.presets.calibrated import refine
 from mha2mla.conversion.presets.calibrated.low_rank import joint_low_rank
 from mha2mla.conversion.presets.calibrated.pair_scores import (
     mean_rotation,
@@ -15,7 +18,7 @@ from mha2mla.conversion.presets.calibrated.pair_scores import (
     select_shared,
     softmax_weight,
 )
-from mha2mla.conversion.presets.calibrated.refine import RefineSettings, attend
+from mha2mla.conversion.presets.calibrated.refine import RefineSettings
 from mha2mla.conversion.presets.calibrated.shared_key import (
     components,
     head_factors,
@@ -23,7 +26,7 @@ from mha2mla.conversion.presets.calibrated.shared_key import (
     to_complex,
     to_real,
 )
-from mha2mla.conversion.source import rope_attention_scaling
+from mha2mla.conversion.rotary import rope_attention_scaling
 from pico import ROPES, assemble, attention_of, make_source, tokens
 
 H, G, F, T, D = 4, 2, 3, 6, 10  # query heads, key heads, frequencies, tokens, hidden
@@ -222,20 +225,18 @@ def test_robust_error_is_relative_and_bounded():
 
 
 def test_refinement_brings_the_stream_back(monkeypatch):
-    from mha2mla.conversion.layerwise import LayerVisit
-    from mha2mla.conversion.presets.calibrated import refine
-
     source = make_source("gqa").requires_grad_(False)
     ids = tokens(4, 16)
     attention, statistics = statistics_of(source, 0, ids, shared=True)
     layer, _ = calibrated.convert_attention(attention, statistics, 4, 6, True)
     states = [source.model.embed_tokens(row[None]) for row in ids]
     embeddings = source.model.rotary_emb(states[0], torch.arange(16)[None])
-    visit = LayerVisit(source.model.layers[0], states, embeddings, source.model.rotary_emb.inv_freq)
+    architecture = architecture_of(source.config)
+    visit = LayerVisit(0, architecture, source.model.layers[0], states, embeddings, source.model.rotary_emb.inv_freq)
 
     def error(candidate):
         with torch.no_grad():
-            outputs = [visit.after_mlp(s + attend(candidate, visit.attention_input(s), embeddings)) for s in states]
+            outputs = [visit.layer_output(s, attend(candidate, visit.attention_input(s), embeddings)) for s in states]
             return sum(robust_error(o, w).item() for o, w in zip(outputs, visit.outputs, strict=True))
 
     monkeypatch.setattr(refine, "has_fast_bf16", lambda device: False)

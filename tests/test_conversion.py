@@ -14,8 +14,9 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mha2mla.cli.main import main
-from mha2mla.conversion import ConversionConfig, convert, plan_caches
+from mha2mla.conversion import ConversionConfig, Paper, convert
 from mha2mla.conversion import source as source_module
+from mha2mla.conversion.cache_plan import CacheSizes
 from mha2mla.modeling import MLALlamaForCausalLM
 from pico import SOURCES, make_source, tokens
 
@@ -78,7 +79,7 @@ def test_output_folder_is_complete(save_source, calibration_file, tmp_path):
     card = (out / "README.md").read_text()
     assert "trust_remote_code=True" in card and "recovery training" in card and "2-norm" in card
     # Repeating it from its own record gives the same weights.
-    convert(record["source"], tmp_path / "again", ConversionConfig(**record["options"]))
+    convert(record["source"], tmp_path / "again", ConversionConfig.from_dict(record["options"]))
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").state_dict()
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(again[name], tensor)
@@ -100,7 +101,7 @@ def test_ratio_follows_the_papers_table():
     """d_h = 64, 3 key/value heads: 8 rotary dims and d_kv = 32, 16, 8 per head (paper, Table 1)."""
     source = type(SOURCES["gqa"])(hidden_size=576, num_attention_heads=9, num_key_value_heads=3)
     for ratio, d_kv in ((0.3125, 32), (0.1875, 16), (0.125, 8)):
-        plan = plan_caches(ConversionConfig(preset="paper", cache_ratio=ratio, rope_selection="high"), source)[0]
+        (plan,) = Paper().plans(source, CacheSizes(cache_ratio=ratio))
         assert (plan.kv_lora_rank, plan.qk_rope_head_dim) == (3 * d_kv, 8)
         assert plan.ratio == ratio
 
@@ -264,9 +265,15 @@ def test_calibrated_is_the_default_and_splits_the_budget_itself(kind, save_sourc
     assert config.num_rope_key_heads == 1
     assert config.latent_cache_dim == record["cache_width"] == config.num_key_value_heads * 12
     # Every candidate's loss was measured, and the lowest was taken.
-    losses = {int(r.args[0]): r.args[2] for r in caplog.records if "loss" in r.msg}
+    losses = {r.args[0]: r.args[1] for r in caplog.records if "loss" in r.msg}
+    chosen = next(r.args[0] for r in caplog.records if "Chosen" in r.msg)
+    assert chosen.qk_rope_head_dim == config.qk_rope_head_dim
     if losses:
-        assert losses[config.qk_rope_head_dim] == min(losses.values())
+        assert losses[chosen] == min(losses.values())
+    # All layers rotate with what was chosen, each frequency once.
+    for layer in model.model.layers:
+        assert layer.self_attn.rope_frequencies.tolist() == [list(chosen.frequencies)]
+    assert len(set(chosen.frequencies)) == config.qk_rope_head_dim // 2
     for layer in record["layers"]:
         assert 0 <= layer["unrotation_error"] and 0 < layer["key_energy_kept"] <= 1.0001
         assert layer["output_error"] > 0
@@ -274,13 +281,21 @@ def test_calibrated_is_the_default_and_splits_the_budget_itself(kind, save_sourc
     assert "needs recovery training" not in (out / "README.md").read_text()
 
 
-@pytest.mark.parametrize("layout, heads", [("shared", 1), ("per-head", 2)])
-def test_explicit_sizes_overrule_the_search(layout, heads, save_source, calibration_file, tmp_path, caplog):
+@pytest.mark.parametrize(
+    "choice, heads",
+    [
+        (("--rope-frequencies", "common"), 1),
+        (("--rope-frequencies", "per-layer"), 1),
+        (("--rope-layout", "per-head"), 2),
+    ],
+)
+def test_explicit_sizes_overrule_the_search(choice, heads, save_source, calibration_file, tmp_path, caplog):
     source, out = save_source("gqa"), tmp_path / "out"
-    sizes = ("--qk-rope-head-dim", 6, "--kv-lora-rank", 12, "--rope-layout", layout)
+    sizes = ("--qk-rope-head-dim", 6, "--kv-lora-rank", 12, *choice)
     with caplog.at_level("INFO", logger="mha2mla"):
         run(source, out, *sizes, "--calibration-data", calibration_file, *CALIBRATED, preset="calibrated")
-    assert "loss" not in caplog.text
+    # Only what all layers share is still to be found.
+    assert ("loss" in caplog.text) == ("common" in choice)
     config = AutoConfig.from_pretrained(out)
     assert (config.qk_rope_head_dim, config.kv_lora_rank, config.num_rope_key_heads) == (6, 12, heads)
 
@@ -288,15 +303,22 @@ def test_explicit_sizes_overrule_the_search(layout, heads, save_source, calibrat
 def test_exact_sizes_lose_nothing_through_the_whole_pipeline(save_source, calibration_file, tmp_path):
     source, out = save_source("gqa"), tmp_path / "out"
     sizes = ("--qk-rope-head-dim", 24, "--kv-lora-rank", 24, "--calibration-data", calibration_file)
-    run(source, out, *sizes, *CALIBRATED, "--refine-steps", 0, preset="calibrated")
+    everything = ("--refine-steps", 0, "--rope-frequencies", "per-layer")
+    run(source, out, *sizes, *CALIBRATED, *everything, preset="calibrated")
     expected = logits(source)
     assert (logits(out) - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_common_frequencies_are_each_there_once(save_source, calibration_file, tmp_path, capsys):
+    sizes = ("--qk-rope-head-dim", 14, "--kv-lora-rank", 12, "--calibration-data", calibration_file)
+    assert run(save_source("gqa"), tmp_path / "out", *sizes, *CALIBRATED, preset="calibrated") == 2
+    assert "6 frequencies" in (message := capsys.readouterr().err) and "--rope-frequencies per-layer" in message
 
 
 def test_calibration_state_serves_several_ratios_and_refuses_other_text(
     save_source, calibration_file, tmp_path, monkeypatch, capsys
 ):
-    from mha2mla.conversion.presets.calibrated import closed_form as calibrated
+    from mha2mla.conversion.presets.calibrated import preset as calibrated
 
     source, state = save_source("gqa"), tmp_path / "state"
     base = ("--calibration-data", calibration_file, "--calibration-state", state, *CALIBRATED)
@@ -320,6 +342,44 @@ def test_calibration_state_serves_several_ratios_and_refuses_other_text(
     (state / "calibration.json").unlink()
     assert run(source, tmp_path / "x", "--cache-ratio", 0.5, *base, preset="calibrated") == 2
     assert "not a calibration state" in capsys.readouterr().err
+
+
+OTHER_PRESETS = {
+    "svd is an option of the preset 'paper', and 'calibrated' is chosen. Leave it out, or add --preset paper": (
+        "calibrated",
+        ("--svd", "split"),
+    ),
+    "refine_steps is an option of the preset 'calibrated', and 'paper' is chosen": ("paper", ("--refine-steps", 0)),
+}
+
+
+@pytest.mark.parametrize("message", OTHER_PRESETS)
+def test_options_of_another_preset_are_refused(message, save_source, tmp_path, capsys):
+    preset, options = OTHER_PRESETS[message]
+    assert run(save_source(), tmp_path / "out", "--cache-ratio", 0.5, *options, preset=preset) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_shows_the_options_of_every_preset(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["convert", "--help"])
+    shown = capsys.readouterr().out
+    assert end.value.code == 0
+    for preset, option in (("calibrated", "--refine-steps"), ("paper", "--svd")):
+        assert option in shown.split(f"\npreset {preset}", 1)[1].split("\npreset", 1)[0]
+
+
+def test_options_of_a_preset_are_its_own():
+    config = ConversionConfig(preset=Paper(svd="split", rope_selection="high"), cache_ratio=0.25)
+    assert config.to_dict().items() >= {"preset": "paper", "svd": "split", "cache_ratio": 0.25}.items()
+    assert "refine_steps" not in config.to_dict()
+    assert ConversionConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ValueError, match=r"preset='paper' must be an object .* Paper\(\)"):
+        ConversionConfig(preset="paper", cache_ratio=0.25)
+    with pytest.raises(ValueError, match="preset='best' must be one of calibrated, paper"):
+        ConversionConfig.from_dict({"preset": "best"})
+    with pytest.raises(ValueError, match="no option 'svg'"):
+        ConversionConfig.from_dict({"preset": "paper", "svg": "split"})
 
 
 def test_calibrated_needs_text(save_source, tmp_path, capsys):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mha2mla.conversion.presets.paper.closed_form import convert_attention
-from mha2mla.conversion.source import rope_attention_scaling
+from mha2mla.conversion.rotary import rope_attention_scaling
 from pico import LAYOUTS, ROPES, SOURCES, assemble, attention_of, exact_model, make_source, tokens
 
 

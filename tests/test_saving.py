@@ -72,6 +72,9 @@ def test_every_auto_class_is_registered_and_mapped(tmp_path):
         "AutoConfig",
         "AutoModel",
         "AutoModelForCausalLM",
+        "AutoModelForQuestionAnswering",
+        "AutoModelForSequenceClassification",
+        "AutoModelForTokenClassification",
     }
     assert type(AutoConfig.from_pretrained(tmp_path)) is MLALlamaConfig
     assert type(AutoModel.from_pretrained(tmp_path)) is MLALlamaModel

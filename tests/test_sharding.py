@@ -47,7 +47,11 @@ def test_sharded_runs_give_the_curve_and_the_checkpoints_of_one_process(folder, 
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", "no"]
     accelerate += ["--config_file", CONFIGURATIONS / f"{configuration}.yaml", "--main_process_port"]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    for more in ((), ("--resume_from_checkpoint", folder / "two" / "checkpoint-4")):
+    for resumed in (None, folder / "two" / "checkpoint-4", "true"):
+        more = () if resumed is None else ("--resume_from_checkpoint", resumed)
+        if resumed == "true":  # killed before the end was saved
+            for name in ("trainer_state.json", "model.safetensors"):
+                (folder / "two" / name).unlink()
         command = arguments(folder, "two", *teacher, "--per_device_train_batch_size", 1, *more)
         command.remove("--use_cpu")
         done = launch(lambda port, command=command: [*accelerate, port, script, *command], environment)

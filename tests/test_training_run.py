@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mha2mla.cli.main import main
 from mha2mla.cli.train import parse_arguments
-from mha2mla.training import run
+from mha2mla.training import RecoveryTrainer, run
 from mha2mla.training.resume import newest_checkpoint
 from pico import BLOCK_PACKAGE, VOCAB, make_mla, make_source, tokens
 
@@ -300,3 +300,93 @@ def test_bad_input_is_refused_before_the_model_loads(folder, monkeypatch, capsys
         monkeypatch.setenv(name, value)  # as `accelerate launch` does
     assert main(arguments(folder, "out")) == 2
     assert "fsdp_cpu_ram_efficient_loading: true with FSDP2" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_left_alone(folder, caplog, capsys):
+    resume = ("--resume_from_checkpoint", "true")
+    assert main(arguments(folder, "out", *resume)) == 0
+    before = {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*")}
+    for more in ((), ("--max_steps", 4)):
+        caplog.clear()
+        assert main(arguments(folder, "out", *resume, *more)) == 0
+        assert "there is nothing left to do" in caplog.text
+        assert {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*")} == before
+    assert main(arguments(folder, "out")) == 2
+    assert "finished after 6 steps: there is nothing left to do" in capsys.readouterr().err
+    assert main(arguments(folder, "out", *resume, "--max_steps", 8)) == 0  # more steps are more to do
+    assert len(losses(folder / "out")) == 8
+
+
+@pytest.mark.parametrize("length", [("--max_steps", 6), ("--max_steps", -1, "--num_train_epochs", 0.15)])
+@pytest.mark.parametrize("trainable", ["all", "lora"])
+def test_a_run_killed_at_its_end_is_saved_without_another_step(length, trainable, folder, caplog, monkeypatch):
+    options = ("--trainable", trainable, "--eval_fraction", 0.2, *length)
+    assert main(arguments(folder, "whole", *options)) == 0
+    save_model = RecoveryTrainer.save_model
+
+    def killed(self, output_dir=None, _internal_call=False):
+        if output_dir is None:
+            raise KeyboardInterrupt
+        save_model(self, output_dir, _internal_call)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RecoveryTrainer, "save_model", killed)
+        with pytest.raises(KeyboardInterrupt):
+            main(arguments(folder, "out", *options))
+    assert not (folder / "out" / "README.md").exists()
+    assert main(arguments(folder, "out", *options, "--resume_from_checkpoint", "true")) == 0
+    assert "nothing is left to train" in caplog.text
+    name = "adapter_model.safetensors" if trainable == "lora" else "model.safetensors"
+    got, expected = (load_file(folder / output / name) for output in ("out", "whole"))
+    assert got.keys() == expected.keys() and all(torch.equal(got[key], expected[key]) for key in expected)
+    states = [json.loads((folder / output / "trainer_state.json").read_text()) for output in ("out", "whole")]
+    assert states[0]["global_step"] == states[1]["global_step"]
+    assert losses(folder / "out") == losses(folder / "whole")
+    perplexities = [[line["eval_perplexity"] for line in s["log_history"] if "eval_loss" in line] for s in states]
+    assert perplexities[0] == perplexities[1] and len(perplexities[0]) == 1
+
+
+def test_a_generation_config_that_cannot_be_saved_is_mended(folder, caplog):
+    path = folder / "mla" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"temperature": 0.6, "top_p": 0.9}))
+    for output, more in (("out", ()), ("lora", ("--trainable", "lora", "--merge"))):
+        assert main(arguments(folder, output, *more)) == 0
+    assert "generation_config: temperature, top_p cannot be saved" in caplog.text
+    for saved in ("out", "out/checkpoint-2", "lora/merged"):
+        config = json.loads((folder / saved / "generation_config.json").read_text())
+        assert "temperature" not in config and "top_p" not in config and config["eos_token_id"] in (2, [2])
+
+
+def test_the_usual_lora_targets_are_told_the_right_ones(folder, capsys):
+    usual = ("--trainable", "lora", "--lora_targets", "q_proj", "k_proj", "v_proj", "o_proj")
+    assert main(arguments(folder, "out", *usual)) == 2
+    error = capsys.readouterr().err
+    assert "'k_proj' is no linear layer" in error and "q_proj kv_a_proj kv_b_proj o_proj" in error
+
+
+CUSTOM_TOKENIZER = """
+from transformers import PreTrainedTokenizerFast
+class PicoTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+@pytest.mark.parametrize("role", ["model", "teacher"])
+def test_code_of_a_tokenizer_runs_only_where_allowed(role, folder, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)  # transformers would ask
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder / "modules"))
+    place = folder / ("mla" if role == "model" else "source")
+    (place / "tokenization_pico.py").write_text(CUSTOM_TOKENIZER)
+    config = json.loads((place / "tokenizer_config.json").read_text())
+    config |= {
+        "tokenizer_class": "PicoTokenizer",
+        "auto_map": {"AutoTokenizer": [None, "tokenization_pico.PicoTokenizer"]},
+    }
+    (place / "tokenizer_config.json").write_text(json.dumps(config))
+    options = ("--teacher", folder / "source", "--max_steps", 1)
+    assert main(arguments(folder, "out", *options)) == 2
+    error = capsys.readouterr().err
+    assert f"{role}: {place} brings code of its own for its tokenizer" in error and "--trust_remote_code" in error
+    assert main(arguments(folder, "out", *options, "--trust_remote_code")) == 0
+    if role == "model":  # a checkpoint's users need it too
+        assert (folder / "out" / "tokenization_pico.py").is_file()

@@ -79,8 +79,9 @@ def write_model_card(
     folder: Path, title: str, record: TrainingRecord, config: PreTrainedConfig, adapter: bool
 ) -> None:
     """Write `README.md` of a trained model or, with `adapter`, of an adapter."""
-    relation, library_name = ("adapter", "peft") if adapter else ("finetune", "transformers")
-    tags = ("lora",) if adapter else ()
-    metadata = card_metadata(record.base, relation, record.datasets, tags, library_name)
+    if adapter:
+        metadata = card_metadata(record.base, "adapter", record.datasets, ("lora",), "peft")
+    else:
+        metadata = card_metadata(record.base, "finetune", record.datasets)
     body = BODY.format(cache=describe_cache(config), usage=usage(title, adapter), training=table(record.rows()))
     write_card(folder / CARD_NAME, title, metadata, body)

@@ -111,7 +111,7 @@ def published_card(text: str, repo: str | None, base_model: str | None) -> str:
         text = text.replace(f'from_pretrained("{title[1]}"', f'from_pretrained("{repo}"')
     if base_model is not None and on_hub(base_model):
         card = ModelCard(text)
-        card.data.base_model, card.data["base_model_relation"] = base_model, "adapter"
+        card.data["base_model"], card.data["base_model_relation"] = base_model, "adapter"
         text = str(card)
     return text
 

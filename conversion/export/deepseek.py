@@ -29,6 +29,20 @@ from .plan import ExportPlan
 
 LATENT_NORM_EPS = 1e-6  # of `kv_a_layernorm` in transformers, whatever the config says
 CHUNK_ROWS = 8192  # of a matrix, for which memory is taken in float64
+# Fields that mean the same in our config and in DeepSeek's.
+SAME_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
 
 
 @dataclass(frozen=True)
@@ -65,11 +79,9 @@ def tiny_gauge(eps: float) -> Gauge:
 
 def stock_config(config: MLALlamaConfig, plan: ExportPlan, gauge: Gauge, dtype: torch.dtype) -> DeepseekV3Config:
     """The exported model's config: all layers dense; fields of experts only where engines insist on them."""
-    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
-    same += ("max_position_embeddings", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id")
     theta, max_positions = config.rope_parameters["rope_theta"], config.max_position_embeddings
     return DeepseekV3Config(
-        **{name: getattr(config, name) for name in same},
+        **{name: getattr(config, name) for name in SAME_FIELDS},
         architectures=["DeepseekV3ForCausalLM"],
         dtype=dtype,
         num_key_value_heads=config.num_attention_heads,

@@ -8,10 +8,10 @@ import torch
 from accelerate.utils.modeling import convert_file_size_to_int
 
 from mha2mla.conversion.checkpoint import CheckpointReader, CheckpointWriter, atomic_folder, check_output
-from mha2mla.conversion.convert import check_complete, write_companions
+from mha2mla.conversion.output import check_complete, write_companions
 from mha2mla.conversion.source import copy_companions, local_checkpoint
 
-from .card import write_card, write_way_back_card
+from .card import write_export_card, write_way_back_card
 from .check import check_agreement, check_ids, compare_logits, streamed_logits
 from .config import DTYPES, ExportConfig
 from .deepseek import stock_config, stock_names, stock_tensors, tiny_gauge
@@ -91,7 +91,7 @@ def export_deepseek(folder: Path, model: str, output: Path, options: ExportConfi
         agreement = compare_logits(ours, streamed_logits(stock, CheckpointReader(partial), ids))
         logger.info("Check: %s", agreement.describe())
         check_agreement(agreement, dtype)
-        write_card(partial / "README.md", output.name, folder, model, config, plan, agreement, dtype)
+        write_export_card(partial / "README.md", output.name, folder, model, config, plan, agreement, dtype)
         details = {
             "cache_width": plan.width,
             "model_cache_width": config.latent_cache_dim,

@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from mha2mla.conversion.checkpoint import CheckpointReader
 from mha2mla.modeling import MLALlamaConfig
 
-from .deepseek import LATENT_NORM_EPS
+from .deepseek import LATENT_NORM_EPS, SAME_FIELDS
 from .record import EXPORT_RECORD_NAME
 
 NEUTRAL = 1e-3  # largest relative change of a latent by its norm, beside a constant factor
@@ -167,16 +167,18 @@ def find_rope(folder: Path, config: PreTrainedConfig, layout: Layout) -> SourceR
 
 
 def our_config(config: PreTrainedConfig, layout: Layout, rope: SourceRope, dtype: torch.dtype) -> MLALlamaConfig:
-    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
-    same += ("max_position_embeddings", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id")
-    same += ("rms_norm_eps", "tie_word_embeddings")
-    return MLALlamaConfig(
-        **{name: getattr(config, name) for name in same},
+    values: dict[str, Any] = {name: getattr(config, name) for name in SAME_FIELDS}
+    values |= dict(
         architectures=["MLALlamaForCausalLM"],
         dtype=dtype,
+        rms_norm_eps=config.rms_norm_eps,
+        tie_word_embeddings=config.tie_word_embeddings,
         num_key_value_heads=layout.value_groups,
         head_dim=rope.head_dim,
         rope_parameters=rope.rope_parameters,
+    )
+    return MLALlamaConfig(
+        **values,
         kv_lora_rank=int(layout.latent.sum()),
         qk_rope_head_dim=2 * int(layout.slots.sum()),
         qk_nope_head_dim=int(layout.nope.sum()),

@@ -1,1 +1,16 @@
-"""Ways to make MLA weights: one folder a preset."""
+"""Ways to make MLA weights: one folder a preset, found by itself."""
+
+from functools import cache
+
+from ..discovery import defined_classes
+from .base import ConvertedLayer, Preset
+
+
+@cache
+def preset_classes() -> dict[str, type[Preset]]:
+    """All presets by name."""
+    found = defined_classes(__name__, __path__, Preset)  # type: ignore[type-abstract]
+    return {preset.name: preset for preset in found}
+
+
+__all__ = ["ConvertedLayer", "Preset", "preset_classes"]

@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from mha2mla.common.text import pack_blocks
-from mha2mla.conversion import ConversionConfig, convert
+from mha2mla.conversion import Calibrated, ConversionConfig, Paper, convert
 from mha2mla.conversion.source import dequantise_gguf
 from mha2mla.evaluation import measure_perplexity
 from mha2mla.modeling import CACHE_ARGUMENT, cache_nbytes
@@ -100,13 +100,12 @@ def main() -> None:
 
     rows = [measure("original", source, blocks)]
     text = dict(calibration_data=str(calibration), calibration_samples=24, calibration_length=512, overwrite=True)
-    for preset in ("paper", "calibrated"):
-        output = args.output / f"SmolLM2-135M-Instruct-MLA-{preset}"
-        # Far fewer refinement steps than the default, to keep the demo short; more text and steps give a better model.
-        few = dict(refine_steps=24, refine_learning_rate=0.012)  # few steps want a lower rate
-        options = ConversionConfig(preset=preset, cache_ratio=args.cache_ratio, **few, **text)
-        convert(str(source), output, options)
-        rows.append(measure(preset, output, blocks))
+    # Far fewer refinement steps than the default, to keep the demo short; more text and steps give a better model.
+    # Few steps want a lower rate.
+    for preset in (Paper(), Calibrated(refine_steps=24, refine_learning_rate=0.012)):
+        output = args.output / f"SmolLM2-135M-Instruct-MLA-{preset.name}"
+        convert(str(source), output, ConversionConfig(preset=preset, cache_ratio=args.cache_ratio, **text))
+        rows.append(measure(preset.name, output, blocks))
 
     print(f"\n| {'model (fp32)':30} | bytes/token | perplexity (help)    | parameters |")
     print(f"|{'-' * 32}|{'-' * 13}|{'-' * 22}|{'-' * 12}|", *rows, sep="\n")

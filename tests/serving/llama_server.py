@@ -13,5 +13,6 @@ parameters.verbosity = 4  # the log tells the size of the cache
 parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
 # As precise as the comparison with fp32; the default is float16.
 parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
 server = xllamacpp.Server(parameters)
 threading.Event().wait()

@@ -14,20 +14,18 @@ from functools import cached_property
 
 import torch
 
-from mha2mla.conversion.attention_weights import LatentAttention, SourceAttention
-from mha2mla.conversion.presets.paper.rope_selection import pair_norms
+from mha2mla.conversion.attention_weights import LatentAttention, SourceAttention, project
+from mha2mla.conversion.rotary import pair_norms
+from mha2mla.modeling.latent_attention import rotate
 
-from .low_rank import joint_low_rank
+from .frequency_lists import select_listed
 from .pair_scores import (
     PairMoments,
     attention_probabilities,
-    mean_rotation,
     pair_moments,
-    received_attention,
     score_energy,
     select_per_head,
     select_shared,
-    softmax_weight,
 )
 from .shared_key import (
     components,
@@ -37,6 +35,7 @@ from .shared_key import (
     to_complex,
     to_real,
 )
+from .steps import DEFAULT_STEPS, Steps
 
 SHRINKAGE = 1e-3  # of the covariance towards a multiple of the identity: directions that the text hardly shows
 
@@ -66,12 +65,6 @@ class LayerStatistics:
         return torch.linalg.cholesky(self.latent_covariance)
 
 
-def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [..., T, D] through a projection by head [heads, d, D] with bias [heads, d]: [..., heads, T, d]."""
-    out = torch.nn.functional.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
-    return out.unflatten(-1, weight.shape[:2]).transpose(-2, -3)
-
-
 def collect_statistics(
     source: SourceAttention,
     attention_input: Callable[[int], torch.Tensor],
@@ -80,6 +73,7 @@ def collect_statistics(
     frequencies: torch.Tensor,
     shared_key: bool,
     rope_attention_scaling: float = 1.0,
+    steps: Steps = DEFAULT_STEPS,
 ) -> LayerStatistics:
     """
     Statistics of one layer over blocks of text.
@@ -93,6 +87,7 @@ def collect_statistics(
         frequencies (`torch.Tensor`): Radians per position, [F].
         shared_key (`bool`): One rotary key for all heads, or one per key/value head.
         rope_attention_scaling (`float`): yarn's and longrope's factor on cosines and sines.
+        steps (`Steps`): Of which the weights of scores and of tokens are used.
     """
     head_dim, hidden = source.q.shape[1:]
     scaling = head_dim**-0.5 * rope_attention_scaling**2
@@ -101,8 +96,9 @@ def collect_statistics(
         """Queries before rotation [H, T, d] and attention probabilities [H, T, T]."""
         q, k = project(x, source.q, source.q_bias), project(x, source.k, source.k_bias)
         angle = torch.arange(x.shape[0], device=x.device)[:, None] * frequencies
-        cos, sin = angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
-        return q, attention_probabilities(turn(q, cos, sin), turn(k, cos, sin), scaling)
+        cos, sin = (table.repeat(1, 2)[None, None] for table in (angle.cos(), angle.sin()))  # [1, 1, T, d]
+        rotated_q, rotated_k = (rotate(heads[None], cos, sin)[0] for heads in (q, k))
+        return q, attention_probabilities(rotated_q, rotated_k, scaling)
 
     # Sums over many tokens lose their small eigenvalues in fp32, so they are kept in fp64.
     covariance = torch.zeros(hidden, hidden, dtype=torch.float64, device=source.q.device)
@@ -111,7 +107,7 @@ def collect_statistics(
     for i in range(num_blocks):
         x = attention_input(i)
         q, probabilities = attention_of(x)
-        weight = received_attention(probabilities)
+        weight = steps.token_weight(probabilities)
         covariance += (x.T @ x).double() / (x.shape[0] * num_blocks)
         latent_covariance += (x.T @ (weight[:, None] * x)).double() / (weight.sum() * num_blocks)
         query_power += pair_norms(q).square().mean(1) / num_blocks
@@ -133,7 +129,7 @@ def collect_statistics(
         block = pair_moments(
             to_complex(q.transpose(1, 2)).transpose(1, 2),
             keys.unflatten(-1, (-1, head_dim // 2)).transpose(0, 1),
-            softmax_weight(probabilities),
+            steps.score_weight(probabilities),
             frequencies,
         ).double()  # only sums over a block are fp32
         totals = block if totals is None else totals + block
@@ -141,16 +137,20 @@ def collect_statistics(
     return LayerStatistics(latent_covariance, query_power, mix, unmix, totals)
 
 
-def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """RoPE on x [heads, T, d] with cos, sin [T, d]."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-
 def shrink(covariance: torch.Tensor, amount: float) -> torch.Tensor:
     """(1 - amount) C + amount * mean(diag C) * I."""
     unit = torch.eye(covariance.shape[0], dtype=covariance.dtype, device=covariance.device)
     return (1 - amount) * covariance + amount * covariance.diagonal().mean() * unit
+
+
+def unrotation_cost(
+    statistics: LayerStatistics, num_heads: int, steps: Steps = DEFAULT_STEPS
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What it costs to take RoPE from each pair of a layer, summed over heads, [F, A], and the energy of the layer's
+    scores that this is to be compared with."""
+    factors = head_factors(statistics.mix, num_heads)  # [H, F, A]
+    cost = steps.mean_rotation(statistics.moments, factors)[1].sum(0)
+    return cost, score_energy(statistics.moments, factors).sum()
 
 
 def convert_attention(
@@ -160,6 +160,8 @@ def convert_attention(
     kv_lora_rank: int,
     shared_key: bool,
     rope_attention_scaling: float = 1.0,
+    steps: Steps = DEFAULT_STEPS,
+    frequency_list: tuple[int, ...] | None = None,
 ) -> tuple[LatentAttention, dict[str, float]]:
     """
     The layer as MLA, in closed form.
@@ -172,6 +174,10 @@ def convert_attention(
         statistics (`LayerStatistics`): Collected with the same `shared_key`.
         qk_rope_head_dim (`int`): r, dims of one rotary key; even.
         kv_lora_rank (`int`): R.
+        rope_attention_scaling (`float`): As for [`collect_statistics`].
+        steps (`Steps`): Of which the mean rotation and the low rank are used.
+        frequency_list (`tuple[int, ...]`, *optional*): The r/2 frequencies that keep RoPE, each in the layer's best
+            component; by default the layer's most costly pairs keep it. For a shared key only.
 
     Returns:
         The layer, and what it cost by stage: `unrotation_error`, the weighted squared score error of taking RoPE from
@@ -180,9 +186,12 @@ def convert_attention(
     num_heads, head_dim, _ = source.q.shape
     mix, unmix, kind = statistics.mix, statistics.unmix, statistics.latent_covariance.dtype
     factors = head_factors(mix, num_heads)  # [H, F, A]
-    rotation, cost = mean_rotation(statistics.moments, factors)
-    select = select_shared if shared_key else select_per_head
-    frequency, component = select(cost.sum(0), qk_rope_head_dim // 2)  # [n, r/2] both
+    rotation, cost = steps.mean_rotation(statistics.moments, factors)
+    if frequency_list is not None:
+        frequency, component = select_listed(cost.sum(0), frequency_list)  # [1, r/2] both
+    else:
+        select = select_shared if shared_key else select_per_head
+        frequency, component = select(cost.sum(0), qk_rope_head_dim // 2)  # [n, r/2] both
 
     rows = components(source.k.to(kind), unmix)  # [A, F, D]
     queries = to_complex(source.q.to(kind))  # [H, F, D]
@@ -199,7 +208,7 @@ def convert_attention(
     values = source.v.to(kind)
     white_rows = to_complex(to_real(rows) @ statistics.latent_root)  # [A, F, D], as maps of white inputs
     white_values = values.flatten(0, 1) @ statistics.latent_root
-    down, decoder = joint_low_rank(
+    down, decoder = steps.low_rank(
         to_real(reach.T[..., None] * white_rows).flatten(0, 1), white_values, statistics.latent_root, kv_lora_rank
     )
     key_up, value_up = key_rows @ decoder, values @ decoder

@@ -1,8 +1,8 @@
 """Layer-local refinement: a few gradient steps on one converted layer against its original, with no labels.
 
-The closed form of `calibrated.py` looks at keys and values one by one; what counts is the attention output they make
-together, behind layers that are converted already. So each layer in turn is given the residual stream of the
-*converted* prefix, and its attention weights are moved so that the stream behind the layer comes back to the original
+The closed form looks at keys and values one by one; what counts is the attention output they make
+together, after layers that are converted already. So each layer in turn is given the residual stream of the
+*converted* prefix, and its attention weights are moved so that the stream after the layer comes back to the original
 model's. Nothing is differentiated but this one layer.
 """
 
@@ -10,13 +10,10 @@ import math
 from dataclasses import dataclass, fields, replace
 
 import torch
-from torch import nn
 
 from mha2mla.common.robust_error import robust_error
 from mha2mla.conversion.attention_weights import LatentAttention
-from mha2mla.conversion.layerwise import LayerVisit
-from mha2mla.modeling import LatentShape
-from mha2mla.modeling.latent_attention import expand_keys_values, rotate, select_frequencies
+from mha2mla.conversion.layerwise import LayerVisit, attend
 
 
 @dataclass(frozen=True)
@@ -49,54 +46,6 @@ def trainable_tensors(layer: LatentAttention) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in tensors.items() if tensor is not None and tensor.numel() > 0}
 
 
-def attend(
-    layer: LatentAttention, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
-) -> torch.Tensor:
-    """
-    The converted layer's causal attention, expanded.
-
-    Args:
-        x (`torch.Tensor`): Attention inputs, [B, T, D].
-        position_embeddings: The source's cos and sin, [1, T, d] each.
-
-    Returns:
-        The attention output [B, T, D].
-    """
-
-    def project(weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        out = nn.functional.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
-        return out.unflatten(-1, weight.shape[:2]).transpose(1, 2)  # [B, heads, T, dims]
-
-    num_heads, head_dim = layer.q_rope.shape[0], layer.v_up.shape[1]
-    cos, sin = select_frequencies(*position_embeddings, layer.rope_frequencies)
-    q_rope = rotate(project(layer.q_rope, layer.q_rope_bias), cos, sin)
-    k_rope = rotate(project(layer.k_rope, layer.k_rope_bias), cos, sin)
-    up = torch.cat((layer.k_up.flatten(0, 1), layer.v_up.flatten(0, 1)))
-    shape = LatentShape(
-        num_attention_heads=num_heads,
-        num_key_value_heads=layer.v_up.shape[0],
-        num_nope_key_heads=layer.k_up.shape[0],
-        num_rope_key_heads=layer.k_rope.shape[0],
-        kv_lora_rank=layer.latent.shape[0],
-        qk_nope_head_dim=layer.k_up.shape[1],
-        qk_rope_head_dim=layer.k_rope.shape[1],
-        v_head_dim=head_dim,
-    )
-    expanded = nn.functional.linear(nn.functional.linear(x, layer.latent), up)
-    keys, values = expand_keys_values(expanded, k_rope, shape)
-    repeats = num_heads // keys.shape[1]
-    # Fused attention wants one width; padded, it runs twice as fast on a CPU as unfused.
-    values = nn.functional.pad(values, (0, keys.shape[-1] - head_dim))
-    output = nn.functional.scaled_dot_product_attention(
-        torch.cat((project(layer.q_nope, layer.q_nope_bias), q_rope), dim=-1),
-        keys.repeat_interleave(repeats, dim=1),
-        values.repeat_interleave(repeats, dim=1),
-        is_causal=True,
-        scale=head_dim**-0.5,
-    )[..., :head_dim]
-    return nn.functional.linear(output.transpose(1, 2).flatten(2), layer.o, layer.o_bias)
-
-
 def rate_factor(step: int, settings: RefineSettings) -> float:
     """Linear warm-up, then a cosine to zero."""
     warmup = max(1, round(settings.warmup * settings.steps))
@@ -110,7 +59,7 @@ def refine_layer(
     layer: LatentAttention, visit: LayerVisit, stream: list[torch.Tensor], settings: RefineSettings, seed: int
 ) -> LatentAttention:
     """
-    Move a converted layer's weights so that the residual stream behind the layer is the original's.
+    Move a converted layer's weights so that the residual stream after the layer is the original's.
 
     Args:
         layer (`LatentAttention`): The closed form.
@@ -144,7 +93,7 @@ def refine_layer(
         x = visit.attention_input(before)
         with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bf16(device)):
             attention = attend(replace(layer, **weights), x, visit.position_embeddings)
-            output = visit.after_mlp(before + attention)
+            output = visit.layer_output(before, attention)
         robust_error(output, wanted).backward()
         optimizer.step()
     return replace(layer, **{name: w.detach() for name, w in weights.items()})

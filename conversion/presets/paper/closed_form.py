@@ -4,7 +4,7 @@ import torch
 
 from mha2mla.conversion.attention_weights import LatentAttention, SourceAttention
 
-from .low_rank import factorise
+from .low_rank import METHODS
 
 
 def pair_dims(pairs: torch.Tensor, head_dim: int) -> torch.Tensor:
@@ -33,7 +33,7 @@ def convert_attention(
         source (`SourceAttention`): H query heads, G key/value heads of d dims.
         rope_pairs (`torch.Tensor`): Pairs that keep RoPE, ascending, [G, r/2].
         kv_lora_rank (`int`): Latent size R over all heads.
-        svd (`str`): See [`factorise`].
+        svd (`str`): Name of a method in `low_rank/`.
         rope_attention_scaling (`float`): The factor that yarn and longrope put on cosines and sines. Scores of
             rotated dims carry its square; the un-rotated queries take it over.
 
@@ -51,7 +51,8 @@ def convert_attention(
         index = dims if tensor.dim() == 2 else dims[:, :, None].expand(-1, -1, hidden_size)
         return tensor.gather(1, index)
 
-    down, key_up, value_up = factorise(pick(source.k, nope).flatten(0, 1), source.v.flatten(0, 1), kv_lora_rank, svd)
+    key_rows, value_rows = pick(source.k, nope).flatten(0, 1), source.v.flatten(0, 1)
+    down, key_up, value_up = METHODS[svd].factorise(key_rows, value_rows, kv_lora_rank)
     scale = rope_attention_scaling**2
     layer = LatentAttention(
         q_nope=pick(source.q, nope[group]) * scale,

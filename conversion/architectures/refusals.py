@@ -1,0 +1,72 @@
+"""What cannot be converted, each with the field that says so and what to do instead."""
+
+from typing import NoReturn
+
+from transformers import PreTrainedConfig
+
+from ..checkpoint import TensorSource
+from ..rotary import head_dim
+
+# Model types that people try, and why they are not here.
+QK_NORM = (
+    "its queries and keys are normalised head by head (qk-norm), which a latent cannot carry. Use a model without "
+    "qk-norm"
+)
+KNOWN_MODEL_TYPES = {"qwen3": QK_NORM, "gemma3_text": QK_NORM, "olmo2": QK_NORM}
+
+
+def refuse_model_type(config: PreTrainedConfig, supported: tuple[str, ...]) -> NoReturn:
+    """Raise the `ValueError` for a model type that no architecture accepts."""
+    model_type = config.model_type
+    if model_type == "mla_llama":
+        raise ValueError("model_type is 'mla_llama': this checkpoint has been converted already. Give its source.")
+    refuse_experts(config)
+    if model_type in KNOWN_MODEL_TYPES:
+        raise ValueError(f"model_type={model_type!r}: {KNOWN_MODEL_TYPES[model_type]} ({', '.join(supported)}).")
+    raise ValueError(f"model_type={model_type!r} is not supported; it must be one of {supported}.")
+
+
+def refuse_experts(config: PreTrainedConfig) -> None:
+    for field in ("num_local_experts", "num_experts", "n_routed_experts"):
+        if getattr(config, field, None):
+            raise ValueError(
+                f"{field}={getattr(config, field)}: mixture-of-experts models are not supported. Use a dense model, "
+                "for example of model_type 'llama'."
+            )
+
+
+def refuse_sliding_window(config: PreTrainedConfig) -> None:
+    if getattr(config, "sliding_window", None) is not None:
+        raise ValueError(
+            f"sliding_window={config.sliding_window}: a window bounds the cache already, and the converted model "
+            "would not keep it. If the model never meets longer texts, set sliding_window to null in its config.json."
+        )
+
+
+def refuse_quantised_weights(config: PreTrainedConfig) -> None:
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            "quantization_config: the weights are quantised. De-quantise and save them first "
+            "(from_pretrained(...).dequantize().save_pretrained(folder)), or give the original."
+        )
+
+
+def refuse_partial_rotation(config: PreTrainedConfig) -> None:
+    factor = config.rope_parameters.get("partial_rotary_factor", 1.0)
+    if factor != 1.0:
+        raise ValueError(f"rope_parameters.partial_rotary_factor={factor}: only fully rotated heads are supported.")
+
+
+def refuse_odd_heads(config: PreTrainedConfig) -> None:
+    if head_dim(config) % 2 != 0:
+        raise ValueError(f"head_dim={head_dim(config)} must be even for rotary embeddings.")
+
+
+def refuse_normalised_heads(tensors: TensorSource, prefix: str) -> None:
+    """For weights of the attention, named from `prefix` on, that an unsuspicious config does not tell of."""
+    for name in ("q_norm", "k_norm"):
+        if f"{prefix}{name}.weight" in tensors:
+            raise ValueError(
+                f"The checkpoint has self_attn.{name} weights (qk-norm), which a latent cannot carry. Use a model "
+                "without them."
+            )

@@ -1,0 +1,143 @@
+"""The cache of the converted model: what the user asks for, and what the source's matrices can fill."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedConfig
+
+from .rotary import head_dim
+
+
+@dataclass(kw_only=True)
+class CacheSizes:
+    """Give `cache_ratio`, or both `kv_lora_rank` and `qk_rope_head_dim`."""
+
+    _argument_group_name = "size of the cache"
+
+    cache_ratio: float | None = field(
+        default=None,
+        metadata={"help": "Size of the new cache over the old one, e.g. 0.3125, 0.1875, 0.125 (the paper's three)."},
+    )
+    kv_lora_rank: int | None = field(default=None, metadata={"help": "Latent size R per token and layer."})
+    qk_rope_head_dim: int | None = field(
+        default=None, metadata={"help": "Dims that keep RoPE in one rotary key; even."}
+    )
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """
+    The cache of the converted model beside that of its source. A preset that chooses more than sizes by measurement
+    derives its own plan from this one.
+
+    Attributes:
+        kv_lora_rank (`int`): Latent size R.
+        qk_rope_head_dim (`int`): Dims r of one rotary key.
+        num_rope_key_heads (`int`): Rotary keys per token, n.
+        source_width (`int`): Values that the source caches per token and layer, 2 * G * d.
+        num_layers (`int`): Layers.
+    """
+
+    kv_lora_rank: int
+    qk_rope_head_dim: int
+    num_rope_key_heads: int
+    source_width: int
+    num_layers: int
+
+    @property
+    def rope_width(self) -> int:
+        """Values per token and layer that rotary keys take, n*r."""
+        return self.num_rope_key_heads * self.qk_rope_head_dim
+
+    @property
+    def width(self) -> int:
+        """Values that the converted model caches per token and layer, R + n*r."""
+        return self.kv_lora_rank + self.rope_width
+
+    @property
+    def ratio(self) -> float:
+        return self.width / self.source_width
+
+    def __str__(self) -> str:
+        return f"rotary {self.num_rope_key_heads} x {self.qk_rope_head_dim} + latent {self.kv_lora_rank}"
+
+    def describe(self, element_size: int) -> str:
+        """One line for a person: what a token costs before and after, in bytes of `element_size` each."""
+        before, after = (w * self.num_layers * element_size for w in (self.source_width, self.width))
+        return (
+            f"Cache: {self.source_width} -> {self.width} numbers per token and layer; {before:,} -> {after:,} bytes "
+            f"per token ({100 * (self.ratio - 1):+.2f} %)"
+        )
+
+
+def plan_caches(
+    sizes: CacheSizes,
+    source: PreTrainedConfig,
+    num_rope_key_heads: int,
+    rope_dims: Callable[[int], list[int]],
+    ranks: Callable[[int, int, int], range],
+) -> list[CachePlan]:
+    """
+    Plans of the size that is asked for, checked against the source: one for given sizes, or, for a ratio, one for each
+    way to split it.
+
+    Args:
+        sizes (`CacheSizes`): What the user asks for.
+        source (`PreTrainedConfig`): The source's config.
+        num_rope_key_heads (`int`): Rotary keys per token, n.
+        rope_dims (`Callable`): Dims of a rotary key to try in a cache of so many values per token and layer.
+        ranks (`Callable`): Sizes that the latent may have, given the rows of un-rotated keys, the rows of values, and
+            the hidden size.
+
+    Raises:
+        ValueError: If the sizes are contradictory, or more than the source's matrices can fill.
+    """
+    source_width = 2 * source.num_key_value_heads * head_dim(source)
+    value_rows = source_width // 2
+
+    def ranks_beside(rope: int) -> range:
+        return ranks(value_rows - num_rope_key_heads * rope, value_rows, source.hidden_size)
+
+    ratio, rope, rank = sizes.cache_ratio, sizes.qk_rope_head_dim, sizes.kv_lora_rank
+    if ratio is None:
+        if rank is None or rope is None:
+            raise ValueError("Give --cache-ratio (e.g. 0.3125), or both --kv-lora-rank and --qk-rope-head-dim.")
+        splits = [(rope, rank)]
+    else:
+        if rank is not None or rope is not None:
+            raise ValueError("Give either cache_ratio, or kv_lora_rank and qk_rope_head_dim, not both.")
+        if not 0 < ratio < 1:
+            raise ValueError(f"cache_ratio={ratio} must lie between 0 and 1, e.g. 0.3125.")
+        width = round(ratio * source_width)
+        splits = []
+        for rope in rope_dims(width):
+            rank = width - num_rope_key_heads * rope
+            splits.append((rope, rank - rank % ranks_beside(rope).step))
+        if min(rank for _, rank in splits) < 1:
+            least = min(rope for rope, _ in splits)
+            raise ValueError(
+                f"cache_ratio={ratio} gives {width} numbers per token and layer, which {num_rope_key_heads} rotary "
+                f"keys of {least} dims use up. Use a ratio above {num_rope_key_heads * least / source_width:.4f}, or "
+                "set --kv-lora-rank and --qk-rope-head-dim yourself."
+            )
+    plans = [
+        CachePlan(rank, rope, num_rope_key_heads, source_width, source.num_hidden_layers) for rope, rank in splits
+    ]
+    for plan in plans:
+        check_plan(plan, ranks_beside(plan.qk_rope_head_dim))
+    return plans
+
+
+def check_plan(plan: CachePlan, ranks: range) -> None:
+    """Raise a `ValueError` if the source's matrices cannot fill the plan."""
+    rope, rank = plan.qk_rope_head_dim, plan.kv_lora_rank
+    most = plan.source_width // 2 // plan.num_rope_key_heads
+    if rope % 2 != 0 or not 2 <= rope <= most:
+        where = "key/value heads x head_dim" if plan.num_rope_key_heads == 1 else "head_dim"
+        raise ValueError(f"qk_rope_head_dim={rope} must be even and between 2 and the source's {where}, {most}.")
+    if rank not in ranks:
+        steps = "" if ranks.step == 1 else f" in steps of {ranks.step}"
+        raise ValueError(
+            f"kv_lora_rank={rank} must lie between {ranks.start} and {ranks.stop - 1}{steps}, the rank of the "
+            "matrices it factorises. Lower --kv-lora-rank or --cache-ratio."
+        )

@@ -1,0 +1,23 @@
+"""Checks of options that are dataclass fields, as the command line and the Python API both make them."""
+
+from dataclasses import fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+
+def check_choices(options: Any) -> None:
+    """Raise a `ValueError` for a field that is not among its choices: those of a `Literal`, or, for what is found in a
+    folder, the `choices` of its metadata."""
+    hints = get_type_hints(type(options))
+    for field in fields(options):
+        choices = get_args(hints[field.name]) if get_origin(hints[field.name]) is Literal else ()
+        choices = field.metadata.get("choices", choices)
+        value = getattr(options, field.name)
+        if choices and value not in choices:
+            raise ValueError(f"{field.name}={value!r} must be one of {', '.join(choices)}.")
+
+
+def check_least(options: Any, **least: int) -> None:
+    """Raise a `ValueError` for a field below the least value given for its name."""
+    for name, bound in least.items():
+        if getattr(options, name) < bound:
+            raise ValueError(f"{name}={getattr(options, name)} must be at least {bound}.")

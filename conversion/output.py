@@ -1,0 +1,67 @@
+"""Writing the converted checkpoint: weights as they come, and everything beside them."""
+
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
+
+from mha2mla.modeling import MLALlamaConfig
+
+from .attention_weights import LatentAttention
+from .checkpoint import CheckpointWriter
+from .job import ConversionJob
+from .presets import ConvertedLayer
+from .source import copy_companions
+
+logger = logging.getLogger(__name__)
+
+
+def write_weights(
+    output: Path,
+    job: ConversionJob,
+    mla_config: MLALlamaConfig,
+    layers: Iterable[ConvertedLayer],
+    max_shard_bytes: int,
+) -> list[dict]:
+    """Write layer by layer; whatever is not attention is passed on. Returns what the record says of each layer."""
+    records = []
+
+    def attention() -> Iterator[LatentAttention]:
+        for layer in layers:
+            records.append({"rope_frequencies": layer.attention.rope_frequencies.tolist(), **layer.metrics})
+            yield layer.attention
+
+    writer = CheckpointWriter(output, max_shard_bytes)
+    for name, tensor in job.architecture.converted_tensors(job.tensors, attention()):
+        dtype = mla_config.dtype if tensor.is_floating_point() else tensor.dtype
+        writer.add(name, tensor.to("cpu", dtype).contiguous())
+    writer.finish()
+    check_complete(writer, mla_config)
+    return records
+
+
+def empty_model(mla_config: MLALlamaConfig) -> PreTrainedModel:
+    """The converted model without weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(mla_config)
+
+
+def check_complete(writer: CheckpointWriter, mla_config: MLALlamaConfig) -> None:
+    """What was written is what the model loads, name by name."""
+    model = empty_model(mla_config)
+    expected = set(model.state_dict())
+    if mla_config.tie_word_embeddings:
+        expected -= set(model.all_tied_weights_keys)
+    written = {name for shard in writer.shards for name in shard}
+    assert written == expected, f"written and expected tensors differ: {sorted(written ^ expected)}"
+
+
+def write_companions(output: Path, folder: Path, mla_config: MLALlamaConfig) -> None:
+    """Config, code, tokenizer and generation config."""
+    mla_config.save_pretrained(output)
+    custom_object_save(empty_model(mla_config), output)
+    if not any(name.startswith("tokenizer") for name in copy_companions(folder, output)):
+        logger.warning("%s has no tokenizer; the converted checkpoint has none either.", folder)

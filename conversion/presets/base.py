@@ -1,0 +1,66 @@
+"""What a preset is: its options, the caches it can make, the layers, and what the model card says of it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+
+from ..attention_weights import LatentAttention
+from ..cache_plan import CachePlan, CacheSizes
+from ..job import ConversionJob
+from ..options import check_choices
+
+
+@dataclass
+class ConvertedLayer:
+    """A layer and what was measured on the way; `metrics` goes into the record."""
+
+    attention: LatentAttention
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class Preset(ABC):
+    """
+    A way to make MLA weights: a folder here, whose package has a subclass of this one. The subclass is a dataclass
+    whose fields are the preset's options, with their help for the command line.
+
+    Class attributes:
+        name (`str`): What `--preset` calls it.
+        card_note (`str`): What the model card says to expect, in Markdown.
+    """
+
+    name: ClassVar[str]
+    card_note: ClassVar[str]
+
+    def __post_init__(self):
+        check_choices(self)
+
+    @property
+    def use_of_text(self) -> str | None:
+        """What calibration text is needed for, in half a sentence; None if the preset, as its options are, needs
+        none."""
+        return None
+
+    @abstractmethod
+    def plans(self, source: PreTrainedConfig, sizes: CacheSizes) -> list[CachePlan]:
+        """The caches of the size that is asked for, all of one width. A `ValueError` if the source has none such."""
+
+    def choose(self, job: ConversionJob, plans: list[CachePlan]) -> CachePlan:
+        """The plan to convert with, by whatever the preset measures first."""
+        return plans[0]
+
+    @abstractmethod
+    def layers(self, job: ConversionJob, plan: CachePlan) -> Iterator[ConvertedLayer]:
+        """The converted layers one by one, so that memory holds one at a time."""
+
+    @abstractmethod
+    def mla_fields(self, source: PreTrainedConfig, plan: CachePlan) -> dict[str, Any]:
+        """The fields of the converted model's config that the plan does not have: `qk_nope_head_dim` and
+        `num_nope_key_heads`."""
+
+    @abstractmethod
+    def card_rows(self) -> dict[str, str]:
+        """Rows of the model card's table of the recipe."""

@@ -1,0 +1,236 @@
+"""The preset `calibrated`: its options, the caches it tries, and its way through the layers."""
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedConfig
+
+from mha2mla.common.robust_error import robust_error
+from mha2mla.conversion.attention_weights import LatentAttention
+from mha2mla.conversion.cache_plan import CachePlan, CacheSizes, plan_caches
+from mha2mla.conversion.job import ConversionJob
+from mha2mla.conversion.layerwise import LayerVisit, advance, embed, run_layers
+from mha2mla.conversion.options import check_least
+from mha2mla.conversion.presets.base import ConvertedLayer, Preset
+from mha2mla.conversion.rotary import head_dim
+from mha2mla.conversion.search import lowest_loss
+
+from .closed_form import LayerStatistics, collect_statistics, convert_attention, unrotation_cost
+from .frequency_lists import best_lists, runs
+from .low_rank import ranks
+from .refine import RefineSettings
+from .state import CalibrationState, fingerprint
+from .steps import DEFAULT_STEPS
+
+logger = logging.getLogger(__name__)
+
+ROPE_SHARES = (0.2, 0.27, 0.34, 0.41)  # of a cache, for the rotary keys: tried where the split is not given
+NUM_LISTS = 4  # lists of frequencies compared for each split
+
+
+@dataclass(frozen=True)
+class FrequencyPlan(CachePlan):
+    """
+    A cache, and what rotates in it.
+
+    Attributes:
+        frequencies (`tuple[int, ...]`): The rotary frequencies of all layers, indices of the source's.
+    """
+
+    frequencies: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}, frequencies {runs(self.frequencies)}"
+
+
+@dataclass(kw_only=True)
+class Calibrated(Preset):
+    """
+    Ours: each layer in closed form from what calibration text says about it, then refined after the layers converted
+    before it.
+
+    Args:
+        rope_layout (`str`, *optional*, defaults to `"shared"`): One rotary key for all heads, or one `"per-head"`.
+        rope_frequencies (`str`, *optional*, defaults to `"common"`): One list of frequencies for all layers, which
+            DeepSeek's inference engines can express, or each layer's own, `"per-layer"`. Rotary keys per head have
+            their own.
+        refine_steps (`int`, *optional*, defaults to 120): Gradient steps on each layer.
+        refine_batch_size (`int`, *optional*, defaults to 2): Blocks of text a step.
+        refine_learning_rate (`float`, *optional*, defaults to 0.03): Relative to the root mean square of each matrix.
+        score_samples (`int`, *optional*, defaults to 8): Blocks from which the cost of un-rotating is measured.
+        calibration_state (`str`, *optional*): Folder that keeps the statistics for another conversion.
+    """
+
+    name = "calibrated"
+    card_note = (
+        "Converted on calibration text alone, without training; recovery fine-tuning brings the model nearer to its "
+        "source."
+    )
+    use_of_text = "The preset 'calibrated' measures the model on text"
+    steps = DEFAULT_STEPS  # not an option
+    _argument_group_name = "preset calibrated (ours)"
+
+    rope_layout: Literal["shared", "per-head"] = field(
+        default="shared", metadata={"help": "One rotary key for all heads, or one per key/value head."}
+    )
+    rope_frequencies: Literal["common", "per-layer"] = field(
+        default="common",
+        metadata={
+            "help": "What a shared rotary key rotates with: one list of frequencies for all layers, which inference "
+            "engines made for DeepSeek can express, or each layer's own choice."
+        },
+    )
+    refine_steps: int = field(
+        default=120, metadata={"help": "Gradient steps on each layer against the original's; 0: none."}
+    )
+    refine_batch_size: int = field(default=2, metadata={"help": "Blocks of text a refinement step."})
+    refine_learning_rate: float = field(
+        default=0.03, metadata={"help": "Relative to the root mean square of each matrix."}
+    )
+    score_samples: int = field(default=8, metadata={"help": "Blocks from which the cost of un-rotating is measured."})
+    calibration_state: str | None = field(
+        default=None, metadata={"help": "Folder that keeps the statistics, to convert again at another size."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_least(self, score_samples=1, refine_steps=0, refine_batch_size=1, refine_learning_rate=0)
+
+    @property
+    def shared_key(self) -> bool:
+        """Whether all query heads share one rotary key."""
+        return self.rope_layout == "shared"
+
+    @property
+    def common_frequencies(self) -> bool:
+        """Whether all layers rotate with the same frequencies."""
+        return self.shared_key and self.rope_frequencies == "common"
+
+    def plans(self, source: PreTrainedConfig, sizes: CacheSizes) -> list[CachePlan]:
+        """For a budget, several splits, of which the best is found by measurement."""
+        groups, dim = source.num_key_value_heads, head_dim(source)
+        rope_keys = 1 if self.shared_key else groups
+        most_rope = dim if self.common_frequencies else groups * dim // rope_keys
+        rope = sizes.qk_rope_head_dim
+        if rope is not None and self.common_frequencies and rope > dim:
+            raise ValueError(
+                f"qk_rope_head_dim={rope} asks for {rope // 2} different frequencies, and the source has {dim // 2} "
+                f"frequencies. Give {dim} or less, or --rope-frequencies per-layer, which repeats them."
+            )
+
+        def rope_dims(width: int) -> list[int]:
+            tried = {round(share * width / rope_keys / 2) * 2 for share in ROPE_SHARES}
+            return sorted(rope for rope in tried if 2 <= rope <= most_rope) or [2]
+
+        return plan_caches(sizes, source, rope_keys, rope_dims, ranks)
+
+    def mla_fields(self, source: PreTrainedConfig, plan: CachePlan) -> dict[str, Any]:
+        # Un-rotated queries keep all dims: a pair may be rotated in one component and not in others.
+        return {"qk_nope_head_dim": head_dim(source), "num_nope_key_heads": source.num_attention_heads}
+
+    def card_rows(self) -> dict[str, str]:
+        return {"Refinement": f"{self.refine_steps} steps a layer x {self.refine_batch_size} blocks"}
+
+    def choose(self, job: ConversionJob, plans: list[CachePlan]) -> CachePlan:
+        """Measure the text, and find the split, and the frequencies that all layers share, with the lowest loss, every
+        candidate converted in closed form."""
+        state = self.open_state(job)
+        self.collect(job, state)
+        if self.common_frequencies:
+            plans = self.frequency_plans(job, state, plans)
+
+        def layers_of(visit: LayerVisit) -> Iterator[LatentAttention]:
+            statistics = state.load(visit.index, job.device)
+            for plan in plans:
+                yield self.closed_form(visit, statistics, plan)[0]
+
+        return lowest_loss(job, plans, layers_of)
+
+    def frequency_plans(
+        self, job: ConversionJob, state: CalibrationState, plans: list[CachePlan]
+    ) -> list[FrequencyPlan]:
+        """Every plan with each of the lists of frequencies that promise most for its rotary key."""
+        shares = []
+        for index in range(job.config.num_hidden_layers):
+            cost, energy = unrotation_cost(state.load(index, job.device), job.config.num_attention_heads, self.steps)
+            shares.append((cost / energy).cpu())
+        return [
+            FrequencyPlan(**asdict(plan), frequencies=frequencies)
+            for plan in plans
+            for frequencies in best_lists(torch.stack(shares), plan.qk_rope_head_dim // 2, NUM_LISTS)
+        ]
+
+    def layers(self, job: ConversionJob, plan: CachePlan) -> Iterator[ConvertedLayer]:
+        state = self.open_state(job)
+        settings = RefineSettings(self.refine_steps, self.refine_batch_size, self.refine_learning_rate)
+        stream = embed(job)
+        for visit in run_layers(job, "Converting"):
+            start = time.perf_counter()
+            layer, metrics = self.closed_form(visit, state.load(visit.index, job.device), plan)
+            if settings.steps > 0:
+                layer = self.steps.refine(layer, visit, stream, settings, job.seed + visit.index)
+            advance(visit, layer, stream)
+            metrics["output_error"] = output_error(visit, stream)
+            metrics["seconds"] = time.perf_counter() - start
+            yield ConvertedLayer(layer, metrics)
+
+    def open_state(self, job: ConversionJob) -> CalibrationState:
+        assert job.blocks is not None
+        folder = Path(self.calibration_state or job.scratch / "statistics")
+        return CalibrationState(folder, fingerprint(job.config, job.blocks, self.score_samples, self.shared_key))
+
+    @torch.no_grad()
+    def collect(self, job: ConversionJob, state: CalibrationState) -> None:
+        """Statistics of every layer, into the state; layers that are there already are passed over."""
+        assert job.blocks is not None
+        if all(index in state for index in range(job.config.num_hidden_layers)):
+            logger.info("Statistics taken from %s", state.folder)
+            return
+        for visit in run_layers(job, "Measuring"):
+            if visit.index in state:
+                continue
+            statistics = collect_statistics(
+                visit.source,
+                partial(block_input, visit),
+                len(job.blocks),
+                self.score_samples,
+                visit.frequencies,
+                self.shared_key,
+                job.architecture.rope_attention_scaling,
+                self.steps,
+            )
+            state.save(visit.index, statistics)
+
+    def closed_form(
+        self, visit: LayerVisit, statistics: LayerStatistics, plan: CachePlan
+    ) -> tuple[LatentAttention, dict[str, float]]:
+        """The layer that is visited, as the plan has it, and what it cost by stage."""
+        return convert_attention(
+            visit.source,
+            statistics,
+            plan.qk_rope_head_dim,
+            plan.kv_lora_rank,
+            self.shared_key,
+            visit.architecture.rope_attention_scaling,
+            self.steps,
+            plan.frequencies if isinstance(plan, FrequencyPlan) else None,
+        )
+
+
+def block_input(visit: LayerVisit, index: int) -> torch.Tensor:
+    """What attention reads of a block of text, [T, hidden]."""
+    return visit.attention_input(visit.states[index])[0]
+
+
+@torch.no_grad()
+def output_error(visit: LayerVisit, stream: list[torch.Tensor]) -> float:
+    """How far the converted model's residual stream is from the original's after this layer, as refinement has it."""
+    device = visit.frequencies.device
+    pairs = zip(stream, visit.outputs, strict=True)
+    return torch.stack([robust_error(got.to(device), wanted.to(device)) for got, wanted in pairs]).mean().item()

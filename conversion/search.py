@@ -1,0 +1,47 @@
+"""Choosing between plans by measured loss."""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+
+from .attention_weights import LatentAttention
+from .cache_plan import CachePlan
+from .job import ConversionJob
+from .layerwise import LayerVisit, advance, embed, language_loss, run_layers
+
+logger = logging.getLogger(__name__)
+
+NUM_SEARCH_BLOCKS = 4  # of the calibration text, on which plans are compared
+
+Plan = TypeVar("Plan", bound=CachePlan)
+
+
+@torch.no_grad()
+def lowest_loss(
+    job: ConversionJob, plans: Sequence[Plan], layers_of: Callable[[LayerVisit], Iterable[LatentAttention]]
+) -> Plan:
+    """
+    The plan with the lowest loss on calibration text.
+
+    All plans are carried through the model side by side, so that the source's layers are read once. All layers share
+    the plan: a serving engine holds the cache in pages of one size.
+
+    Args:
+        plans (`Sequence[CachePlan]`): What is compared; a preset's own subclass may say more than sizes.
+        layers_of (`Callable`): The layer that is visited as each of the plans has it, in their order.
+    """
+    if len(plans) == 1:
+        return plans[0]
+    assert job.blocks is not None
+    job = replace(job, blocks=job.blocks[:NUM_SEARCH_BLOCKS])
+    streams = [embed(job) for _ in plans]
+    for visit in run_layers(job, "Splitting"):
+        for layer, stream in zip(layers_of(visit), streams, strict=True):
+            advance(visit, layer, stream)
+    losses = [language_loss(job, stream) for stream in streams]
+    for plan, loss in zip(plans, losses, strict=True):
+        logger.info("  %s: loss %.4f", plan, loss)
+    return plans[losses.index(min(losses))]
