@@ -6,7 +6,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from mha2mla import __version__
+import mha2mla
 
 from .errors import tell
 
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["--version"]:
-        print(f"mha2mla {__version__}")
+        print(f"mha2mla {mha2mla.__version__}")
         return 0
     if not argv or argv[0] not in COMMANDS:
         print(usage())
