@@ -139,7 +139,11 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint; arguments and errors as [`load_config`]'s."""
     with loading(name, role, "tokenizer"):
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision or "main")
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, trust_remote_code=trust_remote_code, revision=revision or "main"
+        )
+        tokenizer("text")  # malformed settings show only now
+        return tokenizer
 
 
 def load_model(

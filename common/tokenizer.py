@@ -90,7 +90,7 @@ def save_generic(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 def token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
     """Ids of a fixed set of texts, with and without special tokens, and of a chat in the tokenizer's template."""
     special = " ".join(dict.fromkeys([*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()]))
-    ids = {}
+    ids: dict[str, list[int]] = {}
     for text in (*SAMPLES, special, f"a{special}b"):
         ids[text] = tokenizer(text)["input_ids"]
         ids[f"{text} (no special tokens added)"] = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -113,7 +113,10 @@ def check_same_tokens(source: Path, output: Path, trust_remote_code: bool = Fals
     first, second = (
         AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code) for folder in (source, output)
     )
-    wanted, got = token_ids(first), token_ids(second)
+    try:
+        wanted, got = token_ids(first), token_ids(second)
+    except Exception as error:  # whatever malformed settings make of a tokenizer
+        raise ValueError(f"The tokenizer of {source} fails on text ({error}). Mend its {CONFIG_NAME}.") from error
     for text, ids in wanted.items():
         if got.get(text) != ids:
             raise ValueError(

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from accelerate.utils.modeling import convert_file_size_to_int
 
+from mha2mla.common.loading import load_config
 from mha2mla.common.records import RECORD_NAME
 from mha2mla.common.scratch import scratch_folder
 from mha2mla.common.text import load_blocks
@@ -20,7 +21,7 @@ from .config import ConversionConfig
 from .job import ConversionJob
 from .model_card import write_model_card
 from .output import write_companions, write_weights
-from .source import load_config, local_checkpoint
+from .source import local_checkpoint
 from .weights_check import check_weights
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ def convert(
     output, preset = Path(output), options.preset
     check_output(output, options.overwrite)
     with local_checkpoint(source, revision, gguf_file) as folder:
-        config = load_config(folder)
+        config = load_config(str(folder), "source")
         architecture, tensors = architecture_of(config), CheckpointReader(folder)
         architecture.check_tensors(tensors)
         check_weights(tensors, config)

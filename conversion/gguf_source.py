@@ -69,7 +69,10 @@ def dequantise_gguf(source: str, gguf_file: str, folder: Path, revision: str | N
     changes = gguf_changes(*read_gguf(local), name=gguf_file)
     logger.info("De-quantising %s", gguf_file)
     kwargs = {"gguf_file": gguf_file, **({} if revision is None else {"revision": revision})}
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **kwargs)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **kwargs)
+    except Exception as error:  # whatever a file of wrong sizes makes of the loader
+        raise ValueError(f"{gguf_file} cannot be loaded ({error}): is it complete, and a language model?") from error
     for field, value in changes.items():
         setattr(model.config, field, value)
     # The weights are plain fp32 by now; what still says "quantised" would make save_pretrained refuse.

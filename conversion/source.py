@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, PreTrainedConfig
 
 from mha2mla.common.companions import COMPANION_PATTERNS
 from mha2mla.common.scratch import scratch_folder
@@ -35,10 +34,3 @@ def local_checkpoint(source: str, revision: str | None = None, gguf_file: str | 
         patterns = ["config.json", "adapter_config.json", "README.md", "*.safetensors", "*.safetensors.index.json"]
         patterns += COMPANION_PATTERNS
         yield Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
-
-
-def load_config(folder: Path) -> PreTrainedConfig:
-    """The source's config; a `ValueError` if there is none."""
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json: it is not a transformers checkpoint.")
-    return AutoConfig.from_pretrained(folder)

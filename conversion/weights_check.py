@@ -15,8 +15,11 @@ IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 def expected_tensors(config: PreTrainedConfig) -> tuple[dict[str, torch.Size], dict[str, str]]:
     """Name and shape of every tensor that a model of the config saves, and of those that may be missing the name of
     the tensor that they are tied to."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # whatever a malformed config makes of transformers and torch
+        raise ValueError(f"There is no model of such a config.json ({error}). Mend it.") from error
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     return shapes, dict(model.all_tied_weights_keys)
 

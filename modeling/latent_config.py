@@ -102,6 +102,8 @@ class LatentConfigMixin:
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if heads % kv_heads != 0:
             raise ValueError(f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads}).")
+        if not 0 <= (self.attention_dropout or 0.0) < 1:
+            raise ValueError(f"attention_dropout must be at least 0 and below 1, got {self.attention_dropout}.")
         if self.kv_lora_rank < 1:
             raise ValueError(f"kv_lora_rank must be at least 1, got {self.kv_lora_rank}.")
         if self.v_head_dim < 1 or self.qk_nope_head_dim < 0:

@@ -4,7 +4,6 @@ Everything in the export is undone in reverse, from the checkpoint alone: the no
 does nothing but scale, zero padding is left out, and value heads that are copies of each other become one.
 """
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from mha2mla.common.files import read_json_object
+from mha2mla.common.loading import load_config
 from mha2mla.conversion.checkpoint import CheckpointReader
 from mha2mla.modeling import MLALlamaConfig
 
@@ -57,9 +58,7 @@ def load_stock_config(folder: Path, model: str) -> PreTrainedConfig:
     Raises:
         ValueError: If the checkpoint is none of DeepSeek's, or has what our family does not.
     """
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{model} has no config.json: it is not a transformers checkpoint.")
-    config = AutoConfig.from_pretrained(folder)
+    config = load_config(str(folder))
     if config.model_type not in ("deepseek_v2", "deepseek_v3"):
         raise ValueError(
             f"{model} has model_type={config.model_type!r}; format='mla-llama' is the way back from DeepSeek "
@@ -159,7 +158,7 @@ def find_rope(folder: Path, config: PreTrainedConfig, layout: Layout) -> SourceR
     """The source's own table where an export's record tells it, else the checkpoint's: equal frequencies."""
     used = layout.slots.nonzero()[:, 0].tolist()
     if (folder / EXPORT_RECORD_NAME).is_file():
-        source = json.loads((folder / EXPORT_RECORD_NAME).read_text())["source"]
+        source = read_json_object(folder / EXPORT_RECORD_NAME).get("source", {})
         of_slot = {slot: int(frequency) for frequency, slot in source["slot_of_frequency"].items()}
         if set(used) <= set(of_slot):
             return SourceRope(source["head_dim"], source["rope_parameters"], of_slot)

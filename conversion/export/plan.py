@@ -1,13 +1,15 @@
 """What can be exported, and with which sizes: all that is found out before weights are read."""
 
-import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from mha2mla.conversion.checkpoint import RECORD_NAME, CheckpointReader
+from mha2mla.common.files import read_json_object
+from mha2mla.common.loading import load_config
+from mha2mla.common.records import RECORD_NAME, read_record
+from mha2mla.conversion.checkpoint import CheckpointReader
 from mha2mla.modeling import MLALlamaConfig
 
 from .config import KERNEL_HEAD_DIM, KERNEL_RANKS, KERNEL_ROPE_DIM, ExportConfig
@@ -68,14 +70,12 @@ def load_model_config(folder: Path, model: str) -> MLALlamaConfig:
         ValueError: If it is something else: an adapter, a model that is not converted, an earlier export.
     """
     if (folder / "adapter_config.json").is_file():
-        base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        base = read_json_object(folder / "adapter_config.json").get("base_model_name_or_path")
         raise ValueError(
             f"{model} is an adapter of {base}, and an export holds a whole model. Merge it first: `mha2mla train "
             "--trainable lora --merge ...` writes OUTPUT_DIR/merged, and that can be exported."
         )
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{model} has no config.json: it is not a transformers checkpoint.")
-    config = AutoConfig.from_pretrained(folder)
+    config = load_config(str(folder))
     if config.model_type in ("deepseek_v2", "deepseek_v3"):
         raise ValueError(
             f"{model} is a DeepSeek checkpoint already (model_type={config.model_type!r}): serve it as it is, or make "
@@ -96,8 +96,8 @@ def convert_command(folder: Path, config: MLALlamaConfig) -> str:
     """The command that would convert the same source for engines, as far as the folder's record tells."""
     source, data = "SOURCE", "TEXT"
     if (folder / RECORD_NAME).is_file():
-        record = json.loads((folder / RECORD_NAME).read_text())
-        source, data = record["source"], record["options"].get("data") or data
+        record = read_record(folder)
+        source, data = record.get("source", source), record.get("options", {}).get("data") or data
     words = ["mha2mla", "convert", source, "CONVERTED", "--kv-lora-rank", str(config.kv_lora_rank)]
     return shlex.join([*words, "--qk-rope-head-dim", str(config.qk_rope_head_dim), "--data", data])
 
