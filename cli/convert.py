@@ -6,34 +6,48 @@
         --rope-selection uniform
 """
 
-from argparse import RawDescriptionHelpFormatter
-from dataclasses import fields
-
-from transformers import HfArgumentParser
+from dataclasses import dataclass, field
 
 from mha2mla.conversion import ConversionConfig, convert
 from mha2mla.conversion.cache_plan import CacheSizes
 from mha2mla.conversion.config import CalibrationText, OutputOptions
 from mha2mla.conversion.presets import preset_classes
 
+from .parsing import Positionals, parse_given
+
+POSITIONALS: Positionals = {
+    "source": dict(help="Local folder, .gguf file, or name on the Hub."),
+    "output": dict(help="Folder to write."),
+}
+
+
+@dataclass(kw_only=True)
+class ConvertArguments:
+    """Which checkpoint, and how."""
+
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a source on the Hub."})
+    gguf_file: str | None = field(default=None, metadata={"help": "Name of a GGUF file in the source."})
+    preset: str = field(
+        default="calibrated",
+        metadata={"help": "How the MLA weights are made.", "choices": tuple(preset_classes())},
+    )
+
 
 def main(argv: list[str]) -> None:
-    presets = preset_classes()
-    options = [CacheSizes, CalibrationText, OutputOptions, *presets.values()]
-    parser = HfArgumentParser(
-        options,
-        prog="mha2mla convert",
+    # Options of another preset than the chosen one are seen by what was given.
+    given = parse_given(
+        argv,
+        "mha2mla convert",
+        ConvertArguments,
+        CacheSizes,
+        CalibrationText,
+        OutputOptions,
+        *preset_classes().values(),
         description=__doc__,
-        formatter_class=RawDescriptionHelpFormatter,
-        conflict_handler="resolve",  # presets may share an option
+        positionals=POSITIONALS,
     )
-    parser.add_argument("source", help="Local folder, .gguf file, or name on the Hub.")
-    parser.add_argument("output", help="Folder to write.")
-    parser.add_argument("--revision", help="Branch, tag or commit of a source on the Hub.")
-    parser.add_argument("--gguf-file", help="Name of a GGUF file in the source.")
-    parser.add_argument("--preset", choices=presets, help="How the MLA weights are made; calibrated is the default.")
-    # What is not given is left out, so that options of another preset than the chosen one are seen.
-    parser.set_defaults(**{field.name: None for option in options for field in fields(option)})
-    args = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    source, output, revision, gguf_file = (args.pop(k, None) for k in ("source", "output", "revision", "gguf_file"))
-    convert(source, output, ConversionConfig.from_dict(args), revision=revision, gguf_file=gguf_file)
+    source, output, revision, gguf_file = (
+        given.pop(name, None) for name in ("source", "output", "revision", "gguf_file")
+    )
+    assert source is not None and output is not None
+    convert(source, output, ConversionConfig.from_dict(given), revision=revision, gguf_file=gguf_file)
