@@ -99,7 +99,7 @@ for name, options, steps in (
 
 def make_config(options: dict, steps: Steps, args: argparse.Namespace) -> ConversionConfig:
     """The options of a row, overruled by those of --set that its preset has."""
-    values = ConversionConfig.from_dict(dict(calibration_data=args.data, device=args.device) | options).to_dict()
+    values = ConversionConfig.from_dict(dict(data=args.data, device=args.device) | options).to_dict()
     overrides = {key: json.loads(value) for key, value in (item.split("=") for item in args.set)}
     config = ConversionConfig.from_dict(values | {key: overrides[key] for key in overrides.keys() & values.keys()})
     config.preset.steps = steps

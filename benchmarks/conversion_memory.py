@@ -51,8 +51,8 @@ def convert_and_report(source: Path, output: Path, args: argparse.Namespace) -> 
     # The split is given, not searched: the search would carry several streams through layers that mean nothing.
     groups = max(1, 8 // args.scale)
     command += ["--qk-rope-head-dim", str(16 * groups), "--kv-lora-rank", str(64 * groups)]
-    command += ["--calibration-data", args.data, "--device", args.device, "--score-samples", "2"]
-    command += ["--calibration-samples", str(args.samples), "--refine-steps", str(args.refine_steps)]
+    command += ["--data", args.data, "--device", args.device, "--score-samples", "2"]
+    command += ["--samples", str(args.samples), "--refine-steps", str(args.refine_steps)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status != 0:

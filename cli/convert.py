@@ -1,19 +1,21 @@
-"""Convert a Llama-type checkpoint to Multi-head Latent Attention.
+"""Convert a checkpoint's attention to Multi-head Latent Attention.
 
     mha2mla convert meta-llama/Llama-2-7b-hf llama-2-7b-mla --cache-ratio 0.3125 \\
-        --calibration-data HuggingFaceFW/fineweb-edu --calibration-subset sample-10BT
+        --data HuggingFaceFW/fineweb-edu --subset sample-10BT
     mha2mla convert ./my-llama ./my-llama-mla --kv-lora-rank 512 --qk-rope-head-dim 16 --preset paper \\
         --rope-selection uniform
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 from mha2mla.conversion import ConversionConfig, convert
 from mha2mla.conversion.cache_plan import CacheSizes
-from mha2mla.conversion.config import CalibrationText, OutputOptions
+from mha2mla.conversion.config import CalibrationText, OutputOptions, refuse_foreign_options
 from mha2mla.conversion.presets import preset_classes
+from mha2mla.conversion.presets.calibrated import Calibrated
 
-from .parsing import Positionals, parse_given
+from .parsing import CommandParser, Positionals, peek, read_options
 
 POSITIONALS: Positionals = {
     "source": dict(help="Local folder, .gguf file, or name on the Hub."),
@@ -21,33 +23,49 @@ POSITIONALS: Positionals = {
 }
 
 
-@dataclass(kw_only=True)
+@dataclass
 class ConvertArguments:
-    """Which checkpoint, and how."""
+    """What is converted, and how."""
 
+    preset: str = field(
+        default=Calibrated.name,
+        metadata={"choices": tuple(preset_classes()), "help": "How the MLA weights are made."},
+    )
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a source on the Hub."})
     gguf_file: str | None = field(default=None, metadata={"help": "Name of a GGUF file in the source."})
-    preset: str = field(
-        default="calibrated",
-        metadata={"help": "How the MLA weights are made.", "choices": tuple(preset_classes())},
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code that the source brings along for its tokenizer."}
     )
 
 
 def main(argv: list[str]) -> None:
-    # Options of another preset than the chosen one are seen by what was given.
-    given = parse_given(
-        argv,
+    presets = preset_classes()
+    wanted = list(presets.values())  # --help tells the options of all
+    if not {"-h", "--help"} & set(argv):
+        chosen = peek(argv, "preset") or Calibrated.name
+        wanted = [presets[chosen]] if chosen in presets else []  # the parser refuses an unknown one
+        if wanted:
+            refuse_foreign_options(sorted(given_options(argv)), chosen)
+    parser = CommandParser(
         "mha2mla convert",
-        ConvertArguments,
-        CacheSizes,
-        CalibrationText,
-        OutputOptions,
-        *preset_classes().values(),
+        (ConvertArguments, CacheSizes, CalibrationText, OutputOptions, *wanted),
         description=__doc__,
         positionals=POSITIONALS,
     )
-    source, output, revision, gguf_file = (
-        given.pop(name, None) for name in ("source", "output", "revision", "gguf_file")
+    arguments, *common, preset, given = parser.parse(argv)
+    values = {f.name: getattr(part, f.name) for part in common for f in fields(part)}
+    convert(
+        given.source,
+        given.output,
+        ConversionConfig(preset=preset, **values),
+        revision=arguments.revision,
+        gguf_file=arguments.gguf_file,
+        trust_remote_code=arguments.trust_remote_code,
     )
-    assert source is not None and output is not None
-    convert(source, output, ConversionConfig.from_dict(given), revision=revision, gguf_file=gguf_file)
+
+
+def given_options(argv: list[str]) -> set[str]:
+    """Names of the options on the command line and in the file."""
+    file = peek(argv, "config")
+    words = [word.lstrip("-").split("=")[0] for word in argv if word.startswith("--")]
+    return {str(word).replace("-", "_") for word in (*words, *(read_options(Path(file)) if file else ()))}

@@ -6,7 +6,6 @@ from argparse import (
     ArgumentError,
     ArgumentParser,
     ArgumentTypeError,
-    Namespace,
     RawDescriptionHelpFormatter,
 )
 from collections.abc import Iterable, Mapping
@@ -73,7 +72,6 @@ class CommandParser(HfArgumentParser):
         description (`str`, *optional*): The text of --help.
         positionals (`Mapping[str, dict]`, *optional*): Arguments without a name, with what argparse's `add_argument`
             is told of each.
-        conflict_handler (`str`): What argparse does with two options of one name.
     """
 
     def __init__(
@@ -82,7 +80,6 @@ class CommandParser(HfArgumentParser):
         dataclasses: tuple[type, ...],
         description: str | None = None,
         positionals: Positionals | None = None,
-        conflict_handler: str = "error",
     ):
         self.positionals = dict(positionals or {})
         words = [name.upper() + ("..." if "nargs" in given else "") for name, given in self.positionals.items()]
@@ -94,7 +91,6 @@ class CommandParser(HfArgumentParser):
             description=description,
             formatter_class=HelpFormatter,
             allow_abbrev=False,
-            conflict_handler=conflict_handler,
         )
         for name, options in self.positionals.items():
             self.add_argument(name, **options)
@@ -105,7 +101,9 @@ class CommandParser(HfArgumentParser):
 
     def parse(self, argv: list[str]) -> tuple[Any, ...]:
         """See [`parse`]."""
-        self.set_defaults(**self.read_file(argv))
+        path = peek(argv, "config")
+        if path is not None:
+            self.use_file(Path(path))
         argv = self.mark_flags(argv)
         try:
             *parsed, rest = self.parse_args_into_dataclasses(
@@ -113,26 +111,12 @@ class CommandParser(HfArgumentParser):
             )
         except ValueError as error:  # of a dataclass that checks its values, transformers' own among them
             raise ValueError(str(error)) from error
-        self.refuse(rest)
+        if rest:
+            unknown = next((word for word in rest if word.startswith("--")), None)
+            if unknown is None:
+                self.error(f"there is no place for {' '.join(rest)}")
+            self.error(f"there is no option {unknown}{suggest(unknown.split('=')[0], self._option_string_actions)}")
         return tuple(parsed if self.positionals else parsed[:-1])
-
-    def parse_given(self, argv: list[str]) -> dict[str, Any]:
-        """See [`parse_given`]."""
-        from_file = self.read_file(argv)
-        unseen = Namespace(**{action.dest: None for action in self._actions if action.dest != "help"})
-        namespace, rest = self.parse_known_args(self.mark_flags(argv), unseen)
-        self.refuse(rest)
-        given = {name: value for name, value in vars(namespace).items() if value is not None and name != "config"}
-        return from_file | given
-
-    def refuse(self, rest: list[str]) -> None:
-        """A `ValueError` about the first of the words that mean nothing, if there are any."""
-        if not rest:
-            return
-        unknown = next((word for word in rest if word.startswith("--")), None)
-        if unknown is None:
-            self.error(f"there is no place for {' '.join(rest)}")
-        self.error(f"there is no option {unknown}{suggest(unknown.split('=')[0], self._option_string_actions)}")
 
     def mark_flags(self, argv: list[str]) -> list[str]:
         """`--flag WORD` with `--flag=true`, where WORD is no truth value: HfArgumentParser's flags take one, and would
@@ -143,30 +127,23 @@ class CommandParser(HfArgumentParser):
             for word, after in zip_longest(argv, argv[1:], fillvalue="")
         ]
 
-    def read_file(self, argv: list[str]) -> dict[str, Any]:
-        """What the file of --config says, checked as the command line is; nothing where there is none. What it gives
-        need not be on the command line."""
-        path = find_config(argv)
-        if path is None:
-            return {}
-        values = read_yaml(path)
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} must hold `name: value` lines, got {type(values).__name__}.")
+    def use_file(self, path: Path) -> None:
+        """Make the values of a YAML file the defaults, checked as those of the command line are."""
         actions = {
             name.lstrip("-").replace("-", "_"): action
             for action in self._actions  # argparse has no public list of them
             if action.nargs != 0 and action.dest != "config"  # not --help, nor --no-X beside --X
             for name in action.option_strings or [action.dest]
         }
-        given = {}
-        for name, value in values.items():
+        defaults = {}
+        for name, value in read_options(path).items():
             action = actions.get(str(name).replace("-", "_"))
             if action is None:
                 hint = suggest(str(name), actions)
                 raise ValueError(f"{path}: there is no argument {name!r}{hint}; `{self.prog} --help` tells them.")
-            given[action.dest] = as_given(action, value, f"{path}: {name}")
+            defaults[action.dest] = as_given(action, value, f"{path}: {name}")
             action.required = False
-        return given
+        self.set_defaults(**defaults)
 
 
 def parse(
@@ -189,28 +166,29 @@ def parse(
     return CommandParser(command, dataclasses, description, positionals).parse(argv)
 
 
-def parse_given(
-    argv: list[str],
-    command: str,
-    *dataclasses: type,
-    description: str | None = None,
-    positionals: Positionals | None = None,
-) -> dict[str, Any]:
-    """
-    As [`parse`], for dataclasses of which one chooses: only what was given, by name, and not what has a default. They
-    may share names.
-    """
-    return CommandParser(command, dataclasses, description, positionals, conflict_handler="resolve").parse_given(argv)
-
-
-def find_config(argv: list[str]) -> Path | None:
-    """The file of --config, before anything else is known."""
+def peek(argv: list[str], name: str) -> Any:
+    """One option's value, from the command line or the file, before it is known which other options there are; None
+    where it is not given."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--config", type=Path)
+    for option in {name, "config"}:
+        spellings = {f"--{option}", f"--{option.replace('_', '-')}"}
+        parser.add_argument(*sorted(spellings), dest=option)
     try:
-        return parser.parse_known_args(argv)[0].config
-    except ArgumentError:  # without its value, which parsing it all will tell
+        given = vars(parser.parse_known_args(argv)[0])
+    except ArgumentError:  # an option without its value, which parsing it all will tell
         return None
+    if given[name] is None and given["config"] is not None:
+        values = read_options(Path(given["config"]))
+        return {str(key).replace("-", "_"): value for key, value in values.items()}.get(name)
+    return given[name]
+
+
+def read_options(path: Path) -> dict[str, Any]:
+    """A YAML file of options; a `ValueError` if it is anything else."""
+    values = read_yaml(path)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold `name: value` lines, got {type(values).__name__}.")
+    return values
 
 
 def as_given(action: Action, value: Any, place: str) -> Any:

@@ -30,10 +30,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .companions import NOTICES
 from .errors import raised_in_package
-
-# Files of a checkpoint that say what may be done with it.
-NOTICES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 
 
 def is_hub_name(name: str) -> bool:

@@ -97,8 +97,8 @@ def pack_blocks(
         if len(stream) >= needed:
             return torch.tensor(stream[:needed]).view(num_blocks, length)
     raise ValueError(
-        f"The calibration text gives {len(stream) // length} blocks of {length} tokens, {num_blocks} are asked for. "
-        "Lower --calibration-samples or --calibration-length, or give more text."
+        f"The text gives {len(stream) // length} blocks of {length} tokens, {num_blocks} are asked for. Lower --samples "
+        "or --length, or give more text."
     )
 
 

@@ -2,18 +2,17 @@
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mha2mla.common.records import RECORD_NAME
+from mha2mla.common.scratch import scratch_folder
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -39,13 +38,14 @@ class CheckpointReader:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.finite: set[str] = set()  # tensors that have been read and hold no NaN and no infinity
         if (folder / INDEX_NAME).is_file():
-            self.files: dict[str, str] = json.loads((folder / INDEX_NAME).read_text())["weight_map"]
+            self.files = read_index(folder / INDEX_NAME)
             missing = sorted({file for file in self.files.values() if not (folder / file).is_file()})
             if missing:
                 raise ValueError(f"{folder / INDEX_NAME} names {missing[0]}, which is not there. Download it again.")
         elif (folder / WEIGHTS_NAME).is_file():
-            with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
+            with self._open(WEIGHTS_NAME) as file:
                 self.files = dict.fromkeys(file.keys(), WEIGHTS_NAME)
         elif any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
             raise ValueError(
@@ -58,12 +58,40 @@ class CheckpointReader:
     def __contains__(self, name: str) -> bool:
         return name in self.files
 
+    @contextmanager
+    def _open(self, file: str) -> Iterator[Any]:
+        """One of the files, mapped; a `ValueError` if it is damaged or does not hold what the index says."""
+        try:
+            with safe_open(self.folder / file, framework="pt") as opened:
+                yield opened
+        except SafetensorError as error:
+            raise ValueError(f"{self.folder / file} cannot be read ({error}): download it again.") from None
+
+    def headers(self) -> dict[str, tuple[list[int], str]]:
+        """Shape and type of every tensor ("F32", "BF16", ...), without reading any."""
+        found = {}
+        for file in sorted(set(self.files.values())):
+            with self._open(file) as opened:
+                for name in (name for name, place in self.files.items() if place == file):
+                    tensor = opened.get_slice(name)
+                    found[name] = (tensor.get_shape(), tensor.get_dtype())
+        return found
+
     def get(self, name: str) -> torch.Tensor:
-        """One tensor. Its file is mapped only as long as the tensor lives."""
+        """
+        One tensor. Its file is mapped only as long as the tensor lives.
+
+        Raises:
+            ValueError: If it is not there, or holds NaN or infinity.
+        """
         if name not in self.files:
             raise ValueError(f"{self.folder} has no tensor {name!r}; is the checkpoint complete?")
-        with safe_open(self.folder / self.files[name], framework="pt") as file:
-            return file.get_tensor(name)
+        with self._open(self.files[name]) as file:
+            tensor = file.get_tensor(name)
+        if name not in self.finite:
+            check_finite(name, tensor, f"{self.folder / self.files[name]} is damaged, or training diverged.")
+            self.finite.add(name)
+        return tensor
 
     def names(self, prefix: str) -> list[str]:
         """What follows `prefix` in the names that start with it."""
@@ -72,6 +100,23 @@ class CheckpointReader:
     def with_prefix(self, prefix: str) -> dict[str, torch.Tensor]:
         """All tensors whose names start with `prefix`, by the rest of their names."""
         return {name: self.get(prefix + name) for name in self.names(prefix)}
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The file of each tensor, all of them beside the index."""
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        if not all(isinstance(file, str) and Path(file).name == file for file in files.values()):
+            raise ValueError("it names a file outside its folder")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not an index of safetensors files ({error!r}): download it again.") from None
+    return files
+
+
+def check_finite(name: str, tensor: torch.Tensor, cause: str) -> None:
+    """Raise a `ValueError` if a tensor holds NaN or infinity."""
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        raise ValueError(f"{name} holds NaN or infinity: {cause}")
 
 
 class CheckpointWriter:
@@ -93,6 +138,7 @@ class CheckpointWriter:
         self.total_parameters = 0
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
+        check_finite(name, tensor, f"{tensor.dtype} cannot hold its values. Choose --dtype bfloat16 or float32.")
         size = tensor.numel() * tensor.element_size()
         if self.pending and self.pending_bytes + size > self.max_shard_bytes:
             self._flush()
@@ -147,23 +193,17 @@ def atomic_folder(output: Path, overwrite: bool, record: str = RECORD_NAME) -> I
     """
     A new folder beside `output` that takes its name only when the body has run to its end.
 
-    A run that fails removes it; a run that is killed leaves it under its temporary name (`.OUTPUT.partial-*`), never
-    half a model under the real one. With `overwrite`, the old folder stays in place until the new one is complete.
+    A run that fails removes it. A run that is killed leaves it under its temporary name (`.OUTPUT.partial-*`), never
+    half a model under the real one, and the next run removes it. With `overwrite`, the old folder stays in place until
+    the new one is complete.
     """
     check_output(output, overwrite, record)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
-    partial.chmod(0o755)  # mkdtemp's is for the owner alone
-    try:
+    with scratch_folder(f".{output.name}.partial-", output.parent) as partial:
         yield partial
         check_output(output, overwrite, record)
         if output.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent))
-            os.replace(output, old / output.name)
-            os.replace(partial, output)
-            shutil.rmtree(old)
+            with scratch_folder(f".{output.name}.old-", output.parent) as old:
+                os.replace(output, old / output.name)
+                os.replace(partial, output)
         else:
             os.replace(partial, output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise

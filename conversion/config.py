@@ -1,5 +1,6 @@
 """What the user chooses: size of the cache, calibration text, output, and a preset with options of its own."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
@@ -15,15 +16,15 @@ class CalibrationText:
 
     _argument_group_name = "calibration text"
 
-    calibration_data: str | None = field(
+    data: str | None = field(
         default=None,
         metadata={"help": "Calibration text: a `datasets` name, or a .txt, .jsonl, .jsonl.gz or .parquet file."},
     )
-    calibration_subset: str | None = field(default=None, metadata={"help": "Configuration of the data set, if any."})
-    calibration_split: str = field(default="train", metadata={"help": "Split of a data set from the Hub."})
-    calibration_column: str = field(default="text", metadata={"help": "Column that holds the text."})
-    calibration_samples: int = field(default=64, metadata={"help": "Blocks of calibration text."})
-    calibration_length: int = field(default=512, metadata={"help": "Tokens of a block."})
+    subset: str | None = field(default=None, metadata={"help": "Configuration of the data set, if any."})
+    split: str = field(default="train", metadata={"help": "Split of a data set from the Hub."})
+    column: str = field(default="text", metadata={"help": "Column that holds the text."})
+    samples: int = field(default=64, metadata={"help": "Blocks of calibration text."})
+    length: int = field(default=512, metadata={"help": "Tokens of a block."})
     seed: int = field(default=0, metadata={"help": "Seed of the choice of calibration text."})
 
 
@@ -59,7 +60,7 @@ class ConversionConfig(CacheSizes, CalibrationText, OutputOptions):
     Example:
 
     ```python
-    >>> ConversionConfig(cache_ratio=0.3125, calibration_data="texts.jsonl")
+    >>> ConversionConfig(cache_ratio=0.3125, data="texts.jsonl")
     >>> ConversionConfig(preset=Paper(svd="split", rope_selection="uniform"), cache_ratio=0.3125)
     ```
     """
@@ -71,9 +72,9 @@ class ConversionConfig(CacheSizes, CalibrationText, OutputOptions):
             names = ", ".join(f"{preset.__name__}()" for preset in preset_classes().values())
             raise ValueError(f"preset={self.preset!r} must be an object with the preset's options: {names}.")
         check_choices(self)
-        check_least(self, calibration_samples=1, calibration_length=2)
-        if self.preset.use_of_text is not None and self.calibration_data is None:
-            raise ValueError(f"{self.preset.use_of_text}: give --calibration-data (a data set's name or a text file).")
+        check_least(self, samples=1, length=2)
+        if self.preset.use_of_text is not None and self.data is None:
+            raise ValueError(f"{self.preset.use_of_text}: give --data (a data set's name or a text file).")
 
     def to_dict(self) -> dict[str, Any]:
         """All options in one flat dict, the preset by its name: what the record of a conversion holds."""
@@ -89,18 +90,26 @@ class ConversionConfig(CacheSizes, CalibrationText, OutputOptions):
             ValueError: For an unknown preset, or an option that is not one of the preset's.
         """
         presets = preset_classes()
-        options = {name: {f.name for f in fields(preset)} for name, preset in presets.items()}
         values = dict(values)
         chosen = values.pop("preset", Calibrated.name)
         if chosen not in presets:
             raise ValueError(f"preset={chosen!r} must be one of {', '.join(presets)}.")
-        own = {name: values.pop(name) for name in options[chosen] & values.keys()}
+        options = {f.name for f in fields(presets[chosen])}
+        refuse_foreign_options(values, chosen)
+        own = {name: values.pop(name) for name in options & values.keys()}
         for name in values.keys() - {f.name for f in fields(cls)}:
-            owners = [preset for preset in presets if name in options[preset]]
-            if owners:
-                raise ValueError(
-                    f"{name} is an option of the preset {owners[0]!r}, and {chosen!r} is chosen. Leave it out, or add "
-                    f"--preset {owners[0]}."
-                )
             raise ValueError(f"There is no option {name!r}.")
         return cls(preset=presets[chosen](**own), **values)
+
+
+def refuse_foreign_options(names: Iterable[str], chosen: str) -> None:
+    """Raise a `ValueError` if one of the names is an option that only another preset than the chosen one has."""
+    presets = preset_classes()
+    own = {f.name for f in fields(presets[chosen])}
+    for name in names:
+        for other, preset in presets.items():
+            if name not in own and name in {f.name for f in fields(preset)}:
+                raise ValueError(
+                    f"{name} is an option of the preset {other!r}, and {chosen!r} is chosen. Leave it out, or add "
+                    f"--preset {other}."
+                )

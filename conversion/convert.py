@@ -6,12 +6,12 @@ import platform
 import time
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from accelerate.utils.modeling import convert_file_size_to_int
 
 from mha2mla.common.records import RECORD_NAME
+from mha2mla.common.scratch import scratch_folder
 from mha2mla.common.text import load_blocks
 
 from .architectures import architecture_of
@@ -21,6 +21,7 @@ from .job import ConversionJob
 from .model_card import write_model_card
 from .output import write_companions, write_weights
 from .source import load_config, local_checkpoint
+from .weights_check import check_weights
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ def convert(
     options: ConversionConfig,
     revision: str | None = None,
     gguf_file: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Path:
     """
     Convert a checkpoint and write it as a folder that `from_pretrained(..., trust_remote_code=True)` loads.
@@ -46,6 +48,7 @@ def convert(
         options (`ConversionConfig`): What to do.
         revision (`str`, *optional*): Branch, tag or commit of a source on the Hub.
         gguf_file (`str`, *optional*): Name of a GGUF file in the source.
+        trust_remote_code (`bool`): Whether code that the source brings along for its tokenizer may be run.
 
     Returns:
         The output folder.
@@ -60,15 +63,18 @@ def convert(
         config = load_config(folder)
         architecture, tensors = architecture_of(config), CheckpointReader(folder)
         architecture.check_tensors(tensors)
+        check_weights(tensors, config)
+        if config.tie_word_embeddings and architecture.has_own_head(tensors):
+            config.tie_word_embeddings = False  # what lies in the file counts, as it does for transformers
         plans = preset.plans(config, options)
         dtype = architecture.norm(tensors).dtype if options.dtype == "auto" else getattr(torch, options.dtype)
         logger.info(plans[0].describe(dtype.itemsize))
-        blocks = load_text(folder, options)
+        blocks = load_text(folder, options, trust_remote_code)
         with (
             atomic_folder(output, options.overwrite) as partial,
-            TemporaryDirectory(prefix="mha2mla-conversion-") as scratch,
+            scratch_folder("mha2mla-conversion-") as scratch,
         ):
-            job = ConversionJob(architecture, tensors, blocks, options.device, options.seed, Path(scratch))
+            job = ConversionJob(architecture, tensors, blocks, options.device, options.seed, scratch)
             plan = preset.choose(job, plans)
             logger.info("Chosen: %s", plan)
             sizes = {
@@ -82,9 +88,11 @@ def convert(
                 attention_bias=architecture.has_attention_bias(tensors),
                 dtype=dtype,
             )
+            write_companions(
+                partial, folder, mla_config, trust_remote_code
+            )  # the tokenizer is proved before the long work
             max_shard_bytes = convert_file_size_to_int(options.max_shard_size)
             records = write_weights(partial, job, mla_config, preset.layers(job, plan), max_shard_bytes)
-            write_companions(partial, folder, mla_config)
             versions = {name: version(name) for name in PACKAGES}
             record = {
                 "source": source,
@@ -105,18 +113,19 @@ def convert(
     return output
 
 
-def load_text(folder: Path, options: ConversionConfig) -> torch.Tensor | None:
+def load_text(folder: Path, options: ConversionConfig, trust_remote_code: bool) -> torch.Tensor | None:
     """Calibration blocks [samples, length], if the preset has any use for text."""
     if options.preset.use_of_text is None:
         return None
-    assert options.calibration_data is not None
+    assert options.data is not None
     return load_blocks(
         folder,
-        options.calibration_data,
-        options.calibration_samples,
-        options.calibration_length,
-        options.calibration_column,
-        options.calibration_subset,
-        options.calibration_split,
+        options.data,
+        options.samples,
+        options.length,
+        options.column,
+        options.subset,
+        options.split,
         options.seed,
+        trust_remote_code,
     )

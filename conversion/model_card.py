@@ -45,10 +45,10 @@ def write_model_card(
     rows |= options.preset.card_rows()
     datasets: list[str] = []
     if options.preset.use_of_text is not None:
-        assert options.calibration_data is not None
-        size = f"{options.calibration_samples} x {options.calibration_length} tokens"
-        rows["Calibration"] = f"{size} of {options.calibration_data}, seed {options.seed}"
-        datasets = hub_datasets(options.calibration_data)
+        assert options.data is not None
+        size = f"{options.samples} x {options.length} tokens"
+        rows["Calibration"] = f"{size} of {options.data}, seed {options.seed}"
+        datasets = hub_datasets(options.data)
     rows["Made with"] = ", ".join(f"{name} {version}" for name, version in versions.items())
     body = BODY.format(
         source_sentence=f"[{source}](https://huggingface.co/{source})" if source_is_repo else f"`{source}`",

@@ -1,6 +1,5 @@
 """Writing the converted checkpoint: weights as they come, and everything beside them."""
 
-import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -8,15 +7,14 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
+from mha2mla.common.companions import copy_companions
+from mha2mla.common.tokenizer import write_tokenizer
 from mha2mla.modeling import MLALlamaConfig
 
 from .attention_weights import LatentAttention
 from .checkpoint import CheckpointWriter
 from .job import ConversionJob
 from .presets import ConvertedLayer
-from .source import copy_companions
-
-logger = logging.getLogger(__name__)
 
 
 def write_weights(
@@ -59,9 +57,9 @@ def check_complete(writer: CheckpointWriter, mla_config: MLALlamaConfig) -> None
     assert written == expected, f"written and expected tensors differ: {sorted(written ^ expected)}"
 
 
-def write_companions(output: Path, folder: Path, mla_config: MLALlamaConfig) -> None:
+def write_companions(output: Path, folder: Path, mla_config: MLALlamaConfig, trust_remote_code: bool = False) -> None:
     """Config, code, tokenizer and generation config."""
     mla_config.save_pretrained(output)
     custom_object_save(empty_model(mla_config), output)
-    if not any(name.startswith("tokenizer") for name in copy_companions(folder, output)):
-        logger.warning("%s has no tokenizer; the converted checkpoint has none either.", folder)
+    copy_companions(folder, output)
+    write_tokenizer(folder, output, trust_remote_code)

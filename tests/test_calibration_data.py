@@ -35,5 +35,5 @@ def test_without_a_seed_text_keeps_its_order(folder_and_file):
 
 
 def test_too_little_text_is_said(folder_and_file):
-    with pytest.raises(ValueError, match="--calibration-samples"):
+    with pytest.raises(ValueError, match="--samples"):
         load_blocks(*folder_and_file, 10_000, 512)

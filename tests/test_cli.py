@@ -15,7 +15,7 @@ import torch
 import mha2mla
 from mha2mla.cli import push
 from mha2mla.cli.main import COMMANDS, main
-from mha2mla.cli.parsing import Names, Sizes, parse, parse_given
+from mha2mla.cli.parsing import Names, Sizes, parse, peek
 from mha2mla.common.device import check_device
 
 
@@ -62,29 +62,8 @@ def test_a_file_says_the_same_and_the_command_line_wins(tmp_path):
     assert given.folders == [Path("a"), Path("b")]
     options, given = read("c", f"--config={file}", "--kind", "one", "--tasks", "w")
     assert (options.kind, options.tasks, options.share, given.folders) == ("one", ("w",), 0.25, [Path("c")])
-
-
-@dataclass
-class OtherOptions:
-    share: float = field(default=0.1, metadata={"help": "Another share."})
-    depth: int = field(default=3, metadata={"help": "A depth."})
-
-
-def test_what_was_given_of_several_dataclasses(tmp_path):
-    file = tmp_path / "options.yaml"
-    file.write_text("depth: 3\nshare: 0.5\nfolders: a\n")
-
-    def given(*argv):
-        return parse_given(list(argv), "mha2mla test", Options, OtherOptions, positionals=POSITIONALS)
-
-    assert given("b", "--fast") == {"folders": [Path("b")], "fast": True}
-    in_file = {"depth": 3, "share": 0.5, "folders": [Path("a")]}
-    assert given("--config", str(file)) == in_file
-    assert given("--config", str(file), "--depth", "4", "--tasks", "u") == in_file | {"depth": 4, "tasks": ("u",)}
-    with pytest.raises(ValueError, match="there is no option --deep"):
-        given("a", "--deep", "4")
-    with pytest.raises(ValueError, match="required: folders"):
-        given("--depth", "4")
+    assert peek(["--config", str(file)], "kind") == "two"
+    assert (peek(["--kind", "x", "--config", str(file)], "kind"), peek([], "kind")) == ("x", None)
 
 
 @pytest.mark.parametrize(

@@ -9,16 +9,14 @@ import time
 
 import pytest
 import torch
-from conftest import pico_tokenizer
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mha2mla.cli.main import main
 from mha2mla.conversion import ConversionConfig, Paper, convert
-from mha2mla.conversion import source as source_module
 from mha2mla.conversion.cache_plan import CacheSizes
 from mha2mla.modeling import MLALlamaForCausalLM
-from pico import SOURCES, make_source, tokens
+from pico import SOURCES, tokens
 
 FULL = ["--qk-rope-head-dim", "12", "--rope-selection", "high"]  # all pairs of the pico models' heads
 
@@ -65,8 +63,8 @@ def test_output_keeps_the_sources_dtype_unless_told(dtype, save_source, tmp_path
 
 def test_output_folder_is_complete(save_source, calibration_file, tmp_path):
     source, out = save_source("llama-bias"), tmp_path / "out"
-    assert run(source, out, "--cache-ratio", 0.5, "--calibration-data", calibration_file, "--calibration-samples", 4,
-               "--calibration-length", 16, "--rope-selection", "2-norm") == 0  # fmt: skip
+    assert run(source, out, "--cache-ratio", 0.5, "--data", calibration_file, "--samples", 4,
+               "--length", 16, "--rope-selection", "2-norm") == 0  # fmt: skip
     record = json.loads((out / "conversion.json").read_text())
     assert record["options"]["cache_ratio"] == 0.5
     # 2-norm chose for each layer and head, and the checkpoint uses that choice.
@@ -169,8 +167,8 @@ BAD_OPTIONS = {
         ["--kv-lora-rank", "8", "--qk-rope-head-dim", "14", "--rope-selection", "high"],
         "gqa",
     ),
-    "give --calibration-data": (["--cache-ratio", "0.5"], "gqa"),
-    "does not exist": (["--cache-ratio", "0.5", "--calibration-data", "nowhere.jsonl"], "gqa"),
+    "give --data": (["--cache-ratio", "0.5"], "gqa"),
+    "does not exist": (["--cache-ratio", "0.5", "--data", "nowhere.jsonl"], "gqa"),
 }
 
 
@@ -223,24 +221,12 @@ def test_pickled_missing_and_incomplete_weights(save_source, tmp_path, capsys):
     assert "No folder or .gguf file" in capsys.readouterr().err
 
 
-def test_a_gguf_tokenizer_gets_the_special_tokens_of_the_file(monkeypatch, tmp_path):
-    """transformers 5.17 makes the beginning-of-sequence token of SmolLM2's GGUF the end-of-sequence token too."""
-    tokenizer = pico_tokenizer()
-    tokenizer.eos_token, tokenizer.pad_token = "<s>", None
-    monkeypatch.setattr(source_module.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: make_source())
-    monkeypatch.setattr(source_module.AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer)
-    source_module.dequantise_gguf(str(tmp_path), "model.gguf", tmp_path / "out")
-    monkeypatch.undo()
-    loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert (loaded.bos_token, loaded.eos_token, loaded.pad_token) == ("<s>", "</s>", "<pad>")
-
-
 def test_calibration_errors(save_source, calibration_file, tmp_path, capsys):
     source = save_source()
-    base = (source, tmp_path / "out", "--cache-ratio", "0.5", "--calibration-data", calibration_file)
-    assert run(*base, "--calibration-column", "body") == 2
+    base = (source, tmp_path / "out", "--cache-ratio", "0.5", "--data", calibration_file)
+    assert run(*base, "--column", "body") == 2
     assert "no column 'body'; it has text" in capsys.readouterr().err
-    assert run(*base, "--calibration-samples", "1000") == 2
+    assert run(*base, "--samples", "1000") == 2
     assert "1000 are asked for" in capsys.readouterr().err
 
 
@@ -250,14 +236,14 @@ def test_command_without_arguments_lists_sub_commands(capsys):
     assert main(["--help"]) == 0
 
 
-CALIBRATED = ("--calibration-samples", 6, "--calibration-length", 16, "--score-samples", 3, "--refine-steps", 3)
+CALIBRATED = ("--samples", 6, "--length", 16, "--score-samples", 3, "--refine-steps", 3)
 
 
 @pytest.mark.parametrize("kind", ["gqa", "mha", "mqa", "llama-bias", "mistral"])
 def test_calibrated_is_the_default_and_splits_the_budget_itself(kind, save_source, calibration_file, tmp_path, caplog):
     source, out = save_source(kind), tmp_path / "out"
     with caplog.at_level("INFO", logger="mha2mla"):
-        arguments = [source, out, "--cache-ratio", 0.5, "--calibration-data", calibration_file, *CALIBRATED]
+        arguments = [source, out, "--cache-ratio", 0.5, "--data", calibration_file, *CALIBRATED]
         assert main(["convert", *map(str, arguments)]) == 0
     record = json.loads((out / "conversion.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(out)
@@ -293,7 +279,7 @@ def test_explicit_sizes_overrule_the_search(choice, heads, save_source, calibrat
     source, out = save_source("gqa"), tmp_path / "out"
     sizes = ("--qk-rope-head-dim", 6, "--kv-lora-rank", 12, *choice)
     with caplog.at_level("INFO", logger="mha2mla"):
-        run(source, out, *sizes, "--calibration-data", calibration_file, *CALIBRATED, preset="calibrated")
+        run(source, out, *sizes, "--data", calibration_file, *CALIBRATED, preset="calibrated")
     # Only what all layers share is still to be found.
     assert ("loss" in caplog.text) == ("common" in choice)
     config = AutoConfig.from_pretrained(out)
@@ -302,7 +288,7 @@ def test_explicit_sizes_overrule_the_search(choice, heads, save_source, calibrat
 
 def test_exact_sizes_lose_nothing_through_the_whole_pipeline(save_source, calibration_file, tmp_path):
     source, out = save_source("gqa"), tmp_path / "out"
-    sizes = ("--qk-rope-head-dim", 24, "--kv-lora-rank", 24, "--calibration-data", calibration_file)
+    sizes = ("--qk-rope-head-dim", 24, "--kv-lora-rank", 24, "--data", calibration_file)
     everything = ("--refine-steps", 0, "--rope-frequencies", "per-layer")
     run(source, out, *sizes, *CALIBRATED, *everything, preset="calibrated")
     expected = logits(source)
@@ -310,7 +296,7 @@ def test_exact_sizes_lose_nothing_through_the_whole_pipeline(save_source, calibr
 
 
 def test_common_frequencies_are_each_there_once(save_source, calibration_file, tmp_path, capsys):
-    sizes = ("--qk-rope-head-dim", 14, "--kv-lora-rank", 12, "--calibration-data", calibration_file)
+    sizes = ("--qk-rope-head-dim", 14, "--kv-lora-rank", 12, "--data", calibration_file)
     assert run(save_source("gqa"), tmp_path / "out", *sizes, *CALIBRATED, preset="calibrated") == 2
     assert "6 frequencies" in (message := capsys.readouterr().err) and "--rope-frequencies per-layer" in message
 
@@ -321,7 +307,7 @@ def test_calibration_state_serves_several_ratios_and_refuses_other_text(
     from mha2mla.conversion.presets.calibrated import preset as calibrated
 
     source, state = save_source("gqa"), tmp_path / "state"
-    base = ("--calibration-data", calibration_file, "--calibration-state", state, *CALIBRATED)
+    base = ("--data", calibration_file, "--calibration-state", state, *CALIBRATED)
     run(source, tmp_path / "fresh", "--cache-ratio", 0.3, *base, preset="calibrated")
     assert sorted(p.name for p in state.iterdir()) == [
         "calibration.json",
@@ -384,4 +370,4 @@ def test_options_of_a_preset_are_its_own():
 
 def test_calibrated_needs_text(save_source, tmp_path, capsys):
     assert run(save_source(), tmp_path / "out", "--cache-ratio", 0.5, preset="calibrated") == 2
-    assert "give --calibration-data" in capsys.readouterr().err
+    assert "give --data" in capsys.readouterr().err

@@ -53,7 +53,7 @@ def sets(tmp_path):
 @pytest.fixture
 def models(save_source, calibration_file, tmp_path):
     source = save_source("gqa")
-    text = ("--calibration-data", calibration_file, "--calibration-samples", 4, "--calibration-length", 16)
+    text = ("--data", calibration_file, "--samples", 4, "--length", 16)
     options = ("--cache-ratio", 0.5, "--refine-steps", 1)
     assert main(["convert", *map(str, (source, tmp_path / "half", *options, *text))]) == 0
     return [str(source), str(tmp_path / "half")]

@@ -182,7 +182,7 @@ def test_lists_that_differ_are_refused_with_the_command(save, tmp_path):
     model = exportable([0, 1, 2])
     model.model.layers[1].self_attn.rope_frequencies.copy_(torch.tensor([[0, 1, 3]]))
     folder = save(model)
-    record = {"source": "someone/llama", "options": {"calibration_data": "my text.jsonl"}}
+    record = {"source": "someone/llama", "options": {"data": "my text.jsonl"}}
     (folder / "conversion.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match=r"\[0, 1, 2\]; layer 1: \[0, 1, 3\].*`mha2mla convert someone/llama "):
         export(folder, tmp_path / "out")

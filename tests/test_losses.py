@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mha2mla.training import LossArguments, collate_packed, losses, make_losses, parse_arguments, use_losses
+from mha2mla.cli.train import parse_arguments
+from mha2mla.training import LossArguments, collate_packed, losses, make_losses, use_losses
 from mha2mla.training.losses import Setting, find_losses, weigh
 from pico import make_mla, make_source, tokens
 

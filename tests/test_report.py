@@ -11,7 +11,7 @@ from test_eval_command import arguments, models, sets, words  # noqa: F401 (fixt
 from mha2mla.cli.main import main
 from mha2mla.training.publish import plan_upload
 
-TEXT = ("--calibration-samples", 4, "--calibration-length", 16)
+TEXT = ("--samples", 4, "--length", 16)
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def conversions(save_source, calibration_file, tmp_path):
         ("small", ("--cache-ratio", 0.3, "--refine-steps", 1)),
         ("paper", ("--cache-ratio", 0.5, "--preset", "paper")),
     ):
-        command = (source, tmp_path / name, *options, "--calibration-data", calibration_file, *TEXT)
+        command = (source, tmp_path / name, *options, "--data", calibration_file, *TEXT)
         assert main(["convert", *map(str, command)]) == 0
     return tmp_path
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 
 from mha2mla.common.cards import CARD_NAME, RESULTS_FOLDER
+from mha2mla.common.companions import COMPANION_PATTERNS
 from mha2mla.common.files import read_json_object
-from mha2mla.common.loading import NOTICES, on_hub
+from mha2mla.common.loading import on_hub
 
 # Of a checkpoint's own level. What a run leaves beside them (optimizer, random states, `training_args.bin`, which is a
 # pickle, tracking, other checkpoints) is for going on with the run, not for users of the model.
@@ -20,17 +21,11 @@ PUBLISHED = [
     "*.json",
     "*.py",
     "*.md",
-    "*.jinja",
     "*.png",
     "*.html",
-    "tokenizer*",
-    "merges.txt",
-    "vocab.*",
-    "*.model",
-    "*.tiktoken",
-    *NOTICES,
+    *COMPANION_PATTERNS,
 ]
-IN_FOLDERS = ["additional_chat_templates/*.jinja", f"{RESULTS_FOLDER}/*.yaml"]
+IN_FOLDERS = [f"{RESULTS_FOLDER}/*.yaml", *(pattern for pattern in COMPANION_PATTERNS if "/" in pattern)]
 LEFT_OUT = ["trainer_state.json", "*_results.json"]
 
 ADAPTER_CONFIG = "adapter_config.json"

@@ -76,6 +76,10 @@ class Architecture:
         """Language model head, [vocabulary, hidden]."""
         return tensors.get(EMBEDDING if self.config.tie_word_embeddings else HEAD)
 
+    def has_own_head(self, tensors: Mapping[str, torch.Tensor]) -> bool:
+        """Whether the checkpoint holds a head that is not its embedding, whatever the config's flag says."""
+        return HEAD in tensors and not torch.equal(tensors.get(HEAD), tensors.get(EMBEDDING))
+
     @property
     def ties_embeddings(self) -> bool:
         """Whether the converted model's head is its embedding."""

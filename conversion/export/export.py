@@ -7,9 +7,11 @@ from pathlib import Path
 import torch
 from accelerate.utils.modeling import convert_file_size_to_int
 
+from mha2mla.common.companions import copy_companions
+from mha2mla.common.tokenizer import write_tokenizer
 from mha2mla.conversion.checkpoint import CheckpointReader, CheckpointWriter, atomic_folder, check_output
 from mha2mla.conversion.output import check_complete, write_companions
-from mha2mla.conversion.source import copy_companions, local_checkpoint
+from mha2mla.conversion.source import local_checkpoint
 
 from .card import write_export_card, write_way_back_card
 from .check import check_agreement, check_ids, compare_logits, streamed_logits
@@ -86,8 +88,8 @@ def export_deepseek(folder: Path, model: str, output: Path, options: ExportConfi
         written = {name for shard in writer.shards for name in shard}
         assert written == stock_names(stock), sorted(written ^ stock_names(stock))
         stock.save_pretrained(partial)
-        if not any(name.startswith("tokenizer") for name in copy_companions(folder, partial)):
-            logger.warning("%s has no tokenizer; the export has none either.", model)
+        copy_companions(folder, partial)
+        write_tokenizer(folder, partial)
         agreement = compare_logits(ours, streamed_logits(stock, CheckpointReader(partial), ids))
         logger.info("Check: %s", agreement.describe())
         check_agreement(agreement, dtype)

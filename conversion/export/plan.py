@@ -84,7 +84,7 @@ def load_model_config(folder: Path, model: str) -> MLALlamaConfig:
     if config.model_type != "mla_llama":
         raise ValueError(
             f"{model} has model_type={config.model_type!r}: it is not converted. Convert it first: "
-            f"`mha2mla convert {model} CONVERTED --cache-ratio 0.3125 --calibration-data TEXT`."
+            f"`mha2mla convert {model} CONVERTED --cache-ratio 0.3125 --data TEXT`."
         )
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{model} has quantised weights. Export the model as it was before that.")
@@ -97,9 +97,9 @@ def convert_command(folder: Path, config: MLALlamaConfig) -> str:
     source, data = "SOURCE", "TEXT"
     if (folder / RECORD_NAME).is_file():
         record = json.loads((folder / RECORD_NAME).read_text())
-        source, data = record["source"], record["options"].get("calibration_data") or data
+        source, data = record["source"], record["options"].get("data") or data
     words = ["mha2mla", "convert", source, "CONVERTED", "--kv-lora-rank", str(config.kv_lora_rank)]
-    return shlex.join([*words, "--qk-rope-head-dim", str(config.qk_rope_head_dim), "--calibration-data", data])
+    return shlex.join([*words, "--qk-rope-head-dim", str(config.qk_rope_head_dim), "--data", data])
 
 
 def check_architecture(config: MLALlamaConfig, remedy: str) -> None:

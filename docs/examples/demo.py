@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from mha2mla.common.text import pack_blocks
 from mha2mla.conversion import Calibrated, ConversionConfig, Paper, convert
-from mha2mla.conversion.source import dequantise_gguf
+from mha2mla.conversion.gguf_source import dequantise_gguf
 from mha2mla.evaluation import measure_perplexity
 from mha2mla.modeling import CACHE_ARGUMENT, cache_nbytes
 
@@ -99,7 +99,7 @@ def main() -> None:
     blocks = pack_blocks(held_out, AutoTokenizer.from_pretrained(source), num_blocks=12, length=512)
 
     rows = [measure("original", source, blocks)]
-    text = dict(calibration_data=str(calibration), calibration_samples=24, calibration_length=512, overwrite=True)
+    text = dict(data=str(calibration), samples=24, length=512, overwrite=True)
     # Far fewer refinement steps than the default, to keep the demo short; more text and steps give a better model.
     # Few steps want a lower rate.
     for preset in (Paper(), Calibrated(refine_steps=24, refine_learning_rate=0.012)):

@@ -43,7 +43,7 @@ class Paper(Preset):
         default="2-norm",
         metadata={
             "choices": tuple(RULES),
-            "help": "Which frequencies keep RoPE. 2-norm needs --calibration-data.",
+            "help": "Which frequencies keep RoPE. 2-norm needs --data.",
         },
     )
     svd: str = field(

@@ -1,0 +1,48 @@
+"""The files beside a checkpoint's weights that its users need: tokenizer, chat templates, licence."""
+
+import re
+import shutil
+from pathlib import Path
+
+# What may be done with a checkpoint.
+NOTICES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
+# Downloaded with a source and taken over as they are, subfolders included.
+COMPANION_PATTERNS = [
+    *NOTICES,
+    "generation_config.json",
+    "tokenizer*",
+    "tokenization_*.py",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece*.model",
+    "*.tiktoken",
+    "tekken.json",
+    "chat_template*",
+    "additional_chat_templates/*.jinja",
+]
+
+
+def find_companions(folder: Path) -> list[Path]:
+    """The companions in a folder, relative to it, with the modules that a tokenizer's own code imports."""
+    found = {path.relative_to(folder) for pattern in COMPANION_PATTERNS for path in folder.glob(pattern)}
+    queue = [path for path in found if path.suffix == ".py"]
+    while queue:
+        code = (folder / queue.pop()).read_text(encoding="utf-8")
+        for name in re.findall(r"^\s*from \.(\w+) import", code, re.MULTILINE):
+            sibling = Path(f"{name}.py")
+            if sibling not in found and (folder / sibling).is_file():
+                found.add(sibling)
+                queue.append(sibling)
+    return sorted(path for path in found if (folder / path).is_file())
+
+
+def copy_companions(folder: Path, output: Path) -> list[Path]:
+    """Copy them as they are; returns what was copied, relative to both folders."""
+    companions = find_companions(folder)
+    for path in companions:
+        (output / path).parent.mkdir(exist_ok=True)
+        shutil.copyfile(folder / path, output / path)
+    return companions

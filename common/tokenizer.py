@@ -1,0 +1,126 @@
+"""A tokenizer that travels to a model of another type and gives the same tokens there.
+
+`AutoTokenizer` picks a class by the config's `model_type`, by a list of types whose declared class it takes for
+wrong, and by what the files declare, differently in each version of transformers; some classes rebuild the tokenizer
+from its vocabulary and ignore the rest of `tokenizer.json`. The same files can therefore mean other tokens once
+`model_type` is another. What does not depend on any of this is a `tokenizer.json` that holds the tokenizer as it was
+loaded, with the generic class `PreTrainedTokenizerFast` declared for it.
+"""
+
+import json
+import logging
+from pathlib import Path
+
+from jinja2 import TemplateError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
+
+CONFIG_NAME = "tokenizer_config.json"
+
+# What tokenizers disagree on when they are not the same.
+SAMPLES = (
+    "Hello, world! We need to add 9 and 6: 1234567890, 3.14, 1,000,000.",
+    " two  spaces,   three,        eight \t a tab\t\t and trailing ones   ",
+    "lines\n\n\nand\r\nreturns\n",
+    "don't  DON'T they'll naïve déjà vu, Ångström, e\u0301",
+    "日本語と漢字、中文，한국어 Кириллица العربية עברית हिन्दी",  # noqa: RUF001
+    "😀👍🏽👩\u200d👩\u200d👧 ∑∫√ ﬁ ½ \u00a0\u200b",
+    "def f(x):\n    return {'a': [x**2 for _ in range(10)]}  # code\n",
+    "",
+)
+MESSAGES = (
+    {"role": "user", "content": "How many r are there in 'strawberry'?"},
+    {"role": "assistant", "content": "Three:  st**r**awbe**rr**y.\n"},
+    {"role": "user", "content": "  And in 草莓? 🍓"},
+)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds any tokenizer's files."""
+    return any(any(folder.glob(pattern)) for pattern in ("tokenizer*", "tekken.json", "*.tiktoken", "spiece.model"))
+
+
+def has_own_code(folder: Path) -> bool:
+    """Whether a folder's tokenizer is a class of its own, loaded with `trust_remote_code`."""
+    path = folder / CONFIG_NAME
+    return path.is_file() and "AutoTokenizer" in json.loads(path.read_text(encoding="utf-8")).get("auto_map", {})
+
+
+def write_tokenizer(source: Path, output: Path, trust_remote_code: bool = False) -> None:
+    """
+    Give a checkpoint the tokenizer of another, and prove that both folders give the same tokens.
+
+    Args:
+        source (`Path`): Folder of the checkpoint whose tokenizer it is.
+        output (`Path`): Folder that has its config.json and the companions of the source already.
+        trust_remote_code (`bool`): Whether the tokenizer's own code, if it has any, may be run. Without it such a
+            tokenizer is copied and not proved.
+
+    Raises:
+        ValueError: If the tokens differ, with the first text on which they do.
+    """
+    if not has_tokenizer(source):
+        logger.warning("%s has no tokenizer; %s has none either.", source, output.name)
+        return
+    if has_own_code(source):
+        if not trust_remote_code:
+            logger.warning(
+                "The tokenizer of %s has code of its own, which was copied and not run: that it gives the same tokens "
+                "was not checked. --trust-remote-code does it.",
+                source,
+            )
+            return
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        if isinstance(tokenizer, PreTrainedTokenizerFast):
+            save_generic(tokenizer, output)
+    check_same_tokens(source, output, trust_remote_code)
+
+
+def save_generic(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Save a tokenizer so that every version of transformers loads it as it is, whatever the config's `model_type`."""
+    tokenizer.save_pretrained(folder)
+    path = folder / CONFIG_NAME
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+    """Ids of a fixed set of texts, with and without special tokens, and of a chat in the tokenizer's template."""
+    special = " ".join(dict.fromkeys([*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()]))
+    ids = {}
+    for text in (*SAMPLES, special, f"a{special}b"):
+        ids[text] = tokenizer(text)["input_ids"]
+        ids[f"{text} (no special tokens added)"] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    templates = tokenizer.chat_template
+    for name in templates if isinstance(templates, dict) else [] if templates is None else [None]:
+        for prompt in (False, True):
+            title = f"a chat in template {name or 'default'}, generation prompt {prompt}"
+            try:
+                ids[title] = tokenizer.apply_chat_template(
+                    list(MESSAGES), chat_template=name, add_generation_prompt=prompt, tokenize=True, return_dict=True
+                )["input_ids"]
+            except TemplateError:  # it wants tools or documents
+                ids[title] = []
+    return ids
+
+
+def check_same_tokens(source: Path, output: Path, trust_remote_code: bool = False) -> None:
+    """Raise a `ValueError` with the first text of which `AutoTokenizer` makes other ids from one folder than from the
+    other."""
+    first, second = (
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code) for folder in (source, output)
+    )
+    wanted, got = token_ids(first), token_ids(second)
+    for text, ids in wanted.items():
+        if got.get(text) != ids:
+            raise ValueError(
+                f"The tokenizer of the output gives other tokens than that of {source}: {text!r:.80} is {ids[:12]} "
+                f"there and {got.get(text, [])[:12]} here ({type(first).__name__}, {type(second).__name__}). Nothing "
+                "was written. Please report the source's name."
+            )
+    for ids in wanted.values():
+        if first.decode(ids) != second.decode(ids):
+            raise ValueError(f"The tokenizer of the output decodes {ids[:12]} otherwise than that of {source}.")

@@ -1,0 +1,60 @@
+"""A checkpoint's weights against its config, from the headers of its files: before anything long starts."""
+
+import re
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from .checkpoint import CheckpointReader
+
+FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
+# Tables that older versions of transformers saved and every version computes.
+IGNORED = re.compile(r"rotary_emb\.inv_freq$")
+
+
+def expected_tensors(config: PreTrainedConfig) -> tuple[dict[str, torch.Size], dict[str, str]]:
+    """Name and shape of every tensor that a model of the config saves, and of those that may be missing the name of
+    the tensor that they are tied to."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    return shapes, dict(model.all_tied_weights_keys)
+
+
+def check_weights(reader: CheckpointReader, config: PreTrainedConfig) -> None:
+    """
+    Raises:
+        ValueError: For the first tensor that is missing, that the config does not ask for, or that has another shape
+            or type than it must, with what to do.
+    """
+    expected, tied = expected_tensors(config)
+    found = reader.headers()
+    missing = [name for name in expected if name not in found and name not in tied]
+    if missing:
+        raise ValueError(
+            f"{reader.folder} lacks {missing[0]}{more(missing)}, which its config.json asks for. Is the checkpoint "
+            "complete, and is it the config's?"
+        )
+    extra = [name for name in found if name not in expected and not IGNORED.search(name)]
+    if extra:
+        raise ValueError(
+            f"{reader.folder} holds {extra[0]}{more(extra)}, of which its config.json says nothing (num_hidden_layers="
+            f"{config.num_hidden_layers}, model_type={config.model_type!r}): it would be lost. Correct the config, or "
+            "remove the tensor."
+        )
+    for name, shape in expected.items():
+        if name in found and tuple(found[name][0]) != tuple(shape):
+            raise ValueError(
+                f"{reader.folder}: {name} has shape {list(found[name][0])}, but by its config.json it must have "
+                f"{list(shape)}."
+            )
+    for name in expected:
+        if name in found and found[name][1] not in FLOATS:
+            raise ValueError(
+                f"{reader.folder}: {name} holds {found[name][1]}: the weights are quantised. Give the original, or "
+                "de-quantise and save it first."
+            )
+
+
+def more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

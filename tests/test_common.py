@@ -1,0 +1,90 @@
+"""What packages share: small files, records, names of checkpoints, and errors in one sentence."""
+
+import gzip
+import json
+
+import pytest
+from conftest import pico_tokenizer
+
+from mha2mla.common.files import read_json_lines, read_json_object, read_yaml
+from mha2mla.common.loading import copy_notices, head_dim, is_hub_name, load_config, load_model, load_tokenizer, on_hub
+from mha2mla.common.records import RECORD_NAME, copy_record, read_record, recorded_preset
+from pico import SOURCES, make_source
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("a: [", r"file:1 is not YAML: "),
+        ("a: 1\nb: c: d\n", r"file:2 is not YAML: mapping values are not allowed here\."),
+        (b"\xff\xfe", r"file is not UTF-8 text: byte 0"),
+    ],
+)
+def test_yaml_errors_say_where(content, message, tmp_path):
+    (tmp_path / "file").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message):
+        read_yaml(tmp_path / "file")
+
+
+def test_json_errors_say_where(tmp_path):
+    for content, message in (('{"a": 1,\n}', r"file:2 is not JSON: "), ("[1]", "must hold a JSON object, got list")):
+        (tmp_path / "file").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            read_json_object(tmp_path / "file")
+    with pytest.raises(ValueError, match="does not exist"):
+        read_json_object(tmp_path / "nothing")
+    (tmp_path / "lines.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}\n\n[2]\n{"a\n'))
+    lines = read_json_lines(tmp_path / "lines.jsonl.gz")
+    assert [next(lines), next(lines)] == [(1, {"a": 1}), (3, [2])]
+    with pytest.raises(ValueError, match=r"lines\.jsonl\.gz:4 is not JSON"):
+        next(lines)
+
+
+def test_records(tmp_path):
+    with pytest.raises(ValueError, match=r"has no conversion\.json: give a folder that `mha2mla convert` wrote"):
+        read_record(tmp_path)
+    assert recorded_preset(tmp_path) is None and recorded_preset("owner/model") is None
+    (tmp_path / RECORD_NAME).write_text(json.dumps({"options": {"preset": "paper"}}))
+    assert recorded_preset(tmp_path) == "paper" and read_record(tmp_path)["options"] == {"preset": "paper"}
+    (tmp_path / "LICENSE.txt").write_text("free")
+    (tmp_path / "USE_POLICY.md").write_text("good")
+    (tmp_path / "out").mkdir()
+    for copy in (copy_record, copy_notices):
+        copy(str(tmp_path), tmp_path / "out")
+        copy("owner/model", tmp_path / "out")  # which cannot be reached, and is not needed
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {RECORD_NAME, "LICENSE.txt", "USE_POLICY.md"}
+    (tmp_path / RECORD_NAME).write_text("{}")
+    with pytest.raises(ValueError, match="has no `options` with a `preset`"):
+        recorded_preset(tmp_path)
+
+
+def test_what_a_hub_name_is(tmp_path, monkeypatch):
+    assert all(map(is_hub_name, ("owner/name", "meta-llama/Llama-2-7b-hf", "a/b.c_d-e")))
+    names = ("name", "./name", "../name", "/owner/name", "a/b/c", "owner/", "", "owner/na me", "~/model", "a//b")
+    assert not any(map(is_hub_name, names))
+    monkeypatch.chdir(tmp_path)
+    assert on_hub("owner/name")
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    assert not on_hub("owner/name")  # the folder goes before
+
+
+def test_loading_errors_are_one_sentence(tmp_path):
+    for load in (load_config, load_tokenizer, load_model):
+        with pytest.raises(ValueError, match=r"teacher: there is no folder 'nowhere', and a name on the Hub has the"):
+            load("nowhere", "teacher")
+    with pytest.raises(ValueError, match=r"source: .* has no config\.json: it is not a transformers checkpoint\."):
+        load_config(str(tmp_path), "source")
+    make_source().save_pretrained(tmp_path)
+    pico_tokenizer().save_pretrained(tmp_path)
+    assert load_config(str(tmp_path)).hidden_size == load_model(str(tmp_path), dtype="bfloat16").config.hidden_size
+    assert load_tokenizer(str(tmp_path))("w5")["input_ids"] == [5]
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": "many"}))
+    with pytest.raises(ValueError, match=r"model: the config\.json of .* is not valid \(.*hidden_size.*\)\. Mend"):
+        load_config(str(tmp_path))
+
+
+def test_one_head_dim_for_every_source():
+    assert {kind: head_dim(config) for kind, config in SOURCES.items()} == dict.fromkeys(SOURCES, 12) | {
+        "head-dim": 16
+    }

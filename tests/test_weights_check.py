@@ -1,0 +1,107 @@
+"""Weights that the config does not tell of, lacks, or tells wrong: said before any work, and never converted."""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from mha2mla.cli.main import main
+from pico import tokens
+
+OPTIONS = "--preset paper --rope-selection high --qk-rope-head-dim 12 --kv-lora-rank 12".split()
+
+
+def convert(source, output, *options) -> int:
+    return main(["convert", str(source), str(output), *OPTIONS, *options])
+
+
+def change(weights: dict, name: str, tensor) -> None:
+    weights[name] = tensor
+
+
+def poison(weights: dict, value: float) -> None:
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+
+
+DAMAGES = {
+    "missing layer": (
+        lambda w: [w.pop(n) for n in list(w) if n.startswith("model.layers.1.")],
+        "lacks model.layers.1",
+    ),
+    "extra layer": (lambda w: change(w, "model.layers.2.mlp.up_proj.weight", torch.zeros(64, 48)), "layers.2.mlp"),
+    "extra tensor": (lambda w: change(w, "model.vision.weight", torch.zeros(1)), "model.vision.weight"),
+    "k_proj shape": (lambda w: change(w, "model.layers.0.self_attn.k_proj.weight", torch.zeros(5, 48)), r"\[5, 48\]"),
+    "mlp shape": (lambda w: change(w, "model.layers.1.mlp.up_proj.weight", torch.zeros(60, 48)), r"\[60, 48\]"),
+    "type": (lambda w: change(w, "model.norm.weight", torch.zeros(48, dtype=torch.int8)), "quantised"),
+    "nan": (lambda w: poison(w, float("nan")), "holds NaN or infinity"),
+    "inf": (lambda w: poison(w, float("-inf")), "holds NaN or infinity"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_weights_and_config_that_disagree_are_refused(case, save_source, tmp_path, capsys):
+    source = save_source()
+    damage, message = DAMAGES[case]
+    weights = load_file(source / "model.safetensors")
+    damage(weights)
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    assert convert(source, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert not (tmp_path / "out").exists()
+    assert list(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_head_of_its_own_counts_more_than_the_flag(same, save_source, tmp_path):
+    """transformers unties where the file says so; the flag alone would drop the head."""
+    source = save_source("mqa")  # its config ties
+    weights = load_file(source / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    weights["lm_head.weight"] = embedding.clone() if same else embedding.flip(0).contiguous()
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    assert convert(source, tmp_path / "out") == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is same
+    models = [AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (source, tmp_path / "out")]
+    with torch.no_grad():
+        first, second = (model(tokens(1, 12)).logits for model in models)
+    torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_that_the_type_cannot_hold_are_refused(save_source, tmp_path, capsys):
+    source = save_source()
+    weights = load_file(source / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = 1e6
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    assert convert(source, tmp_path / "out", "--dtype", "float16") == 2
+    assert "Choose --dtype bfloat16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        "not json",
+        "[]",
+        '{"weight_map": ["a"]}',
+        '{"weight_map": {"a": "../secret.safetensors"}}',
+        '{"weight_map": {"a": "/etc/passwd"}}',
+        '{"weight_map": {"a": 3}}',
+    ],
+)
+def test_malformed_indexes_are_refused(index, save_source, tmp_path, capsys):
+    source = save_source()
+    (source / "model.safetensors.index.json").write_text(index)
+    assert convert(source, tmp_path / "out") == 2
+    assert "is not an index of safetensors files" in capsys.readouterr().err
+
+
+def test_a_truncated_file_is_refused(save_source, tmp_path, capsys):
+    source = save_source()
+    weights = source / "model.safetensors"
+    for size in (0, 4, 100, weights.stat().st_size - 10):
+        weights.write_bytes(weights.read_bytes()[:size] if size else b"")
+        assert convert(source, tmp_path / "out") == 2
+        assert "download it again" in capsys.readouterr().err
