@@ -4,12 +4,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
 from mha2mla.common.companions import copy_companions
 from mha2mla.common.tokenizer import write_tokenizer
-from mha2mla.modeling import MLALlamaConfig
 
 from .attention_weights import LatentAttention
 from .checkpoint import CheckpointWriter
@@ -20,7 +19,7 @@ from .presets import ConvertedLayer
 def write_weights(
     output: Path,
     job: ConversionJob,
-    mla_config: MLALlamaConfig,
+    mla_config: PreTrainedConfig,
     layers: Iterable[ConvertedLayer],
     max_shard_bytes: int,
 ) -> list[dict]:
@@ -41,13 +40,13 @@ def write_weights(
     return records
 
 
-def empty_model(mla_config: MLALlamaConfig) -> PreTrainedModel:
+def empty_model(mla_config: PreTrainedConfig) -> PreTrainedModel:
     """The converted model without weights."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(mla_config)
 
 
-def check_complete(writer: CheckpointWriter, mla_config: MLALlamaConfig) -> None:
+def check_complete(writer: CheckpointWriter, mla_config: PreTrainedConfig) -> None:
     """What was written is what the model loads, name by name."""
     model = empty_model(mla_config)
     expected = set(model.state_dict())
@@ -57,7 +56,9 @@ def check_complete(writer: CheckpointWriter, mla_config: MLALlamaConfig) -> None
     assert written == expected, f"written and expected tensors differ: {sorted(written ^ expected)}"
 
 
-def write_companions(output: Path, folder: Path, mla_config: MLALlamaConfig, trust_remote_code: bool = False) -> None:
+def write_companions(
+    output: Path, folder: Path, mla_config: PreTrainedConfig, trust_remote_code: bool = False
+) -> None:
     """Config, code, tokenizer and generation config."""
     mla_config.save_pretrained(output)
     custom_object_save(empty_model(mla_config), output)

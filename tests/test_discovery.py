@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
+from mha2mla.common.discovery import defined_classes, named_modules
 from mha2mla.conversion.architectures import architecture_classes
-from mha2mla.conversion.discovery import defined_classes, named_modules
 from mha2mla.conversion.presets import preset_classes
 from mha2mla.conversion.presets.paper.low_rank import METHODS
 from mha2mla.conversion.presets.paper.rope_selection import RULES

@@ -4,7 +4,8 @@ from functools import cache
 
 from transformers import PreTrainedConfig
 
-from ..discovery import defined_classes
+from mha2mla.common.discovery import defined_classes
+
 from .base import Architecture
 from .refusals import refuse_model_type
 

@@ -12,7 +12,14 @@ from mha2mla.modeling import MLALlamaConfig, MLALlamaForCausalLM
 from ..attention_weights import LatentAttention, SourceAttention
 from ..checkpoint import TensorSource
 from ..rotary import head_dim, rope_attention_scaling
-from . import refusals
+from .refusals import (
+    refuse_experts,
+    refuse_normalised_heads,
+    refuse_odd_heads,
+    refuse_partial_rotation,
+    refuse_quantised_weights,
+    refuse_sliding_window,
+)
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 LAYER, ATTENTION = "model.layers.{}.", "self_attn."
@@ -40,11 +47,11 @@ class Architecture:
     mla_config_class: ClassVar[Any] = MLALlamaConfig
     mla_model_class: ClassVar[Any] = MLALlamaForCausalLM
     refusals: ClassVar[tuple[Callable[[PreTrainedConfig], None], ...]] = (
-        refusals.refuse_experts,
-        refusals.refuse_sliding_window,
-        refusals.refuse_quantised_weights,
-        refusals.refuse_partial_rotation,
-        refusals.refuse_odd_heads,
+        refuse_experts,
+        refuse_sliding_window,
+        refuse_quantised_weights,
+        refuse_partial_rotation,
+        refuse_odd_heads,
     )
 
     def __init__(self, config: PreTrainedConfig):
@@ -62,7 +69,7 @@ class Architecture:
 
     def check_tensors(self, tensors: TensorSource) -> None:
         """Raise a `ValueError` for weights that must not be there."""
-        refusals.refuse_normalised_heads(tensors, LAYER.format(0) + ATTENTION)
+        refuse_normalised_heads(tensors, LAYER.format(0) + ATTENTION)
 
     def embedding(self, tensors: TensorSource) -> torch.Tensor:
         """Token embeddings, [vocabulary, hidden]."""

@@ -2,7 +2,8 @@
 
 from functools import cache
 
-from ..discovery import defined_classes
+from mha2mla.common.discovery import defined_classes
+
 from .base import ConvertedLayer, Preset
 
 

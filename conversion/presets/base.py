@@ -30,10 +30,12 @@ class Preset(ABC):
     Class attributes:
         name (`str`): What `--preset` calls it.
         card_note (`str`): What the model card says to expect, in Markdown.
+        _argument_group_name (`str`): What `--help` writes over its options.
     """
 
     name: ClassVar[str]
     card_note: ClassVar[str]
+    _argument_group_name: ClassVar[str]
 
     def __post_init__(self):
         check_choices(self)

@@ -21,11 +21,10 @@ def named_modules(package: str, path: Iterable[str]) -> dict[str, ModuleType]:
 
 def defined_classes(package: str, path: Iterable[str], base: type[Base]) -> list[type[Base]]:
     """The subclasses of `base` that these modules define, themselves or, for a package, in one of its modules."""
-    return [
-        value
-        for module in submodules(package, path)
-        for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, base) and value.__module__.startswith(module.__name__)
-        # The base itself may lie in the same folder.
-        if value is not base
-    ]
+    found = []
+    for module in submodules(package, path):
+        for value in vars(module).values():
+            subclass = isinstance(value, type) and issubclass(value, base) and value is not base
+            if subclass and f"{value.__module__}.".startswith(f"{module.__name__}."):
+                found.append(value)
+    return found
