@@ -1,6 +1,7 @@
 # Each target makes its own virtual environment; PYTHON chooses the interpreter (3.10 or newer).
 PYTHON ?= python3
-# The CPU build by default: plain "torch" brings gigabytes of CUDA. On a GPU machine: make demo TORCH=torch
+# The release that figures were measured with. PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu makes pip take
+# its CPU build, which is gigabytes smaller. On a GPU machine: make demo TORCH=torch
 TORCH ?= torch==2.13.0
 # Another release to test against: make clean test TRANSFORMERS='transformers==5.17.*'
 TRANSFORMERS ?= transformers

@@ -51,7 +51,10 @@ SPELLINGS = {
     "score_samples": ("--score-samples",),
     "dtype": ("--dtype",),
     "shard": ("--max-shard-size",),
+    "frequencies": ("--rope-frequencies",),
 }
+# Options that older trees lack: they do what the value given here says.
+NEWER = {"frequencies"}
 
 LETTERS = string.ascii_letters + string.digits
 BASE = dict(
@@ -92,7 +95,8 @@ SOURCES = [(kind, "default") for kind in KINDS] + [("gqa", rope) for rope in ROP
 SOURCES += [("qwen2", "yarn")]  # biases and a scaled attention together
 
 TEXT = dict(samples=6, length=24)
-CALIBRATED = dict(preset="calibrated", **TEXT, score_samples=3)
+CALIBRATED = dict(preset="calibrated", **TEXT, score_samples=3, frequencies="per-layer")
+REAL = dict(preset="calibrated", samples=4, length=128, score_samples=2, frequencies="per-layer")
 # name: options of a conversion, in the words of SPELLINGS
 PICO_CASES = {
     "paper uniform joint": dict(preset="paper", selection="uniform", svd="joint", rank=12, rope=4),
@@ -110,16 +114,10 @@ PICO_CASES = {
 REAL_CASES = {
     "paper uniform joint": dict(preset="paper", selection="uniform", svd="joint", ratio=0.3125),
     "paper 2-norm split": dict(preset="paper", selection="2-norm", svd="split", ratio=0.1875, samples=4, length=128),
-    "calibrated refined": dict(
-        preset="calibrated", samples=4, length=128, score_samples=2, rank=80, rope=40, steps=2
-    ),
-    "calibrated searched": dict(
-        preset="calibrated", samples=4, length=128, score_samples=2, ratio=0.1875, steps=0
-    ),
-    "calibrated per-head": dict(
-        preset="calibrated", samples=4, length=128, score_samples=2, layout="per-head", rank=78, rope=14, steps=1
-    ),
-}  # fmt: skip
+    "calibrated refined": dict(REAL, rank=80, rope=40, steps=2),
+    "calibrated searched": dict(REAL, ratio=0.1875, steps=0),
+    "calibrated per-head": dict(REAL, layout="per-head", rank=78, rope=14, steps=1),
+}
 
 
 def make_source(folder: Path, kind: str, rope: str) -> None:
@@ -166,6 +164,8 @@ def arguments(source: Path, output: Path, data: Path, options: dict, known: set[
     argv = ["convert", str(source)]
     for word, value in words.items():
         name = spell(word)
+        if name is None and word in NEWER:
+            continue
         if name is None and word != "output":
             raise SystemExit(f"`mha2mla convert` has none of {SPELLINGS[word]}: add its name to SPELLINGS.")
         argv += [str(value)] if name is None else [name, str(value)]
@@ -228,7 +228,7 @@ def differences(before: dict[str, dict[str, str]], now: dict[str, dict[str, str]
             ("other bits", {key for key in old.keys() & tensors.keys() if old[key] != tensors[key]}),
         ):
             if names:
-                lines.append(f"{name}: {verb}: {', '.join(sorted(names))}")
+                lines.append(f"{name}: {verb}: {len(names)} of {len(old)} tensors, {min(names)} among them")
     return lines
 
 
