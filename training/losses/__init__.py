@@ -1,11 +1,10 @@
 """What recovery can minimise: one file a loss. A file added here is found by itself, its options included."""
 
-import pkgutil
 from collections.abc import Iterable
 from dataclasses import fields
-from importlib import import_module
-from inspect import getmembers, isclass
 from typing import Any
+
+from mha2mla.common.discovery import defined_classes
 
 from .base import Batch, BatchLoss, LogitsLoss, Loss, Setting
 
@@ -14,13 +13,8 @@ __all__ = ["Batch", "BatchLoss", "LogitsLoss", "Loss", "Setting", "find_losses",
 
 def find_losses() -> dict[str, type[Loss]]:
     """The class of every loss by the name of its file."""
-    found: dict[str, type[Loss]] = {}
-    for _, name, _ in pkgutil.iter_modules(__path__):
-        if name != "base":
-            module = import_module(f"{__name__}.{name}")
-            own = [member for _, member in getmembers(module, isclass) if member.__module__ == module.__name__]
-            (found[name],) = (member for member in own if issubclass(member, Loss))
-    return found
+    found = defined_classes(__name__, __path__, Loss)  # type: ignore[type-abstract]
+    return {made.__module__.rsplit(".", 1)[-1]: made for made in found if made.__module__ != f"{__name__}.base"}
 
 
 def make_losses(**options: Any) -> dict[str, Loss]:
