@@ -83,7 +83,7 @@ class Architecture:
         """Language model head, [vocabulary, hidden]."""
         return tensors.get(EMBEDDING if self.config.tie_word_embeddings else HEAD)
 
-    def has_own_head(self, tensors: Mapping[str, torch.Tensor]) -> bool:
+    def has_own_head(self, tensors: TensorSource) -> bool:
         """Whether the checkpoint holds a head that is not its embedding, whatever the config's flag says."""
         return HEAD in tensors and not torch.equal(tensors.get(HEAD), tensors.get(EMBEDDING))
 

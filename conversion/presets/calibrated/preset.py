@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -142,15 +142,14 @@ class Calibrated(Preset):
         candidate converted in closed form."""
         state = self.open_state(job)
         self.collect(job, state)
-        if self.common_frequencies:
-            plans = self.frequency_plans(job, state, plans)
+        candidates: Sequence[CachePlan] = self.frequency_plans(job, state, plans) if self.common_frequencies else plans
 
         def layers_of(visit: LayerVisit) -> Iterator[LatentAttention]:
             statistics = state.load(visit.index, job.device)
-            for plan in plans:
+            for plan in candidates:
                 yield self.closed_form(visit, statistics, plan)[0]
 
-        return lowest_loss(job, plans, layers_of)
+        return lowest_loss(job, candidates, layers_of)
 
     def frequency_plans(
         self, job: ConversionJob, state: CalibrationState, plans: list[CachePlan]
