@@ -133,22 +133,19 @@ def multiply_heads(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return flat.unflatten(1, (batch, rows)).transpose(0, 1)
 
 
-def absorb_query(
-    q_nope: torch.Tensor, q_rope: torch.Tensor, kv_b_weight: torch.Tensor, shape: LatentShape
-) -> torch.Tensor:
+def absorb_query(q_nope: torch.Tensor, q_rope: torch.Tensor, w_uk: torch.Tensor, shape: LatentShape) -> torch.Tensor:
     """
     Queries that meet the cache as it lies.
 
     Args:
         q_nope (`torch.Tensor`): Un-rotated queries, [B, H, T, nope].
         q_rope (`torch.Tensor`): Rotated queries, [B, H, T, r].
-        kv_b_weight (`torch.Tensor`): Up-projections, [N*nope + G*v, R].
+        w_uk (`torch.Tensor`): Up-projections of keys, [N, nope, R].
 
     Returns:
         [B, H*T, W].
     """
     batch, num_heads, num_queries, _ = q_nope.shape
-    w_uk, _ = shape.split_up_projection(kv_b_weight)  # [N, nope, R]
     grouped = q_nope.unflatten(1, (shape.num_nope_key_heads, -1)).flatten(2, 3)  # [B, N, H/N * T, nope]
     q_latent = multiply_heads(grouped, w_uk).reshape(batch, num_heads, num_queries, -1)
     n = shape.num_rope_key_heads
@@ -160,11 +157,9 @@ def absorb_query(
     return torch.cat((q_latent, q_rope), dim=-1).flatten(1, 2)
 
 
-def expand_output(context: torch.Tensor, kv_b_weight: torch.Tensor, shape: LatentShape) -> torch.Tensor:
-    """Values [B, T, H, v] from what heads see of the latents, [B, H*T, R], by the values' part of `kv_b_weight`
-    [N*nope + G*v, R]."""
+def expand_output(context: torch.Tensor, w_uv: torch.Tensor, shape: LatentShape) -> torch.Tensor:
+    """Values [B, T, H, v] from what heads see of the latents [B, H*T, R], by their up-projections `w_uv` [G, v, R]."""
     batch, rows, rank = context.shape
-    _, w_uv = shape.split_up_projection(kv_b_weight)  # [G, v, R]
     context = context.view(batch, shape.num_key_value_heads, -1, rank)  # [B, G, H/G * T, R]
     values = multiply_heads(context, w_uv.transpose(1, 2))  # [B, G, H/G * T, v]
     num_heads = shape.num_attention_heads
@@ -195,8 +190,9 @@ def absorbed_attention(
         Output [B, T, H, v] and attention probabilities [B, H, T, S].
     """
     _, num_heads, num_queries, _ = q_nope.shape
-    query = absorb_query(q_nope, q_rope, kv_b_weight, shape)
+    w_uk, w_uv = shape.split_up_projection(kv_b_weight)
+    query = absorb_query(q_nope, q_rope, w_uk, shape)
     scores = query.matmul(entries.transpose(1, 2)).unflatten(1, (num_heads, num_queries)) * scaling  # [B, H, T, S]
     weights = add_mask(scores, attention_mask).softmax(dim=-1, dtype=torch.float32).to(q_nope.dtype)
     context = weights.flatten(1, 2).matmul(entries[..., : shape.kv_lora_rank])  # [B, H*T, R]
-    return expand_output(context, kv_b_weight, shape), weights
+    return expand_output(context, w_uv, shape), weights

@@ -1,7 +1,7 @@
 """What the config of a family of latent attention adds to the config of the family it comes from."""
 
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .latent_shape import LatentShape
 
@@ -47,6 +47,13 @@ class LatentConfigMixin:
         "AutoModelForSequenceClassification": "ForSequenceClassification",
         "AutoModelForTokenClassification": "ForTokenClassification",
     }
+
+    if TYPE_CHECKING:  # what the config of the source's family brings
+        num_attention_heads: int
+        num_hidden_layers: int
+        num_key_value_heads: int
+
+        def __init__(self, **kwargs: Any) -> None: ...
 
     kv_lora_rank: int = 512
     qk_rope_head_dim: int = 64

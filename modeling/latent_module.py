@@ -53,7 +53,8 @@ class MultiHeadLatentAttention(nn.Module):
     Multi-head latent attention over a cache of latents and rotary keys.
 
     A family whose queries or entries are not plain projections of the hidden states (norms of queries and keys)
-    overrides [`make_queries`] and [`make_entries`]; all that follows works on what they return.
+    overrides [`make_queries`] and [`make_entries`], and [`channel_factors`], which reads the rows of `q_proj`.
+    All else works on what those return.
     """
 
     rope_frequencies: torch.Tensor
@@ -185,15 +186,16 @@ class MultiHeadLatentAttention(nn.Module):
         self, q_nope: torch.Tensor, q_rope: torch.Tensor, layer: LatentLayer, mask: torch.Tensor | None
     ) -> torch.Tensor:
         """The kernel over a cache layer, which holds the new entries; gives [B, T, H, v]."""
-        matrix, rank, num_queries = self._kv_b_matrix(q_nope.dtype), self.shape.kv_lora_rank, q_nope.shape[2]
-        query = layer.to_basis(absorb_query(q_nope, q_rope, matrix, self.shape))
+        w_uk, w_uv = self.shape.split_up_projection(self._kv_b_matrix(q_nope.dtype))
+        query = layer.to_basis(absorb_query(q_nope, q_rope, w_uk, self.shape))
+        rank, num_queries = self.shape.kv_lora_rank, q_nope.shape[2]
         parts = layer.parts(mask)
-        if torch.compiler.is_compiling():
-            (part,) = parts  # of a static layer, as no other is compiled
+        if torch.compiler.is_compiling() and len(parts) == 1:
+            part = parts[0]
             context = decode_attention_op(query, part.entries, part.mask, part.length, rank, num_queries, self.scaling)
         else:
             context = decode_attention(query, parts, rank, num_queries, self.scaling)
-        return expand_output(layer.from_basis(context), matrix, self.shape)
+        return expand_output(layer.from_basis(context), w_uv, self.shape)
 
     def _attend_expanded(
         self,
@@ -266,7 +268,7 @@ class LatentModelMixin:
     def add_adapter(self, adapter_config: Any, *args, **kwargs) -> None:
         """The usual recipe for LoRA names projections that are not here, of which peft does not tell while it finds
         one of them."""
-        targets = adapter_config.target_modules
+        targets = getattr(adapter_config, "target_modules", None)
         names = {name.rsplit(".", 1)[-1] for name, _ in self.named_modules()}  # type: ignore[attr-defined]
         missing = set() if targets is None or isinstance(targets, str) else set(targets) - names
         if missing:

@@ -1,11 +1,13 @@
 """Which projections are matrices. Absorbed attention multiplies by the up-projection's matrix instead of calling the
 module, so it has to know that a call would do the same to every row."""
 
+from typing import TypeGuard
+
 import torch
 from torch import nn
 
 
-def is_plain_linear(module: nn.Module) -> bool:
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether `module.weight` is the matrix: no adapter, quantised, sharded or offloaded weight, parametrisation or
     hook."""
     return (
@@ -31,9 +33,10 @@ def is_linear_map(module: nn.Module) -> bool:
         return False
     if isinstance(module, nn.Linear):
         return module.bias is None
-    # A LoRA layer of peft.
+    # A LoRA layer of peft, and nothing but that: no variant, no bias, no other `forward`.
     plain_lora = getattr(module, "lora_variant", None) == {} and not any(getattr(module, "lora_bias", {}).values())
-    return plain_lora and "forward" not in module.__dict__ and is_linear_map(module.base_layer)
+    base = getattr(module, "base_layer", None)
+    return plain_lora and "forward" not in module.__dict__ and isinstance(base, nn.Module) and is_linear_map(base)
 
 
 def as_matrix(module: nn.Module, in_features: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from transformers import DynamicCache
 
-from mha2mla.modeling import CACHE_ARGUMENT, LatentShape, latent_module
+from mha2mla.modeling import CACHE_ARGUMENT, LatentShape, latent_module, quantized_cache
 from mha2mla.modeling.latent_attention import (
     absorbed_attention,
     absorbed_costs_less,
@@ -12,6 +13,7 @@ from mha2mla.modeling.latent_attention import (
     rotate,
     select_frequencies,
 )
+from mha2mla.modeling.latent_module import AttentionPath
 from pico import LAYOUTS, make_mla, tokens
 
 
@@ -115,3 +117,41 @@ def test_model_absorbed_equals_expanded(monkeypatch, layout, implementation, num
         whole = model(ids, attention_mask=mask, position_ids=positions).logits[:, -num_new:]
     torch.testing.assert_close(step(True), step(False), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(step(True), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_the_path_of_a_step_and_why(monkeypatch):
+    model = make_mla()
+    attention, full = model.model.layers[0].self_attn, DynamicCache(config=model.config)
+    packed = quantized_cache(model)
+    with torch.no_grad():
+        for cache in (full, packed):
+            model(tokens(2, 8), **{CACHE_ARGUMENT: cache})
+
+    def path(num_new=1, mask=None, cache=full, probabilities=None):
+        entries = torch.zeros(2, 1, num_new, model.config.latent_cache_dim)
+        return attention.choose_path(cache, cache.layers[0], entries, mask, probabilities)
+
+    expanded, absorbed, kernel = AttentionPath.EXPANDED, AttentionPath.ABSORBED, AttentionPath.KERNEL
+    mask = torch.ones(2, 1, 3, 11, dtype=torch.bool)
+    assert path() == path(3, mask) == (absorbed, "no kernel for this device, dtype or size")
+    assert path(8, cache=DynamicCache(config=model.config)) == (expanded, "nothing is cached yet")
+    assert path(65) == (expanded, "too many queries for scores to be held")
+    assert path(3) == (expanded, "no mask for several queries is how sdpa is told of a prefill")
+    assert path(mask="blocks") == (expanded, "the mask is one of blocks, for flex attention")
+    monkeypatch.setattr(latent_module, "kernel_can_run", lambda *_: True)
+    assert path() == (absorbed, "a backward pass may follow")
+    with torch.no_grad():
+        assert path() == path(3, mask) == path(cache=packed) == path(3, mask, packed) == (kernel, "")
+        assert path(probabilities=True) == (absorbed, "probabilities may be asked for")
+        assert path(mask=mask[:, 0, 0]) == (absorbed, "the mask is one of padding, for flash attention")
+        model.set_attn_implementation("eager")
+        assert path() == (absorbed, "probabilities may be asked for")
+        model.config._attn_implementation = "flash_attention_2"
+        assert path(3) == (kernel, "")
+        assert path(3, cache=packed) == (absorbed, "packed entries do not tell where the queries are")
+        full.offloading = True
+        assert path() == (absorbed, "an offloaded layer is on the device during its update only")
+        monkeypatch.setattr(latent_module, "absorbed_costs_less", lambda *_: False)
+        assert path() == (expanded, "absorbed attention costs more")
+        model.train()
+        assert path() == (expanded, "training")

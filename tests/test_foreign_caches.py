@@ -1,5 +1,6 @@
 """Caches that `generate` did not make: by users, by peft, for export, and by another copy of the code."""
 
+import copy
 import os
 import shutil
 import subprocess
@@ -100,22 +101,26 @@ def test_export_with_a_static_cache(model):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
 def test_export_with_a_dynamic_cache(model):
+    """A prefill, and a step behind any number of tokens; layers of transformers, as no others leave a graph."""
     register_dynamic_cache_export_support()
-    ids = tokens(2, 9)
+    ids = tokens(2, 12)
 
-    def export(part, cache):
+    def export(part, cache, cache_shape):
         arguments = {"input_ids": part, CACHE_ARGUMENT: cache, "use_cache": True}
-        with torch.no_grad():
-            return torch.export.export(model, (), arguments, strict=False).module(), arguments
+        shapes = {"input_ids": None, CACHE_ARGUMENT: cache_shape, "use_cache": None}
+        return torch.export.export(model, (), arguments, dynamic_shapes=shapes, strict=False).module()
 
-    prefill, arguments = export(ids[:, :8], DynamicCache())
-    first = prefill(**arguments)
-    step, arguments = export(ids[:, 8:], first[CACHE_ARGUMENT])
-    with torch.no_grad():
-        expected = model(ids, use_cache=False).logits
-    torch.testing.assert_close(first.logits, expected[:, :8], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(step(**arguments).logits, expected[:, 8:], rtol=1e-4, atol=1e-5)
+    prefill = export(ids[:, :8], DynamicCache(), [[], []])
+    out = prefill(input_ids=ids[:, :8], **{CACHE_ARGUMENT: DynamicCache()}, use_cache=True)
+    logits = [out.logits]
+    step = export(ids[:, 8:9], copy.deepcopy(out[CACHE_ARGUMENT]), [[{2: torch.export.Dim.DYNAMIC}] * 2] * 2)
+    for i in range(8, 12):
+        out = step(input_ids=ids[:, i : i + 1], **{CACHE_ARGUMENT: out[CACHE_ARGUMENT]}, use_cache=True)
+        logits.append(out.logits)
+    expected = model(ids, use_cache=False).logits
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=1e-4, atol=1e-5)
 
 
 TWO_COPIES = (

@@ -1,0 +1,198 @@
+"""Multi-head latent attention as pure tensor functions: rotation, expansion, and absorbed decoding.
+
+The letters in shapes are those of `latent_shape.py`.
+"""
+
+import torch
+
+from .latent_shape import LatentShape
+
+# The absorbed path holds the scores [B, H, T, S]. Decoding and speculative decoding ask for a handful of query tokens;
+# for more (chunked prefill) the expanded path and its fused kernels are the better choice whatever the count says.
+MAX_ABSORBED_QUERY_TOKENS = 64
+
+
+def default_rope_frequencies(shape: LatentShape, head_dim: int) -> torch.Tensor:
+    """Frequency index of each rotary pair before a conversion sets it, [n, r/2]: the highest ones, in turn, of the
+    `head_dim / 2` in the model's rotary table."""
+    pairs = torch.arange(shape.qk_rope_head_dim // 2) % (head_dim // 2)
+    return pairs.repeat(shape.num_rope_key_heads, 1)
+
+
+def select_frequencies(
+    cos: torch.Tensor, sin: torch.Tensor, rope_frequencies: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Pick from the model's full rotary table the frequencies that a layer's rotary keys use.
+
+    Args:
+        cos, sin (`torch.Tensor`): Table for all frequencies, [B, T, head_dim], its halves being equal.
+        rope_frequencies (`torch.Tensor`): Frequency index of each rotary pair, [n, r/2], in [0, head_dim/2).
+
+    Returns:
+        cos and sin of shape [B, n, T, r].
+    """
+    n, half = rope_frequencies.shape
+    index = rope_frequencies.flatten()
+
+    def pick(table: torch.Tensor) -> torch.Tensor:
+        picked = table[..., index].unflatten(-1, (n, half))  # [B, T, n, r/2]
+        return torch.cat((picked, picked), dim=-1).transpose(1, 2)
+
+    return pick(cos), pick(sin)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """
+    Apply RoPE: pair j of x is the dims (j, j + r/2).
+
+    Args:
+        x (`torch.Tensor`): Queries or keys, [B, heads, T, r]; heads is a multiple of n and grouped by rotary key head.
+        cos, sin (`torch.Tensor`): [B, n, T, r] from [`select_frequencies`].
+
+    Returns:
+        The rotated x, [B, heads, T, r].
+    """
+    grouped = x.unflatten(1, (cos.shape[1], -1))  # [B, n, heads/n, T, r]
+    first, second = grouped.chunk(2, dim=-1)
+    rotated_half = torch.cat((-second, first), dim=-1)
+    return (grouped * cos.unsqueeze(2) + rotated_half * sin.unsqueeze(2)).flatten(1, 2)
+
+
+def repeat_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Repeat each head of x [B, heads, S, dim] so that there are `num_heads`; a multiple of heads."""
+    return x if x.shape[1] == num_heads else x.repeat_interleave(num_heads // x.shape[1], dim=1)
+
+
+def expand_keys_values(
+    expanded: torch.Tensor, rope_keys: torch.Tensor, shape: LatentShape
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Full keys and values from what `kv_b_proj` makes of the latents.
+
+    Args:
+        expanded (`torch.Tensor`): [B, S, N*nope + G*v], un-rotated keys before values.
+        rope_keys (`torch.Tensor`): Rotated keys, [B, n, S, r].
+
+    Returns:
+        Keys [B, N, S, nope + r] and values [B, N, S, v].
+    """
+    nope, values = shape.split_expanded(expanded)
+    keys = torch.cat((nope, repeat_heads(rope_keys, shape.num_nope_key_heads)), dim=-1)
+    return keys, repeat_heads(values, shape.num_nope_key_heads)
+
+
+def absorbed_costs_less(num_queries: int, num_cached: int, shape: LatentShape) -> bool:
+    """
+    Whether absorbed attention needs fewer multiplications than expanding the whole history.
+
+    Expanded: S*R*(N*nope + G*v) to expand, T*H*S*(nope + r + v) to attend.
+    Absorbed: T*H*R*(nope + v) to move queries and outputs through the up-projections, T*H*S*(W + R) to attend.
+    """
+    query_heads = num_queries * shape.num_attention_heads
+    expand = num_cached * shape.kv_lora_rank * shape.expanded_width
+    attend_expanded = query_heads * num_cached * (shape.qk_head_dim + shape.v_head_dim)
+    absorb = query_heads * shape.kv_lora_rank * (shape.qk_nope_head_dim + shape.v_head_dim)
+    attend_absorbed = query_heads * num_cached * (shape.width + shape.kv_lora_rank)
+    return absorb + attend_absorbed < expand + attend_expanded
+
+
+def add_mask(scores: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """
+    Hide what queries must not see, whichever form of mask the attention implementation in use was given.
+
+    Args:
+        scores (`torch.Tensor`): [B, H, T, S].
+        attention_mask (`torch.Tensor`, *optional*): sdpa's boolean or eager's additive mask, [B, 1, T, >= S]; or flash
+            attention's padding mask [B, S], for which causality is added here, as it is for no mask at all: the T
+            queries are then the last T of the S tokens.
+    """
+    num_queries, num_cached = scores.shape[-2:]
+    hidden = torch.finfo(scores.dtype).min
+    if attention_mask is not None and attention_mask.dim() == 4:
+        attention_mask = attention_mask[..., :num_cached]
+        if attention_mask.dtype == torch.bool:
+            return scores.masked_fill(~attention_mask, hidden)
+        return scores + attention_mask
+    if num_queries > 1:
+        visible = torch.ones(num_queries, num_cached, dtype=torch.bool, device=scores.device)
+        scores = scores.masked_fill(~visible.tril(num_cached - num_queries), hidden)
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask[:, None, None, -num_cached:].bool(), hidden)
+    return scores
+
+
+def multiply_heads(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """
+    x [B, heads, rows, K] by one matrix a head, [heads, K, L]: [B, heads, rows, L].
+
+    `matmul` would copy the matrices for every sequence, which at a batch of 400 costs more than the attention.
+    """
+    batch, _, rows, _ = x.shape
+    flat = x.transpose(0, 1).flatten(1, 2).bmm(weights)  # [heads, B * rows, L]
+    return flat.unflatten(1, (batch, rows)).transpose(0, 1)
+
+
+def absorb_query(q_nope: torch.Tensor, q_rope: torch.Tensor, w_uk: torch.Tensor, shape: LatentShape) -> torch.Tensor:
+    """
+    Queries that meet the cache as it lies.
+
+    Args:
+        q_nope (`torch.Tensor`): Un-rotated queries, [B, H, T, nope].
+        q_rope (`torch.Tensor`): Rotated queries, [B, H, T, r].
+        w_uk (`torch.Tensor`): Up-projections of keys, [N, nope, R].
+
+    Returns:
+        [B, H*T, W].
+    """
+    batch, num_heads, num_queries, _ = q_nope.shape
+    grouped = q_nope.unflatten(1, (shape.num_nope_key_heads, -1)).flatten(2, 3)  # [B, N, H/N * T, nope]
+    q_latent = multiply_heads(grouped, w_uk).reshape(batch, num_heads, num_queries, -1)
+    n = shape.num_rope_key_heads
+    if n > 1:
+        # Every query head sees all rotary keys of an entry: its own slot holds the query, the others zeros.
+        slots = torch.eye(n, dtype=q_rope.dtype, device=q_rope.device)
+        q_rope = q_rope.unflatten(1, (n, -1)).unsqueeze(-2) * slots[:, None, None, :, None]
+        q_rope = q_rope.flatten(-2).flatten(1, 2)  # [B, H, T, n*r]
+    return torch.cat((q_latent, q_rope), dim=-1).flatten(1, 2)
+
+
+def expand_output(context: torch.Tensor, w_uv: torch.Tensor, shape: LatentShape) -> torch.Tensor:
+    """Values [B, T, H, v] from what heads see of the latents [B, H*T, R], by their up-projections `w_uv` [G, v, R]."""
+    batch, rows, rank = context.shape
+    context = context.view(batch, shape.num_key_value_heads, -1, rank)  # [B, G, H/G * T, R]
+    values = multiply_heads(context, w_uv.transpose(1, 2))  # [B, G, H/G * T, v]
+    num_heads = shape.num_attention_heads
+    return values.reshape(batch, num_heads, rows // num_heads, -1).transpose(1, 2)
+
+
+def absorbed_attention(
+    q_nope: torch.Tensor,
+    q_rope: torch.Tensor,
+    entries: torch.Tensor,
+    kv_b_weight: torch.Tensor,
+    shape: LatentShape,
+    scaling: float,
+    attention_mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Attention over the cache as it lies: the up-projections move to the query and to the output (DeepSeek-V2, arXiv
+    2405.04434, section 2.1.2), which makes it multi-query attention with one key head of width W.
+
+    Args:
+        q_nope (`torch.Tensor`): Un-rotated queries, [B, H, T, nope].
+        q_rope (`torch.Tensor`): Rotated queries, [B, H, T, r].
+        entries (`torch.Tensor`): The cache, [B, S, W]: latents, then n rotary keys of r dims.
+        kv_b_weight (`torch.Tensor`): Up-projections, [N*nope + G*v, R].
+        attention_mask (`torch.Tensor`, *optional*): See [`add_mask`].
+
+    Returns:
+        Output [B, T, H, v] and attention probabilities [B, H, T, S].
+    """
+    _, num_heads, num_queries, _ = q_nope.shape
+    w_uk, w_uv = shape.split_up_projection(kv_b_weight)
+    query = absorb_query(q_nope, q_rope, w_uk, shape)
+    scores = query.matmul(entries.transpose(1, 2)).unflatten(1, (num_heads, num_queries)) * scaling  # [B, H, T, S]
+    weights = add_mask(scores, attention_mask).softmax(dim=-1, dtype=torch.float32).to(q_nope.dtype)
+    context = weights.flatten(1, 2).matmul(entries[..., : shape.kv_lora_rank])  # [B, H*T, R]
+    return expand_output(context, w_uv, shape), weights

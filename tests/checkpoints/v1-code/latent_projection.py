@@ -1,0 +1,47 @@
+"""Which projections are matrices. Absorbed attention multiplies by the up-projection's matrix instead of calling the
+module, so it has to know that a call would do the same to every row."""
+
+from typing import TypeGuard
+
+import torch
+from torch import nn
+
+
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether `module.weight` is the matrix: no adapter, quantised, sharded or offloaded weight, parametrisation or
+    hook."""
+    return (
+        type(module) is nn.Linear
+        and type(module.weight) in (nn.Parameter, torch.Tensor)
+        and "forward" not in module.__dict__
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+    )
+
+
+def is_linear_map(module: nn.Module) -> bool:
+    """
+    Whether what a projection without a bias does to the unit vectors is what it does to every row.
+
+    That is so for linear layers whose weights are stored in another way (quantised by bitsandbytes, quanto or torchao,
+    offloaded by accelerate), and for plain LoRA over one. In doubt it is not: hooks may depend on the row (peft's
+    `adapter_names`) or on the layout of the batch (tensor parallelism, FSDP), and so may LoRA's variants.
+    """
+    if is_plain_linear(module):
+        return True
+    if any(part._forward_hooks or part._forward_pre_hooks for part in module.modules()):
+        return False
+    if isinstance(module, nn.Linear):
+        return module.bias is None
+    # A LoRA layer of peft, and nothing but that: no variant, no bias, no other `forward`.
+    plain_lora = getattr(module, "lora_variant", None) == {} and not any(getattr(module, "lora_bias", {}).values())
+    base = getattr(module, "base_layer", None)
+    return plain_lora and "forward" not in module.__dict__ and isinstance(base, nn.Module) and is_linear_map(base)
+
+
+def as_matrix(module: nn.Module, in_features: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The matrix [out, in] of a projection that [`is_linear_map`]. Reading `.weight` of a wrapped layer would skip its
+    adapter without a word, so anything but a plain `nn.Linear` is asked what it does to the unit vectors."""
+    if is_plain_linear(module):
+        return module.weight
+    return module(torch.eye(in_features, dtype=dtype, device=device)).T

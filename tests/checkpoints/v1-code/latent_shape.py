@@ -1,0 +1,92 @@
+"""The sizes of latent attention, in one object, and how its tensors are laid out.
+
+Letters in shapes, here and in every file of the family: B batch, T query tokens, S cached tokens (new ones included),
+H query heads, G key/value heads, N un-rotated key heads (G or H), n rotary key heads (1 or G), R latent size, nope and
+r un-rotated and rotary dims of a head, v dims of a value, W = R + n*r numbers cached per token and layer.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class LatentShape:
+    """
+    Sizes of a layer of latent attention. The config owns it (`config.latent_shape`); fields are named as there.
+
+    Attributes:
+        num_attention_heads (`int`): H.
+        num_key_value_heads (`int`): G.
+        num_nope_key_heads (`int`): N.
+        num_rope_key_heads (`int`): n.
+        kv_lora_rank (`int`): R.
+        qk_nope_head_dim (`int`): nope.
+        qk_rope_head_dim (`int`): r.
+        v_head_dim (`int`): v.
+    """
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    num_nope_key_heads: int
+    num_rope_key_heads: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Dims of an expanded query or key."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def rope_width(self) -> int:
+        """Numbers in all rotary keys of a token, n*r."""
+        return self.num_rope_key_heads * self.qk_rope_head_dim
+
+    @property
+    def width(self) -> int:
+        """W, the numbers cached per token and layer: a latent, then the rotary keys."""
+        return self.kv_lora_rank + self.rope_width
+
+    @property
+    def expanded_keys_width(self) -> int:
+        """Numbers in all un-rotated keys of a token, N*nope."""
+        return self.num_nope_key_heads * self.qk_nope_head_dim
+
+    @property
+    def expanded_width(self) -> int:
+        """Numbers expanded from a latent: un-rotated keys, then values, N*nope + G*v."""
+        return self.expanded_keys_width + self.num_key_value_heads * self.v_head_dim
+
+    def split_queries(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Un-rotated and rotary parts [B, H, T, nope] and [B, H, T, r] of queries [B, T, H * (nope + r)]."""
+        heads = queries.unflatten(-1, (self.num_attention_heads, self.qk_head_dim)).transpose(1, 2)
+        q_nope, q_rope = heads.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        return q_nope, q_rope
+
+    def split(self, entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents [B, S, R] and rotary keys [B, n, S, r] of entries [B, S, W]."""
+        latents, rope_keys = entries.split([self.kv_lora_rank, self.rope_width], dim=-1)
+        return latents, rope_keys.unflatten(-1, (self.num_rope_key_heads, self.qk_rope_head_dim)).transpose(1, 2)
+
+    def join(self, latents: torch.Tensor, rope_keys: torch.Tensor) -> torch.Tensor:
+        """The inverse of [`split`]: entries [B, S, W]."""
+        return torch.cat((latents, rope_keys.transpose(1, 2).flatten(2)), dim=-1)
+
+    def split_expanded(self, expanded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Un-rotated keys [B, N, S, nope] and values [B, G, S, v] of what latents expand to, [B, S, N*nope + G*v]."""
+        keys, values = expanded[..., : self.expanded_keys_width], expanded[..., self.expanded_keys_width :]
+        return (
+            keys.unflatten(-1, (self.num_nope_key_heads, self.qk_nope_head_dim)).transpose(1, 2),
+            values.unflatten(-1, (self.num_key_value_heads, self.v_head_dim)).transpose(1, 2),
+        )
+
+    def split_up_projection(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The matrix of each un-rotated key head [N, nope, R] and value head [G, v, R], of [N*nope + G*v, R]."""
+        keys, values = weight[: self.expanded_keys_width], weight[self.expanded_keys_width :]
+        return (
+            keys.unflatten(0, (self.num_nope_key_heads, self.qk_nope_head_dim)),
+            values.unflatten(0, (self.num_key_value_heads, self.v_head_dim)),
+        )
