@@ -37,9 +37,13 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] == ["--version"]:
         print(f"mha2mla {mha2mla.__version__}")
         return 0
-    if not argv or argv[0] not in COMMANDS:
+    if argv[:1] in (["-h"], ["--help"]):
         print(usage())
-        return 0 if argv[:1] in (["-h"], ["--help"]) else 2
+        return 0
+    if not argv or argv[0] not in COMMANDS:
+        problem = f"mha2mla: error: there is no command {argv[0]!r}.\n\n" if argv else ""
+        print(problem + usage(), file=sys.stderr)
+        return 2
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("mha2mla").setLevel(logging.INFO)
     try:

@@ -33,8 +33,11 @@ class PushArguments:
 def main(argv: list[str]) -> None:
     options, given = parse(argv, "mha2mla push", PushArguments, description=__doc__, positionals=POSITIONALS)
 
+    from mha2mla.common.loading import is_hub_name
     from mha2mla.training.publish import describe_upload, plan_upload, push_folder
 
+    if not is_hub_name(given.repo):
+        raise ValueError(f"{given.repo!r} is no name on the Hub, which has the form OWNER/NAME.")
     print(describe_upload(plan_upload(given.folder, options.base_model, given.repo)))
     if not options.dry_run:
         print(push_folder(given.folder, given.repo, options.private, options.base_model))

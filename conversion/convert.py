@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from accelerate.utils.modeling import convert_file_size_to_int
 
+from mha2mla.common.device import check_device
 from mha2mla.common.loading import load_config
 from mha2mla.common.records import RECORD_NAME
 from mha2mla.common.scratch import scratch_folder
@@ -60,6 +61,7 @@ def convert(
     start = time.perf_counter()
     output, preset = Path(output), options.preset
     check_output(output, options.overwrite)
+    check_device(options.device)
     with local_checkpoint(source, revision, gguf_file) as folder:
         config = load_config(str(folder), "source")
         architecture, tensors = architecture_of(config), CheckpointReader(folder)

@@ -176,7 +176,14 @@ def test_ctrl_c_is_quiet(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("command", [("eval", "m", "--tasks", "mmlu"), ("bench", "--random", "pico")])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("eval", "m", "--tasks", "mmlu"),
+        ("bench", "--random", "pico"),
+        ("convert", "m", "out", "--cache-ratio", "0.5", "--data", "texts.jsonl"),
+    ],
+)
 def test_devices_are_looked_at_first(command, monkeypatch, capsys):
     monkeypatch.setattr("mha2mla.evaluation.tasks.require_harness_task", lambda name: None)
     assert main([*command, "--device", "gpu"]) == 2
@@ -202,3 +209,5 @@ def test_every_command_has_a_line_in_the_list(capsys):
     assert main(["--help"]) == 0
     printed = capsys.readouterr().out
     assert all(f"  {command} " in printed for command in COMMANDS)
+    assert main(["evla"]) == 2
+    assert "there is no command 'evla'" in capsys.readouterr().err

@@ -232,7 +232,7 @@ def test_calibration_errors(save_source, calibration_file, tmp_path, capsys):
 
 def test_command_without_arguments_lists_sub_commands(capsys):
     assert main([]) == 2
-    assert "convert" in capsys.readouterr().out
+    assert "convert" in capsys.readouterr().err  # what was asked for is no command
     assert main(["--help"]) == 0
 
 
