@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedConfig
 
-from .rotary import head_dim
+from .rotary import every_layer_has_rope, head_dim, num_rotary_pairs
 
 
 @dataclass(kw_only=True)
@@ -70,6 +70,12 @@ class CachePlan:
         )
 
 
+def unrotated_rows(source: PreTrainedConfig, rope_width: int) -> int:
+    """Rows of un-rotated keys, beside rotary keys of `rope_width` dims: in a layer without RoPE all of them."""
+    rows = source.num_key_value_heads * head_dim(source)
+    return rows - rope_width if every_layer_has_rope(source) else rows
+
+
 def plan_caches(
     sizes: CacheSizes,
     source: PreTrainedConfig,
@@ -96,7 +102,7 @@ def plan_caches(
     value_rows = source_width // 2
 
     def ranks_beside(rope: int) -> range:
-        return ranks(value_rows - num_rope_key_heads * rope, value_rows, source.hidden_size)
+        return ranks(unrotated_rows(source, num_rope_key_heads * rope), value_rows, source.hidden_size)
 
     ratio, rope, rank = sizes.cache_ratio, sizes.qk_rope_head_dim, sizes.kv_lora_rank
     if ratio is None:
@@ -124,16 +130,16 @@ def plan_caches(
         CachePlan(rank, rope, num_rope_key_heads, source_width, source.num_hidden_layers) for rope, rank in splits
     ]
     for plan in plans:
-        check_plan(plan, ranks_beside(plan.qk_rope_head_dim))
+        check_plan(plan, ranks_beside(plan.qk_rope_head_dim), source)
     return plans
 
 
-def check_plan(plan: CachePlan, ranks: range) -> None:
+def check_plan(plan: CachePlan, ranks: range, source: PreTrainedConfig) -> None:
     """Raise a `ValueError` if the source's matrices cannot fill the plan."""
     rope, rank = plan.qk_rope_head_dim, plan.kv_lora_rank
-    most = plan.source_width // 2 // plan.num_rope_key_heads
+    most = 2 * num_rotary_pairs(source) * source.num_key_value_heads // plan.num_rope_key_heads
     if rope % 2 != 0 or not 2 <= rope <= most:
-        where = "key/value heads x head_dim" if plan.num_rope_key_heads == 1 else "head_dim"
+        where = "key/value heads x rotary dims" if plan.num_rope_key_heads == 1 else "rotary dims of a head"
         raise ValueError(f"qk_rope_head_dim={rope} must be even and between 2 and the source's {where}, {most}.")
     if rank not in ranks:
         steps = "" if ranks.step == 1 else f" in steps of {ranks.step}"

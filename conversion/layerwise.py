@@ -17,6 +17,7 @@ from mha2mla.modeling.latent_attention import expand_keys_values, rotate, select
 from .architectures import Architecture
 from .attention_weights import LatentAttention, SourceAttention, project
 from .job import ConversionJob
+from .rotary import Rotation, layer_rotation
 
 
 @dataclass
@@ -29,8 +30,9 @@ class LayerVisit:
         architecture (`Architecture`): Knows how the layer runs.
         layer: The decoder layer, fp32, on the device.
         states (`list[torch.Tensor]`): Residual stream before the layer, one [1, T, hidden] a block, on the CPU.
-        position_embeddings: cos and sin of the source, [1, T, head_dim] each.
-        frequencies (`torch.Tensor`): Radians per position, [head_dim / 2].
+        position_embeddings: cos and sin of the source, [1, T, dims that rotate] each.
+        frequencies (`torch.Tensor`): Radians per position of each pair of a head, [d/2]; 0 where it stands still.
+        rotation (`Rotation`): Which pairs turn.
     """
 
     index: int
@@ -39,6 +41,7 @@ class LayerVisit:
     states: list[torch.Tensor]
     position_embeddings: tuple[torch.Tensor, torch.Tensor]
     frequencies: torch.Tensor
+    rotation: Rotation
 
     @property
     def source(self) -> SourceAttention:
@@ -89,7 +92,9 @@ def run_layers(job: ConversionJob, title: str) -> Iterator[LayerVisit]:
         layer.load_state_dict({name: t.to(device, torch.float32) for name, t in tensors.items()}, assign=True)
         # Without this, whatever is computed with the layer keeps its graph, and refinement differentiates the MLP.
         layer.eval().requires_grad_(False)
-        visit = LayerVisit(index, architecture, layer, states, position_embeddings, rotary.inv_freq)
+        rotation = layer_rotation(job.config, index)
+        frequencies = rotation.frequencies(rotary.inv_freq)
+        visit = LayerVisit(index, architecture, layer, states, position_embeddings, frequencies, rotation)
         yield visit
         states = visit.outputs
         layer.to("meta")

@@ -34,7 +34,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from .configuration_mla_llama import MLALlamaConfig
-from .latent_module import LatentModelMixin, MultiHeadLatentAttention
+from .latent_module import LatentGenerationMixin, LatentModelMixin, MultiHeadLatentAttention
 
 
 class MLALlamaDecoderLayer(LlamaDecoderLayer):
@@ -76,7 +76,7 @@ class MLALlamaModel(MLALlamaPreTrainedModel, LlamaModel):
         self.post_init()
 
 
-class MLALlamaForCausalLM(MLALlamaPreTrainedModel, LlamaForCausalLM):
+class MLALlamaForCausalLM(LatentGenerationMixin, MLALlamaPreTrainedModel, LlamaForCausalLM):
     """
     Causal language model with latent attention; `forward` (logits_to_keep, num_items_in_batch, ...) is Llama's.
 

@@ -2,13 +2,14 @@
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Phi3Config, PreTrainedTokenizerFast
 
 from mha2mla.conversion.architectures import architecture_classes, architecture_of
 from mha2mla.conversion.attention_weights import LatentAttention, SourceAttention
+from mha2mla.conversion.cache_plan import unrotated_rows
 from mha2mla.conversion.export.check import TEXT
 from mha2mla.conversion.presets.paper.closed_form import convert_attention
-from mha2mla.conversion.rotary import rope_attention_scaling
+from mha2mla.conversion.rotary import Rotation, layer_rotation, num_rotary_pairs
 from mha2mla.modeling import MLALlamaConfig, MLALlamaForCausalLM
 
 # Begins a script in which the package cannot be imported, as on a machine of a checkpoint's user. An editable install
@@ -62,6 +63,7 @@ SOURCES = {
     "mqa": LlamaConfig(**BASE, num_key_value_heads=1, tie_word_embeddings=True),
     "head-dim": LlamaConfig(**BASE, num_key_value_heads=2, head_dim=16),
     "llama-bias": LlamaConfig(**BASE, num_key_value_heads=2, attention_bias=True),
+    "phi3-partial": Phi3Config(**BASE, num_key_value_heads=2, partial_rotary_factor=2 / 3),
 } | {
     name: AutoConfig.for_model(name, **{**BASE, "num_key_value_heads": 2, **ARCHITECTURE_FIELDS.get(name, {})})
     for name in (architecture.model_type for architecture in architecture_classes())
@@ -97,9 +99,13 @@ ROPES = {
 }
 
 
-def make_source(kind: str = "gqa", rope: str = "default", seed: int = 0) -> torch.nn.Module:
+def make_source(kind: str = "gqa", rope: str = "default", seed: int = 0, **rope_changes) -> torch.nn.Module:
     """A random source model, biases and norms included."""
-    config = type(SOURCES[kind])(**{**SOURCES[kind].to_dict(), "rope_parameters": ROPES[rope]})
+    fields = SOURCES[kind].to_dict()
+    fields["rope_parameters"] |= ROPES[rope] | rope_changes
+    if "original_max_position_embeddings" in fields:  # Phi-3's own, which goes before
+        fields["original_max_position_embeddings"] = 16
+    config = type(SOURCES[kind])(**fields)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -123,31 +129,41 @@ def attention_of(model: torch.nn.Module, layer: int) -> SourceAttention:
     return architecture.source_attention(architecture.attention_tensors(StateDict(model.state_dict()), layer))
 
 
-def shared_layout(source: SourceAttention) -> LatentAttention:
-    """All pairs of all key heads in one rotary key; a query head is zero outside its group's slots. Exact."""
+def rotation_of(model: torch.nn.Module, layer: int) -> Rotation:
+    return layer_rotation(model.config, layer)
+
+
+def shared_layout(source: SourceAttention, rotation: Rotation, nope_dims: int = 0) -> LatentAttention:
+    """All pairs of all key heads that turn in one rotary key; a query head is zero outside its group's slots. What
+    stands still is in the latent, beside the values. Exact."""
     num_heads, dim, hidden = source.q.shape
     groups = source.k.shape[0]
     half = dim // 2
+    turning = rotation.turning[:, None]  # [d/2, 1]
+    scale = rotation.score_factors[:, None]  # [d, 1]
     # [G, d] -> [2, G, d/2]: first halves of all heads, then second halves
-    keys = source.k.view(groups, 2, half, hidden).transpose(0, 1).reshape(1, -1, hidden)
+    keys = (source.k.view(groups, 2, half, hidden) * turning).transpose(0, 1).reshape(1, -1, hidden)
     slots = torch.eye(groups).repeat_interleave(num_heads // groups, dim=0)  # [H, G]
-    queries = torch.einsum("hsix,hg->hsgix", source.q.view(num_heads, 2, half, hidden), slots)
-    values = source.v.flatten(0, 1)
+    queries = torch.einsum("hsix,hg->hsgix", source.q.view(num_heads, 2, half, hidden) * turning, slots)
+    still = ~turning.repeat(2, 1)[:nope_dims]  # [nope, 1]
+    latent = torch.cat(((source.k[:, :nope_dims] * still).flatten(0, 1), source.v.flatten(0, 1)))
+    up = torch.eye(len(latent)).split([groups * nope_dims, groups * dim])
     layer = LatentAttention(
-        q_nope=source.q.new_zeros(num_heads, 0, hidden),
+        q_nope=(source.q * scale)[:, :nope_dims] * still,
         q_rope=queries.reshape(num_heads, -1, hidden),
-        latent=values,
+        latent=latent,
         k_rope=keys,
-        k_up=source.q.new_zeros(num_heads, 0, values.shape[0]),
-        v_up=torch.eye(values.shape[0]).view(groups, dim, -1),
+        k_up=torch.einsum("gdr,hg->hdr", up[0].view(groups, nope_dims, len(latent)), slots),
+        v_up=up[1].view(groups, dim, len(latent)),
         o=source.o,
-        rope_frequencies=torch.arange(half).repeat(groups)[None],
+        rope_frequencies=torch.arange(half).remainder(max(rotation.num_turning, 1)).repeat(groups)[None],
     )
     if source.has_bias:
-        q_bias = torch.einsum("hsi,hg->hsgi", source.q_bias.view(num_heads, 2, half), slots)
-        layer.q_nope_bias = source.q.new_zeros(num_heads, 0)
+        turning, scale, still = turning[:, 0], scale[:, 0], still[:, 0]
+        q_bias = torch.einsum("hsi,hg->hsgi", source.q_bias.view(num_heads, 2, half) * turning, slots)
+        layer.q_nope_bias = (source.q_bias * scale)[:, :nope_dims] * still
         layer.q_rope_bias = q_bias.reshape(num_heads, -1)
-        layer.k_rope_bias = source.k_bias.view(groups, 2, half).transpose(0, 1).reshape(1, -1)
+        layer.k_rope_bias = (source.k_bias.view(groups, 2, half) * turning).transpose(0, 1).reshape(1, -1)
         layer.o_bias = source.output_bias()
     return layer
 
@@ -171,19 +187,20 @@ def assemble(source: torch.nn.Module, layers: list[LatentAttention]) -> MLALlama
 
 
 def exact_model(source: torch.nn.Module, layout: str) -> MLALlamaForCausalLM:
-    """Every pair rotated, the values' full rank kept: the source in MLA form."""
+    """Every pair rotated that the source rotates, full rank kept: the source in MLA form."""
     config = source.config
     layers = []
     for index in range(config.num_hidden_layers):
-        attention = attention_of(source, index)
+        attention, rotation = attention_of(source, index), rotation_of(source, index)
+        groups, dim, hidden = attention.k.shape
+        turning = num_rotary_pairs(config)
+        still_rows = unrotated_rows(config, groups * 2 * turning)
         if layout == "shared":
-            layers.append(shared_layout(attention))
+            layers.append(shared_layout(attention, rotation, dim if still_rows else 0))
         else:
-            groups, dim, hidden = attention.k.shape
-            pairs = torch.arange(dim // 2).repeat(groups, 1)
-            layers.append(
-                convert_attention(attention, pairs, min(groups * dim, hidden), "joint", rope_attention_scaling(config))
-            )
+            pairs = torch.arange(turning).repeat(groups, 1)
+            rank = min(still_rows + groups * dim, hidden)
+            layers.append(convert_attention(attention, pairs, rank, "joint", rotation, still_rows // groups))
     return assemble(source, layers)
 
 

@@ -5,6 +5,7 @@ import torch
 
 from mha2mla.common.robust_error import robust_error
 from mha2mla.conversion.architectures import architecture_of
+from mha2mla.conversion.cache_plan import unrotated_rows
 from mha2mla.conversion.layerwise import LayerVisit, attend
 from mha2mla.conversion.presets.calibrated import closed_form as calibrated
 from mha2mla.conversion.presets.calibrated import refine
@@ -26,8 +27,8 @@ from mha2mla.conversion.presets.calibrated.shared_key import (
     to_complex,
     to_real,
 )
-from mha2mla.conversion.rotary import rope_attention_scaling
-from pico import ROPES, assemble, attention_of, make_source, tokens
+from mha2mla.conversion.rotary import num_rotary_pairs
+from pico import ROPES, assemble, attention_of, make_source, rotation_of, tokens
 
 H, G, F, T, D = 4, 2, 3, 6, 10  # query heads, key heads, frequencies, tokens, hidden
 
@@ -159,27 +160,31 @@ def statistics_of(source, layer, ids, shared):
     with torch.no_grad():
         hidden = source(ids, output_hidden_states=True).hidden_states[layer]
         x = source.model.layers[layer].input_layernorm(hidden)
-    scaling = rope_attention_scaling(source.config)
-    frequencies = source.model.rotary_emb.inv_freq
+    rotation = rotation_of(source, layer)
+    frequencies = rotation.frequencies(source.model.rotary_emb.inv_freq)
     attention = attention_of(source, layer)
     return attention, calibrated.collect_statistics(
-        attention, lambda i: x[i], len(x), len(x), frequencies, shared, scaling
+        attention, lambda i: x[i], len(x), len(x), frequencies, shared, rotation
     )
 
 
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("kind", ["gqa", "mha", "mqa", "qwen2", "llama-bias"])
 @pytest.mark.parametrize("rope", ["default", "yarn"])
+@pytest.mark.parametrize("kind", ["gqa", "mha", "mqa", "qwen2", "llama-bias", "phi3-partial"])
 def test_all_pairs_and_all_ranks_kept_equal_the_source(kind, rope, shared):
+    if kind == "phi3-partial" and rope == "yarn":
+        pytest.skip("Phi-3 takes yarn for longrope")
     source = make_source(kind, rope)
     ids = tokens(6, 24)
     layers = []
     for index in range(2):
         attention, statistics = statistics_of(source, index, ids, shared)
         groups, dim, hidden = attention.k.shape
-        rope_dims = groups * dim if shared else dim
+        rope_dims = 2 * num_rotary_pairs(source.config)
+        rank = min(unrotated_rows(source.config, groups * rope_dims) + groups * dim, hidden)
+        rope_dims *= groups if shared else 1
         layer, metrics = calibrated.convert_attention(
-            attention, statistics, rope_dims, min(groups * dim, hidden), shared, rope_attention_scaling(source.config)
+            attention, statistics, rope_dims, rank, shared, rotation_of(source, index)
         )
         assert metrics["unrotation_error"] == 0.0
         assert metrics["value_energy_kept"] == pytest.approx(1.0)
@@ -206,8 +211,7 @@ def test_functional_attention_equals_the_models(kind, rope):
     """What refinement differentiates is what the saved model computes."""
     source = make_source(kind, rope) if rope != "longrope" or kind == "gqa" else make_source(kind)
     attention, statistics = statistics_of(source, 0, tokens(2, 12), shared=True)
-    scaling = rope_attention_scaling(source.config)
-    layer, _ = calibrated.convert_attention(attention, statistics, 8, 10, True, scaling)
+    layer, _ = calibrated.convert_attention(attention, statistics, 8, 10, True, rotation_of(source, 0))
     model = assemble(source, [layer, layer])
     x = torch.randn(2, 12, 48)
     positions = torch.arange(12)[None]
@@ -228,11 +232,13 @@ def test_refinement_brings_the_stream_back(monkeypatch):
     source = make_source("gqa").requires_grad_(False)
     ids = tokens(4, 16)
     attention, statistics = statistics_of(source, 0, ids, shared=True)
-    layer, _ = calibrated.convert_attention(attention, statistics, 4, 6, True)
+    rotation = rotation_of(source, 0)
+    layer, _ = calibrated.convert_attention(attention, statistics, 4, 6, True, rotation)
     states = [source.model.embed_tokens(row[None]) for row in ids]
     embeddings = source.model.rotary_emb(states[0], torch.arange(16)[None])
     architecture = architecture_of(source.config)
-    visit = LayerVisit(0, architecture, source.model.layers[0], states, embeddings, source.model.rotary_emb.inv_freq)
+    frequencies = source.model.rotary_emb.inv_freq
+    visit = LayerVisit(0, architecture, source.model.layers[0], states, embeddings, frequencies, rotation)
 
     def error(candidate):
         with torch.no_grad():

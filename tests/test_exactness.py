@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from mha2mla.conversion.presets.paper.closed_form import convert_attention
-from mha2mla.conversion.rotary import rope_attention_scaling
-from pico import LAYOUTS, ROPES, SOURCES, assemble, attention_of, exact_model, make_source, tokens
+from pico import LAYOUTS, ROPES, SOURCES, assemble, attention_of, exact_model, make_source, rotation_of, tokens
 
 
 def assert_same_logits(source, converted, length=24):
@@ -30,6 +29,27 @@ def test_every_rope_type_equals_source(rope, layout, length):
     assert_same_logits(source, exact_model(source, layout), length)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("length", [6, 48])
+def test_longrope_of_a_part_of_the_head_equals_source(layout, length):
+    factors = {name: ROPES["longrope"][name][:4] for name in ("short_factor", "long_factor")}
+    source = make_source("phi3-partial", "longrope", **factors)
+    assert_same_logits(source, exact_model(source, layout), length)
+
+
+@pytest.mark.parametrize("cache", [None, "static", "quantized"])
+def test_text_that_outgrows_longropes_first_table(cache):
+    """The step at which the other table begins makes all keys anew: each token is the one that follows the text so
+    far."""
+    model = exact_model(make_source("gqa", "longrope"), "shared")
+    text = model.generate(
+        tokens(2, 12), max_new_tokens=9, min_new_tokens=9, do_sample=False, cache_implementation=cache
+    )
+    with torch.no_grad():
+        for end in range(12, 21):
+            assert torch.equal(model(text[:, :end]).logits[:, -1].argmax(-1), text[:, end])
+
+
 @pytest.mark.parametrize("kind", ["gqa", "qwen2", "head-dim"])
 def test_unrotated_dims_without_compression_equal_source_with_those_angles_zero(kind):
     """svd="none": the only change is that the dropped frequencies no longer turn. The source with these frequencies
@@ -39,7 +59,10 @@ def test_unrotated_dims_without_compression_equal_source_with_those_angles_zero(
     groups, dim, _ = attention.k.shape
     kept = torch.tensor([0, 2])
     rank = groups * (2 * dim - 4)
-    layers = [convert_attention(attention_of(source, i), kept.repeat(groups, 1), rank, "none") for i in range(2)]
+    pairs = kept.repeat(groups, 1)
+    layers = [
+        convert_attention(attention_of(source, i), pairs, rank, "none", rotation_of(source, i)) for i in range(2)
+    ]
     converted = assemble(source, layers)
     still = torch.ones(dim // 2, dtype=torch.bool)
     still[kept] = False
@@ -50,13 +73,13 @@ def test_unrotated_dims_without_compression_equal_source_with_those_angles_zero(
 @pytest.mark.parametrize("rope", ["yarn", "longrope"])
 def test_attention_factor_reaches_unrotated_dims(rope):
     source = make_source("gqa", rope)
-    scaling = rope_attention_scaling(source.config)
-    assert scaling != 1.0
+    rotation = rotation_of(source, 0)
+    assert rotation.scaling != 1.0
     attention = attention_of(source, 0)
     groups, dim, _ = attention.k.shape
     pairs = torch.tensor([[0, 1], [0, 3]])
     layers = [
-        convert_attention(attention_of(source, i), pairs, groups * (2 * dim - 4), "none", scaling) for i in (0, 1)
+        convert_attention(attention_of(source, i), pairs, groups * (2 * dim - 4), "none", rotation) for i in (0, 1)
     ]
     converted = assemble(source, layers)
     # At position 0 nothing turns, so one-token texts must agree, factor included; two tokens at position 0 as well.

@@ -11,7 +11,7 @@ from mha2mla.modeling import MLALlamaConfig, MLALlamaForCausalLM
 
 from ..attention_weights import LatentAttention, SourceAttention
 from ..checkpoint import TensorSource
-from ..rotary import head_dim, rope_attention_scaling
+from ..rotary import head_dim, num_rotary_pairs, pairs_first, whole_head_table
 from .refusals import (
     refuse_experts,
     refuse_normalised_heads,
@@ -46,20 +46,22 @@ class Architecture:
     # The family that the converted model belongs to.
     mla_config_class: ClassVar[Any] = MLALlamaConfig
     mla_model_class: ClassVar[Any] = MLALlamaForCausalLM
+    # Whether transformers' class rotates a part of a head where `partial_rotary_factor` says so.
+    rotates_parts: ClassVar[bool] = False
     refusals: ClassVar[tuple[Callable[[PreTrainedConfig], None], ...]] = (
         refuse_experts,
         refuse_sliding_window,
         refuse_quantised_weights,
-        refuse_partial_rotation,
         refuse_odd_heads,
     )
 
     def __init__(self, config: PreTrainedConfig):
         for refuse in self.refusals:
             refuse(config)
+        if not self.rotates_parts:
+            refuse_partial_rotation(config)
         self.config = config
         self.head_dim = head_dim(config)
-        self.rope_attention_scaling = rope_attention_scaling(config)
 
     @classmethod
     def accepts(cls, config: PreTrainedConfig) -> bool:
@@ -107,7 +109,10 @@ class Architecture:
         """The attention of a layer from its tensors (see [`attention_tensors`]), in any float type."""
 
         def by_head(name: str) -> Any:
-            return attention[name].float().unflatten(0, (-1, self.head_dim)) if name in attention else None
+            if name not in attention:
+                return None
+            heads = attention[name].float().unflatten(0, (-1, self.head_dim))
+            return heads if name.startswith("v_proj") else pairs_first(heads, num_rotary_pairs(self.config))
 
         o_bias = attention.get("o_proj.bias")
         return SourceAttention(
@@ -154,8 +159,9 @@ class Architecture:
         """The converted model's config: what the family shares with the source, and the fields of its attention."""
         inherited = {field.name for field in fields(self.mla_config_class)} - set(NOT_INHERITED)
         values = {name: value for name, value in self.config.to_dict().items() if name in inherited}
+        values |= {"tie_word_embeddings": self.ties_embeddings, "rope_parameters": whole_head_table(self.config)}
         return self.mla_config_class(
-            **values | {"tie_word_embeddings": self.ties_embeddings},
+            **values,
             head_dim=self.head_dim,
             v_head_dim=self.head_dim,
             architectures=[self.mla_model_class.__name__],

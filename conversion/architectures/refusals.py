@@ -36,9 +36,12 @@ def refuse_experts(config: PreTrainedConfig) -> None:
 
 
 def refuse_sliding_window(config: PreTrainedConfig) -> None:
-    if getattr(config, "sliding_window", None) is not None:
+    """A window that no text of the model's length reaches, or that no layer has, is none."""
+    window, layers = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    used = layers is None or "sliding_attention" in layers
+    if window is not None and used and window < config.max_position_embeddings:
         raise ValueError(
-            f"sliding_window={config.sliding_window}: a window bounds the cache already, and the converted model "
+            f"sliding_window={window}: a window bounds the cache already, and the converted model "
             "would not keep it. If the model never meets longer texts, set sliding_window to null in its config.json."
         )
 
@@ -54,12 +57,21 @@ def refuse_quantised_weights(config: PreTrainedConfig) -> None:
 def refuse_partial_rotation(config: PreTrainedConfig) -> None:
     factor = config.rope_parameters.get("partial_rotary_factor", 1.0)
     if factor != 1.0:
-        raise ValueError(f"rope_parameters.partial_rotary_factor={factor}: only fully rotated heads are supported.")
+        raise ValueError(
+            f"rope_parameters.partial_rotary_factor={factor}: transformers' {config.model_type!r} rotates whole "
+            "heads. Set it to 1 if that is what is meant."
+        )
 
 
 def refuse_odd_heads(config: PreTrainedConfig) -> None:
     if head_dim(config) % 2 != 0:
         raise ValueError(f"head_dim={head_dim(config)} must be even for rotary embeddings.")
+    factor = config.rope_parameters.get("partial_rotary_factor", 1.0)
+    if int(head_dim(config) * factor) % 2 != 0:
+        raise ValueError(
+            f"rope_parameters.partial_rotary_factor={factor} rotates {int(head_dim(config) * factor)} dims of a head, "
+            "which must be even."
+        )
 
 
 def refuse_normalised_heads(tensors: TensorSource, prefix: str) -> None:

@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 
 from mha2mla.conversion.attention_weights import LatentAttention, SourceAttention, project
-from mha2mla.conversion.rotary import pair_norms
+from mha2mla.conversion.rotary import Rotation, pair_norms
 from mha2mla.modeling.latent_attention import rotate
 
 from .frequency_lists import select_listed
@@ -72,7 +72,7 @@ def collect_statistics(
     num_score_blocks: int,
     frequencies: torch.Tensor,
     shared_key: bool,
-    rope_attention_scaling: float = 1.0,
+    rotation: Rotation,
     steps: Steps = DEFAULT_STEPS,
 ) -> LayerStatistics:
     """
@@ -84,13 +84,13 @@ def collect_statistics(
             device at a time.
         num_blocks (`int`): Blocks of text.
         num_score_blocks (`int`): How many of them to take the pairs' statistics from.
-        frequencies (`torch.Tensor`): Radians per position, [F].
+        frequencies (`torch.Tensor`): Radians per position, 0 for pairs that stand still, [F].
         shared_key (`bool`): One rotary key for all heads, or one per key/value head.
-        rope_attention_scaling (`float`): yarn's and longrope's factor on cosines and sines.
+        rotation (`Rotation`): Which pairs turn.
         steps (`Steps`): Of which the weights of scores and of tokens are used.
     """
     head_dim, hidden = source.q.shape[1:]
-    scaling = head_dim**-0.5 * rope_attention_scaling**2
+    scaling, score_factors = head_dim**-0.5, rotation.score_factors.to(source.q.device)
 
     def attention_of(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries before rotation [H, T, d] and attention probabilities [H, T, T]."""
@@ -98,7 +98,7 @@ def collect_statistics(
         angle = torch.arange(x.shape[0], device=x.device)[:, None] * frequencies
         cos, sin = (table.repeat(1, 2)[None, None] for table in (angle.cos(), angle.sin()))  # [1, 1, T, d]
         rotated_q, rotated_k = (rotate(heads[None], cos, sin)[0] for heads in (q, k))
-        return q, attention_probabilities(rotated_q, rotated_k, scaling)
+        return q, attention_probabilities(rotated_q * score_factors, rotated_k, scaling)
 
     # Sums over many tokens lose their small eigenvalues in fp32, so they are kept in fp64.
     covariance = torch.zeros(hidden, hidden, dtype=torch.float64, device=source.q.device)
@@ -159,7 +159,7 @@ def convert_attention(
     qk_rope_head_dim: int,
     kv_lora_rank: int,
     shared_key: bool,
-    rope_attention_scaling: float = 1.0,
+    rotation: Rotation,
     steps: Steps = DEFAULT_STEPS,
     frequency_list: tuple[int, ...] | None = None,
 ) -> tuple[LatentAttention, dict[str, float]]:
@@ -174,7 +174,7 @@ def convert_attention(
         statistics (`LayerStatistics`): Collected with the same `shared_key`.
         qk_rope_head_dim (`int`): r, dims of one rotary key; even.
         kv_lora_rank (`int`): R.
-        rope_attention_scaling (`float`): As for [`collect_statistics`].
+        rotation (`Rotation`): Which pairs turn. What the rotary key has room for beyond those is zero.
         steps (`Steps`): Of which the mean rotation and the low rank are used.
         frequency_list (`tuple[int, ...]`, *optional*): The r/2 frequencies that keep RoPE, each in the layer's best
             component; by default the layer's most costly pairs keep it. For a shared key only.
@@ -186,22 +186,26 @@ def convert_attention(
     num_heads, head_dim, _ = source.q.shape
     mix, unmix, kind = statistics.mix, statistics.unmix, statistics.latent_covariance.dtype
     factors = head_factors(mix, num_heads)  # [H, F, A]
-    rotation, cost = steps.mean_rotation(statistics.moments, factors)
+    mean, cost = steps.mean_rotation(statistics.moments, factors)
+    turning = rotation.turning.to(cost.device)  # [F]
+    mean, cost = torch.where(turning[:, None], mean, 1), torch.where(turning[:, None], cost, 0)
+    priority = cost.sum(0).masked_fill(~turning[:, None], -1)  # whatever turns goes before what stands still
     if frequency_list is not None:
-        frequency, component = select_listed(cost.sum(0), frequency_list)  # [1, r/2] both
+        frequency, component = select_listed(priority, frequency_list)  # [1, r/2] both
     else:
         select = select_shared if shared_key else select_per_head
-        frequency, component = select(cost.sum(0), qk_rope_head_dim // 2)  # [n, r/2] both
+        frequency, component = select(priority, qk_rope_head_dim // 2)  # [n, r/2] both
+    used = turning[frequency]  # [n, r/2]; the others are zero
 
     rows = components(source.k.to(kind), unmix)  # [A, F, D]
     queries = to_complex(source.q.to(kind))  # [H, F, D]
     key_of_head = torch.arange(num_heads, device=frequency.device) // (num_heads // frequency.shape[0])
     of_head, head = frequency[key_of_head], torch.arange(num_heads, device=frequency.device)[:, None]  # [H, r/2]
-    into_query = factors.conj()[head, of_head, component[key_of_head]][..., None]  # [H, r/2, 1]
+    into_query = (factors.conj()[head, of_head, component[key_of_head]] * used[key_of_head])[..., None]  # [H, r/2, 1]
 
     kept = torch.zeros(cost.shape[1:], dtype=torch.bool, device=cost.device)  # [F, A]
-    kept[frequency, component] = True
-    coefficients = (rotation.conj() * factors).masked_fill(kept, 0)  # [H, F, A]
+    kept[frequency, component] = used
+    coefficients = (mean.conj() * factors).masked_fill(kept, 0)  # [H, F, A]
     key_rows = to_real(torch.einsum("hfa,afx->hfx", coefficients, rows))  # [H, d, D]
     # A component matters as much as the queries that read it: the rms of what multiplies it, over heads.
     reach = (statistics.query_power[..., None] * coefficients.abs().square()).sum(0).sqrt()  # [F, A]
@@ -212,12 +216,12 @@ def convert_attention(
         to_real(reach.T[..., None] * white_rows).flatten(0, 1), white_values, statistics.latent_root, kv_lora_rank
     )
     key_up, value_up = key_rows @ decoder, values @ decoder
-    scale = rope_attention_scaling**2
+    scale = rotation.score_factors.to(source.q.device)  # [d]
     layer = LatentAttention(
-        q_nope=source.q * scale,
+        q_nope=source.q * scale[:, None],
         q_rope=to_real(into_query * queries[head, of_head]).to(source.q.dtype),
         latent=down.to(source.q.dtype),
-        k_rope=to_real(rows[component, frequency]).to(source.q.dtype),
+        k_rope=to_real(rows[component, frequency] * used[..., None]).to(source.q.dtype),
         k_up=key_up.to(source.q.dtype),
         v_up=value_up.to(source.q.dtype),
         o=source.o,
@@ -232,7 +236,7 @@ def convert_attention(
         k_pairs = components(k_bias.to(kind)[..., None], unmix)  # [A, F, 1]
         layer.q_nope_bias = q_bias * scale
         layer.q_rope_bias = to_real(into_query * q_pairs[head, of_head])[..., 0].to(source.q.dtype)
-        layer.k_rope_bias = to_real(k_pairs[component, frequency])[..., 0].to(source.q.dtype)
+        layer.k_rope_bias = to_real(k_pairs[component, frequency] * used[..., None])[..., 0].to(source.q.dtype)
         layer.o_bias = source.output_bias()
 
     metrics = {

@@ -18,7 +18,7 @@ from mha2mla.conversion.job import ConversionJob
 from mha2mla.conversion.layerwise import LayerVisit, advance, embed, run_layers
 from mha2mla.conversion.options import check_least
 from mha2mla.conversion.presets.base import ConvertedLayer, Preset
-from mha2mla.conversion.rotary import head_dim
+from mha2mla.conversion.rotary import head_dim, num_rotary_pairs
 from mha2mla.conversion.search import lowest_loss
 
 from .closed_form import LayerStatistics, collect_statistics, convert_attention, unrotation_cost
@@ -114,14 +114,14 @@ class Calibrated(Preset):
 
     def plans(self, source: PreTrainedConfig, sizes: CacheSizes) -> list[CachePlan]:
         """For a budget, several splits, of which the best is found by measurement."""
-        groups, dim = source.num_key_value_heads, head_dim(source)
+        groups, pairs = source.num_key_value_heads, num_rotary_pairs(source)
         rope_keys = 1 if self.shared_key else groups
-        most_rope = dim if self.common_frequencies else groups * dim // rope_keys
+        most_rope = 2 * pairs if self.common_frequencies else groups * 2 * pairs // rope_keys
         rope = sizes.qk_rope_head_dim
-        if rope is not None and self.common_frequencies and rope > dim:
+        if rope is not None and self.common_frequencies and rope > 2 * pairs:
             raise ValueError(
-                f"qk_rope_head_dim={rope} asks for {rope // 2} different frequencies, and the source has {dim // 2} "
-                f"frequencies. Give {dim} or less, or --rope-frequencies per-layer, which repeats them."
+                f"qk_rope_head_dim={rope} asks for {rope // 2} different frequencies, and the source has {pairs} "
+                f"frequencies. Give {2 * pairs} or less, or --rope-frequencies per-layer, which repeats them."
             )
 
         def rope_dims(width: int) -> list[int]:
@@ -158,7 +158,7 @@ class Calibrated(Preset):
         shares = []
         for index in range(job.config.num_hidden_layers):
             cost, energy = unrotation_cost(state.load(index, job.device), job.config.num_attention_heads, self.steps)
-            shares.append((cost / energy).cpu())
+            shares.append((cost / energy)[: num_rotary_pairs(job.config)].cpu())
         return [
             FrequencyPlan(**asdict(plan), frequencies=frequencies)
             for plan in plans
@@ -201,7 +201,7 @@ class Calibrated(Preset):
                 self.score_samples,
                 visit.frequencies,
                 self.shared_key,
-                job.architecture.rope_attention_scaling,
+                visit.rotation,
                 self.steps,
             )
             state.save(visit.index, statistics)
@@ -216,7 +216,7 @@ class Calibrated(Preset):
             plan.qk_rope_head_dim,
             plan.kv_lora_rank,
             self.shared_key,
-            visit.architecture.rope_attention_scaling,
+            visit.rotation,
             self.steps,
             plan.frequencies if isinstance(plan, FrequencyPlan) else None,
         )

@@ -8,11 +8,11 @@ import torch
 from transformers import PreTrainedConfig
 
 from mha2mla.conversion.attention_weights import SourceAttention, project
-from mha2mla.conversion.cache_plan import CachePlan, CacheSizes, plan_caches
+from mha2mla.conversion.cache_plan import CachePlan, CacheSizes, plan_caches, unrotated_rows
 from mha2mla.conversion.job import ConversionJob
 from mha2mla.conversion.layerwise import run_layers
 from mha2mla.conversion.presets.base import ConvertedLayer, Preset
-from mha2mla.conversion.rotary import head_dim, pair_norms
+from mha2mla.conversion.rotary import Rotation, head_dim, layer_rotation, num_rotary_pairs, pair_norms
 
 from .closed_form import convert_attention
 from .low_rank import METHODS
@@ -65,7 +65,7 @@ class Paper(Preset):
         """A budget is split as in the paper's Table 1: d/8 rotary dims per key/value head, the rest for the latent."""
         dim, groups, ranks = head_dim(source), source.num_key_value_heads, METHODS[self.svd].ranks
         rope = dim // 8 if sizes.qk_rope_head_dim is None else sizes.qk_rope_head_dim
-        possible = ranks(groups * (dim - rope), groups * dim, source.hidden_size)
+        possible = ranks(unrotated_rows(source, groups * rope), groups * dim, source.hidden_size)
         if len(possible) == 1:
             if sizes.kv_lora_rank is not None or sizes.cache_ratio is not None:
                 raise ValueError(
@@ -76,16 +76,16 @@ class Paper(Preset):
 
     def mla_fields(self, source: PreTrainedConfig, plan: CachePlan) -> dict[str, Any]:
         return {
-            "qk_nope_head_dim": head_dim(source) - plan.qk_rope_head_dim,
+            "qk_nope_head_dim": unrotated_rows(source, plan.rope_width) // source.num_key_value_heads,
             "num_nope_key_heads": source.num_key_value_heads,
         }
 
     def layers(self, job: ConversionJob, plan: CachePlan) -> Iterator[ConvertedLayer]:
         rule, num_kept = RULES[self.rope_selection], plan.qk_rope_head_dim // 2
         selected = measured_pairs if rule.NEEDS_TEXT else placed_pairs
-        for source, pairs in selected(job, rule.select, num_kept):
-            scaling = job.architecture.rope_attention_scaling
-            yield ConvertedLayer(convert_attention(source, pairs, plan.kv_lora_rank, self.svd, scaling))
+        nope = self.mla_fields(job.config, plan)["qk_nope_head_dim"]
+        for source, pairs, rotation in selected(job, rule.select, num_kept):
+            yield ConvertedLayer(convert_attention(source, pairs, plan.kv_lora_rank, self.svd, rotation, nope))
 
     def card_rows(self) -> dict[str, str]:
         return {"RoPE selection": self.rope_selection, "SVD": self.svd}
@@ -93,19 +93,21 @@ class Paper(Preset):
 
 def placed_pairs(
     job: ConversionJob, select: Callable[[int, int], torch.Tensor], num_kept: int
-) -> Iterator[tuple[SourceAttention, torch.Tensor]]:
-    """Attention of each layer and the pairs [G, num_kept] that keep RoPE, by their place: the same in all layers."""
-    pairs = select(num_kept, job.architecture.head_dim // 2).to(job.device)
+) -> Iterator[tuple[SourceAttention, torch.Tensor, Rotation]]:
+    """Attention of each layer, the pairs [G, num_kept] that keep RoPE, by their place: the same in all layers, and
+    which pairs turn in the source."""
+    pairs = select(num_kept, num_rotary_pairs(job.config)).to(job.device)
     for index in range(job.config.num_hidden_layers):
         attention = job.architecture.attention_tensors(job.tensors, index)
         source = job.architecture.source_attention(attention).to(job.device)
-        yield source, pairs.repeat(source.k.shape[0], 1)
+        yield source, pairs.repeat(source.k.shape[0], 1), layer_rotation(job.config, index)
 
 
 def measured_pairs(
     job: ConversionJob, select: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor], num_kept: int
-) -> Iterator[tuple[SourceAttention, torch.Tensor]]:
+) -> Iterator[tuple[SourceAttention, torch.Tensor, Rotation]]:
     """The same with a rule that measures queries and keys on the calibration text."""
+    turning = num_rotary_pairs(job.config)
     for visit in run_layers(job, "Converting"):
         source = visit.source
         query_norms = torch.zeros((), device=job.device)
@@ -114,4 +116,4 @@ def measured_pairs(
             x = visit.attention_input(state)[0]  # [T, hidden]
             query_norms = query_norms + pair_norms(project(x, source.q, source.q_bias)).mean(1)
             key_norms = key_norms + pair_norms(project(x, source.k, source.k_bias)).mean(1)
-        yield source, select(num_kept, query_norms, key_norms)
+        yield source, select(num_kept, query_norms[:, :turning], key_norms[:, :turning]), visit.rotation
