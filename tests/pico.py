@@ -2,7 +2,14 @@
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Phi3Config, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GraniteConfig,
+    LlamaConfig,
+    Phi3Config,
+    PreTrainedTokenizerFast,
+)
 
 from mha2mla.conversion.architectures import architecture_classes, architecture_of
 from mha2mla.conversion.attention_weights import LatentAttention, SourceAttention
@@ -55,14 +62,23 @@ BASE = dict(
 )
 
 # What the pico config of an architecture needs beside BASE.
-ARCHITECTURE_FIELDS = {"mistral": dict(sliding_window=None)}
-# Llama in its forms, and one source of every other architecture that is found.
+MULTIPLIERS = dict(embedding_multiplier=3.0, attention_multiplier=0.2, residual_multiplier=0.5, logits_scaling=4.0)
+ARCHITECTURE_FIELDS = {
+    "granite": MULTIPLIERS,
+    "mistral": dict(sliding_window=None),
+    "seed_oss": dict(head_dim=12),
+    "smollm3": dict(no_rope_layer_interval=2),
+}
+# Forms of an architecture, and one source of every other that is found.
 SOURCES = {
     "mha": LlamaConfig(**BASE, num_key_value_heads=4),
     "gqa": LlamaConfig(**BASE, num_key_value_heads=2),
     "mqa": LlamaConfig(**BASE, num_key_value_heads=1, tie_word_embeddings=True),
     "head-dim": LlamaConfig(**BASE, num_key_value_heads=2, head_dim=16),
     "llama-bias": LlamaConfig(**BASE, num_key_value_heads=2, attention_bias=True),
+    "granite-tied": GraniteConfig(
+        **BASE, **MULTIPLIERS, num_key_value_heads=2, tie_word_embeddings=True, attention_bias=True, mlp_bias=True
+    ),
     "phi3-partial": Phi3Config(**BASE, num_key_value_heads=2, partial_rotary_factor=2 / 3),
 } | {
     name: AutoConfig.for_model(name, **{**BASE, "num_key_value_heads": 2, **ARCHITECTURE_FIELDS.get(name, {})})

@@ -170,7 +170,7 @@ def statistics_of(source, layer, ids, shared):
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("rope", ["default", "yarn"])
-@pytest.mark.parametrize("kind", ["gqa", "mha", "mqa", "qwen2", "llama-bias", "phi3-partial"])
+@pytest.mark.parametrize("kind", ["gqa", "mha", "mqa", "qwen2", "llama-bias", "phi3-partial", "smollm3"])
 def test_all_pairs_and_all_ranks_kept_equal_the_source(kind, rope, shared):
     if kind == "phi3-partial" and rope == "yarn":
         pytest.skip("Phi-3 takes yarn for longrope")

@@ -26,7 +26,8 @@ def joint_low_rank(
         rank (`int`): R, at most the smaller of k + v and D.
 
     Returns:
-        down [R, D], a latent with E[c c^T] = I, and decoder [D, R]: W ~ (W decoder) down.
+        down [R, D], a latent with E[c c^T] = I but for zero dims where there is less than R to keep, and decoder
+        [D, R]: W ~ (W decoder) down.
     """
     # No key energy is left once every pair is rotated.
     rows = torch.cat([w / w.norm() for w in (keys, values) if w.norm() > 0])  # [k + v, D]
@@ -36,6 +37,8 @@ def joint_low_rank(
         span = torch.linalg.qr(rows.T).Q  # [D, k + v]
         inside = rows @ span
         basis = span @ torch.linalg.eigh(inside.T @ inside).eigenvectors[:, -rank:]
-    basis = basis.flip(-1)  # [D, R], falling energy
+    basis = basis.flip(-1)  # falling energy
+    # A layer whose rotary key holds all of its keys may have less to keep than a layer without RoPE.
+    basis = torch.nn.functional.pad(basis, (0, rank - basis.shape[1]))  # [D, R]
     down = torch.linalg.solve_triangular(root, basis.T, upper=False, left=False)  # basis^T L^-1
     return down, root @ basis
