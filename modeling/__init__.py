@@ -1,10 +1,16 @@
-"""The MLA Llama family. Importing this package registers it with transformers' Auto classes."""
+"""The MLA families. Importing this package registers them with transformers' Auto classes."""
+
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any
 
 from transformers import AutoConfig
 
 from .configuration_mla_llama import MLALlamaConfig
+from .configuration_mla_olmo2 import MLAOlmo2Config
+from .configuration_mla_qwen3 import MLAQwen3Config
 from .latent_cache import CACHE_ARGUMENT, GrowingBuffer, LatentDynamicLayer, LatentStaticLayer, cache_nbytes
-from .latent_module import PROJECTIONS
+from .latent_config import LatentConfigMixin
 from .latent_quantized_cache import LatentQuantizedLayer, quantized_cache
 from .latent_shape import LatentShape
 from .modeling_mla_llama import (
@@ -15,19 +21,31 @@ from .modeling_mla_llama import (
     MLALlamaModel,
     MLALlamaPreTrainedModel,
 )
-
-AutoConfig.register("mla_llama", MLALlamaConfig)
+from .modeling_mla_olmo2 import MLAOlmo2ForCausalLM, MLAOlmo2Model
+from .modeling_mla_qwen3 import MLAQwen3ForCausalLM, MLAQwen3Model
 
 try:  # what `LoraConfig()` adapts; an old peft may not import with a new transformers
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
 except ImportError:
-    pass
-else:
-    LORA_TARGETS["mla_llama"] = list(PROJECTIONS)
+    LORA_TARGETS = {}
+
+# The causal language models of the families, by model type: one in every `modeling_mla_*.py` of this folder.
+FAMILIES: dict[str, Any] = {}
+
+for _, name, _ in iter_modules(__path__):
+    if name.startswith("modeling_mla_"):
+        found = vars(import_module(f".{name}", __name__))
+        (model_class,) = (found[n] for n in found if n.startswith("MLA") and n.endswith("ForCausalLM"))
+        config_class = model_class.config_class
+        FAMILIES[config_class.model_type] = model_class
+        AutoConfig.register(config_class.model_type, config_class)
+        LORA_TARGETS[config_class.model_type] = list(config_class.attention_projections)
 
 __all__ = [
     "CACHE_ARGUMENT",
+    "FAMILIES",
     "GrowingBuffer",
+    "LatentConfigMixin",
     "LatentDynamicLayer",
     "LatentQuantizedLayer",
     "LatentShape",
@@ -39,6 +57,12 @@ __all__ = [
     "MLALlamaForTokenClassification",
     "MLALlamaModel",
     "MLALlamaPreTrainedModel",
+    "MLAOlmo2Config",
+    "MLAOlmo2ForCausalLM",
+    "MLAOlmo2Model",
+    "MLAQwen3Config",
+    "MLAQwen3ForCausalLM",
+    "MLAQwen3Model",
     "cache_nbytes",
     "quantized_cache",
 ]

@@ -24,12 +24,6 @@ class MLALlamaConfig(LatentConfigMixin, LlamaConfig):
     """
 
     model_type = "mla_llama"
-    # Llama's plan names k_proj and v_proj, which are not here. The MLP is sharded, attention is replicated.
-    base_model_tp_plan = {
-        "layers.*.mlp.gate_proj": "colwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
-    }
 
 
 MLALlamaConfig.register_for_auto_class()

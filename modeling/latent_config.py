@@ -9,6 +9,10 @@ from .latent_shape import LatentShape
 LATENT_LAYER_TYPE = "latent_attention"
 # The newest layout of weights and config that this code reads. A change that older code would misread raises it.
 FORMAT_VERSION = 1
+# The linear layers of attention: what LoRA is for.
+PROJECTIONS = ("q_proj", "kv_a_proj", "kv_b_proj", "o_proj")
+# The same where queries and keys are normalised, and the latent is made of keys and values.
+NORMALISED_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "kv_a_proj", "kv_b_proj", "o_proj")
 
 
 @dataclass(repr=False, kw_only=True)
@@ -39,6 +43,13 @@ class LatentConfigMixin:
     (`latent_cache_dim`), against `2 * num_key_value_heads * head_dim` of the source.
     """
 
+    attention_projections: ClassVar[tuple[str, ...]] = PROJECTIONS
+    # For tensor parallelism. The source's plan names k_proj and v_proj. The MLP is sharded, attention is replicated.
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
     # Auto classes of transformers, and what follows the family's name in their models' names.
     auto_models: ClassVar[dict[str, str]] = {
         "AutoModel": "Model",
@@ -75,10 +86,15 @@ class LatentConfigMixin:
         super().__post_init__(**kwargs)
         # save_pretrained adds only the entry of the class it saves; every checkpoint shall load through all of them.
         if not getattr(self, "auto_map", None):
-            family = type(self).__name__.removesuffix("Config")
             self.auto_map = {"AutoConfig": f"configuration_{self.model_type}.{type(self).__name__}"} | {
-                auto: f"modeling_{self.model_type}.{family}{model}" for auto, model in self.auto_models.items()
+                auto: f"modeling_{self.model_type}.{name}" for auto, name in self.model_names().items()
             }
+
+    @classmethod
+    def model_names(cls) -> dict[str, str]:
+        """The classes of the family's models, by the Auto class of transformers that finds them."""
+        family = cls.__name__.removesuffix("Config")
+        return {auto: f"{family}{model}" for auto, model in cls.auto_models.items()}
 
     @property
     def latent_shape(self) -> LatentShape:
@@ -100,6 +116,10 @@ class LatentConfigMixin:
         """One name per layer, by which `DynamicCache` and `StaticCache` pick the latent cache layers. A property, so
         that it is never serialised and never stale."""
         return [LATENT_LAYER_TYPE] * self.num_hidden_layers
+
+    @layer_types.setter
+    def layer_types(self, _: list[str] | None) -> None:
+        """Configs of transformers that have such a field set it."""
 
     def validate_layer_type(self):
         """`layer_types` is derived and always right; upstream's check only knows upstream's names."""

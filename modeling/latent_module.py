@@ -10,6 +10,7 @@ from enum import Enum
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -30,14 +31,11 @@ from .latent_attention import (
 )
 from .latent_cache import CACHE_ARGUMENT, LatentLayer, latent_layer
 from .latent_decode import decode_attention, decode_attention_op, kernel_can_run
-from .latent_projection import as_matrix, is_linear_map, is_plain_linear
+from .latent_projection import HeadwiseLinear, as_matrix, is_linear_map, is_plain_linear
 from .latent_quantization import importance
 from .latent_quantized_cache import quantized_cache
 
 logger = logging.getLogger(__name__)
-
-# The modules of attention that have weights, which are what LoRA is for.
-PROJECTIONS = ("q_proj", "kv_a_proj", "kv_b_proj", "o_proj")
 
 
 class AttentionPath(Enum):
@@ -52,9 +50,8 @@ class MultiHeadLatentAttention(nn.Module):
     """
     Multi-head latent attention over a cache of latents and rotary keys.
 
-    A family whose queries or entries are not plain projections of the hidden states (norms of queries and keys)
-    overrides [`make_queries`] and [`make_entries`], and [`channel_factors`], which reads the rows of `q_proj`.
-    All else works on what those return.
+    Where queries or entries are not plain projections of the hidden states (norms of queries and keys), a subclass
+    overrides [`make_queries`] and [`make_entries`], and [`rope_query_rows`]. All else works on what those return.
     """
 
     rope_frequencies: torch.Tensor
@@ -246,11 +243,18 @@ class MultiHeadLatentAttention(nn.Module):
         latent, rope = torch.ones(self.shape.kv_lora_rank, device=device), torch.ones(n * r, device=device)
         if is_linear_map(self.kv_b_proj):
             latent = importance(self._kv_b_matrix(dtype).detach().float().norm(dim=0))
-        if is_plain_linear(self.q_proj):
-            rows = self.q_proj.weight.detach().unflatten(0, (n, -1, self.shape.qk_head_dim))[:, :, -r:]
-            pairs = rows.float().square().sum((1, 3)).view(n, 2, r // 2).sum(1, keepdim=True).sqrt()
+        rows = self.rope_query_rows()
+        if rows is not None:
+            squares = rows.float().square().unflatten(0, (n, -1)).sum((1, 3))  # [n, r]
+            pairs = squares.view(n, 2, r // 2).sum(1, keepdim=True).sqrt()
             rope = importance(pairs.expand(-1, 2, -1).flatten())
         return latent, rope
+
+    def rope_query_rows(self) -> torch.Tensor | None:
+        """What makes the queries that read rotary keys, [H, r, inputs]; None where it cannot be read."""
+        if not is_plain_linear(self.q_proj):
+            return None
+        return self.q_proj.weight.detach().unflatten(0, (-1, self.shape.qk_head_dim))[:, -self.shape.qk_rope_head_dim :]
 
 
 class LatentModelMixin:
@@ -264,6 +268,8 @@ class LatentModelMixin:
         super()._init_weights(module)  # type: ignore[misc]
         if isinstance(module, MultiHeadLatentAttention):
             init.copy_(module.rope_frequencies, default_rope_frequencies(module.shape, self.config.head_dim))
+        elif isinstance(module, HeadwiseLinear):
+            init.normal_(module.weight, std=self.config.initializer_range)
 
     def add_adapter(self, adapter_config: Any, *args, **kwargs) -> None:
         """The usual recipe for LoRA names projections that are not here, of which peft does not tell while it finds
@@ -275,7 +281,7 @@ class LatentModelMixin:
             logger.warning(
                 "target_modules: there is no layer %s, so it gets no adapter. Attention's layers are %s.",
                 " or ".join(sorted(missing)),
-                ", ".join(PROJECTIONS),
+                ", ".join(self.config.attention_projections),
             )
         super().add_adapter(adapter_config, *args, **kwargs)  # type: ignore[misc]
 
@@ -321,3 +327,16 @@ class LatentGenerationMixin:
                 cache.reset()
                 kwargs["next_sequence_length"] = None
         return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
+
+
+def register_auto_classes(config_class: Any, family: dict[str, Any]) -> None:
+    """
+    Let transformers' Auto classes find a family's models, and checkpoints carry their code.
+
+    Args:
+        config_class: Of the family; knows which models it has.
+        family (`dict`): The models, by the names of their classes.
+    """
+    for auto, name in config_class.model_names().items():
+        getattr(transformers, auto).register(config_class, family[name])
+        family[name].register_for_auto_class(auto)

@@ -1,4 +1,4 @@
-"""Which projections are matrices. Absorbed attention multiplies by the up-projection's matrix instead of calling the
+"""Projections, and which of them are matrices. Absorbed attention multiplies by the up-projection's matrix instead of calling the
 module, so it has to know that a call would do the same to every row."""
 
 from typing import TypeGuard
@@ -6,17 +6,40 @@ from typing import TypeGuard
 import torch
 from torch import nn
 
+from .latent_attention import multiply_heads
 
-def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether `module.weight` is the matrix: no adapter, quantised, sharded or offloaded weight, parametrisation or
-    hook."""
+
+class HeadwiseLinear(nn.Module):
+    """
+    A matrix for each head.
+
+    Args:
+        num_heads, in_features, out_features (`int`): The weight is [num_heads, out_features, in_features].
+    """
+
+    def __init__(self, num_heads: int, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_heads, out_features, in_features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, heads, T, in_features] to [B, heads, T, out_features]."""
+        return multiply_heads(x, self.weight.transpose(1, 2))
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether `module.weight` is what the module computes with: no adapter, quantised, sharded or offloaded weight,
+    or hook."""
     return (
-        type(module) is nn.Linear
-        and type(module.weight) in (nn.Parameter, torch.Tensor)
+        type(module.weight) in (nn.Parameter, torch.Tensor)
         and "forward" not in module.__dict__
         and not module._forward_hooks
         and not module._forward_pre_hooks
     )
+
+
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether `module.weight` is the matrix, and no parametrisation either."""
+    return type(module) is nn.Linear and is_plain(module)
 
 
 def is_linear_map(module: nn.Module) -> bool:

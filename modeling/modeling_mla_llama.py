@@ -10,13 +10,7 @@
 """
 
 from torch import nn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
+from transformers import AutoModel
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -34,7 +28,12 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from .configuration_mla_llama import MLALlamaConfig
-from .latent_module import LatentGenerationMixin, LatentModelMixin, MultiHeadLatentAttention
+from .latent_module import (
+    LatentGenerationMixin,
+    LatentModelMixin,
+    MultiHeadLatentAttention,
+    register_auto_classes,
+)
 
 
 class MLALlamaDecoderLayer(LlamaDecoderLayer):
@@ -101,12 +100,4 @@ class MLALlamaForSequenceClassification(GenericForSequenceClassification, MLALla
 class MLALlamaForTokenClassification(GenericForTokenClassification, MLALlamaPreTrainedModel): ...
 
 
-for auto_class, model_class in (
-    (AutoModel, MLALlamaModel),
-    (AutoModelForCausalLM, MLALlamaForCausalLM),
-    (AutoModelForQuestionAnswering, MLALlamaForQuestionAnswering),
-    (AutoModelForSequenceClassification, MLALlamaForSequenceClassification),
-    (AutoModelForTokenClassification, MLALlamaForTokenClassification),
-):
-    auto_class.register(MLALlamaConfig, model_class)
-    model_class.register_for_auto_class(auto_class.__name__)
+register_auto_classes(MLALlamaConfig, globals())
