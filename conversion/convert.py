@@ -69,7 +69,7 @@ def convert(
         check_weights(tensors, config)
         if config.tie_word_embeddings and architecture.has_own_head(tensors):
             config.tie_word_embeddings = False  # what lies in the file counts, as it does for transformers
-        plans = preset.plans(config, options)
+        plans = preset.plans(architecture, options)
         dtype = architecture.norm(tensors).dtype if options.dtype == "auto" else getattr(torch, options.dtype)
         logger.info(plans[0].describe(dtype.itemsize))
         blocks = load_text(folder, options, trust_remote_code)

@@ -122,16 +122,17 @@ def attend(
     """
     head_dim = layer.shape.v_head_dim
     cos, sin = select_frequencies(*position_embeddings, layer.rope_frequencies)
-    q_rope = rotate(project(x, layer.q_rope, layer.q_rope_bias), cos, sin)
-    k_rope = rotate(project(x, layer.k_rope, layer.k_rope_bias), cos, sin)
+    q_nope, q_rope = layer.queries(x)
+    inputs = layer.inputs(x)
+    q_rope, k_rope = rotate(q_rope, cos, sin), rotate(project(inputs, layer.k_rope, layer.k_rope_bias), cos, sin)
     up = torch.cat((layer.k_up.flatten(0, 1), layer.v_up.flatten(0, 1)))
-    expanded = nn.functional.linear(nn.functional.linear(x, layer.latent), up)
+    expanded = nn.functional.linear(nn.functional.linear(inputs, layer.latent), up)
     keys, values = expand_keys_values(expanded, k_rope, layer.shape)
     repeats = layer.shape.num_attention_heads // keys.shape[1]
     # Fused attention wants one width; padded, it runs twice as fast on a CPU as unfused.
     values = nn.functional.pad(values, (0, keys.shape[-1] - head_dim))
     output = nn.functional.scaled_dot_product_attention(
-        torch.cat((project(x, layer.q_nope, layer.q_nope_bias), q_rope), dim=-1),
+        torch.cat((q_nope, q_rope), dim=-1),
         keys.repeat_interleave(repeats, dim=1),
         values.repeat_interleave(repeats, dim=1),
         is_causal=True,

@@ -9,6 +9,7 @@ from transformers import (
     LlamaConfig,
     Phi3Config,
     PreTrainedTokenizerFast,
+    Qwen3Config,
 )
 
 from mha2mla.conversion.architectures import architecture_classes, architecture_of
@@ -66,6 +67,8 @@ MULTIPLIERS = dict(embedding_multiplier=3.0, attention_multiplier=0.2, residual_
 ARCHITECTURE_FIELDS = {
     "granite": MULTIPLIERS,
     "mistral": dict(sliding_window=None),
+    "olmo2": dict(num_key_value_heads=4),
+    "qwen3": dict(head_dim=16),
     "seed_oss": dict(head_dim=12),
     "smollm3": dict(no_rope_layer_interval=2),
 }
@@ -79,6 +82,7 @@ SOURCES = {
     "granite-tied": GraniteConfig(
         **BASE, **MULTIPLIERS, num_key_value_heads=2, tie_word_embeddings=True, attention_bias=True, mlp_bias=True
     ),
+    "qwen3-bias": Qwen3Config(**BASE, num_key_value_heads=2, head_dim=12, attention_bias=True),
     "phi3-partial": Phi3Config(**BASE, num_key_value_heads=2, partial_rotary_factor=2 / 3),
 } | {
     name: AutoConfig.for_model(name, **{**BASE, "num_key_value_heads": 2, **ARCHITECTURE_FIELDS.get(name, {})})
@@ -152,35 +156,36 @@ def rotation_of(model: torch.nn.Module, layer: int) -> Rotation:
 def shared_layout(source: SourceAttention, rotation: Rotation, nope_dims: int = 0) -> LatentAttention:
     """All pairs of all key heads that turn in one rotary key; a query head is zero outside its group's slots. What
     stands still is in the latent, beside the values. Exact."""
-    num_heads, dim, hidden = source.q.shape
+    num_heads, dim, _ = source.q.shape
     groups = source.k.shape[0]
     half = dim // 2
     turning = rotation.turning[:, None]  # [d/2, 1]
     scale = rotation.score_factors[:, None]  # [d, 1]
     # [G, d] -> [2, G, d/2]: first halves of all heads, then second halves
-    keys = (source.k.view(groups, 2, half, hidden) * turning).transpose(0, 1).reshape(1, -1, hidden)
+    keys = (source.k.unflatten(1, (2, half)) * turning).transpose(0, 1).flatten(0, 2)[None]
     slots = torch.eye(groups).repeat_interleave(num_heads // groups, dim=0)  # [H, G]
-    queries = torch.einsum("hsix,hg->hsgix", source.q.view(num_heads, 2, half, hidden) * turning, slots)
+    queries = torch.einsum("hsix,hg->hsgix", source.q.unflatten(1, (2, half)) * turning, slots)
     still = ~turning.repeat(2, 1)[:nope_dims]  # [nope, 1]
     latent = torch.cat(((source.k[:, :nope_dims] * still).flatten(0, 1), source.v.flatten(0, 1)))
     up = torch.eye(len(latent)).split([groups * nope_dims, groups * dim])
     layer = LatentAttention(
         q_nope=(source.q * scale)[:, :nope_dims] * still,
-        q_rope=queries.reshape(num_heads, -1, hidden),
+        q_rope=queries.flatten(1, 3),
         latent=latent,
         k_rope=keys,
         k_up=torch.einsum("gdr,hg->hdr", up[0].view(groups, nope_dims, len(latent)), slots),
         v_up=up[1].view(groups, dim, len(latent)),
         o=source.o,
         rope_frequencies=torch.arange(half).remainder(max(rotation.num_turning, 1)).repeat(groups)[None],
+        o_bias=source.output_bias() if source.has_bias else None,
+        normalised=source.normalised,
     )
-    if source.has_bias:
+    if source.has_bias and source.normalised is None:
         turning, scale, still = turning[:, 0], scale[:, 0], still[:, 0]
         q_bias = torch.einsum("hsi,hg->hsgi", source.q_bias.view(num_heads, 2, half) * turning, slots)
         layer.q_nope_bias = (source.q_bias * scale)[:, :nope_dims] * still
         layer.q_rope_bias = q_bias.reshape(num_heads, -1)
         layer.k_rope_bias = (source.k_bias.view(groups, 2, half) * turning).transpose(0, 1).reshape(1, -1)
-        layer.o_bias = source.output_bias()
     return layer
 
 
@@ -208,14 +213,14 @@ def exact_model(source: torch.nn.Module, layout: str) -> MLALlamaForCausalLM:
     layers = []
     for index in range(config.num_hidden_layers):
         attention, rotation = attention_of(source, index), rotation_of(source, index)
-        groups, dim, hidden = attention.k.shape
+        groups, dim, _ = attention.k.shape
         turning = num_rotary_pairs(config)
         still_rows = unrotated_rows(config, groups * 2 * turning)
         if layout == "shared":
             layers.append(shared_layout(attention, rotation, dim if still_rows else 0))
         else:
             pairs = torch.arange(turning).repeat(groups, 1)
-            rank = min(still_rows + groups * dim, hidden)
+            rank = min(still_rows + groups * dim, config.hidden_size)
             layers.append(convert_attention(attention, pairs, rank, "joint", rotation, still_rows // groups))
     return assemble(source, layers)
 

@@ -12,8 +12,8 @@ from .refusals import refuse_model_type
 
 @cache
 def architecture_classes() -> tuple[type[Architecture], ...]:
-    """All source architectures that can be converted."""
-    return tuple(defined_classes(__name__, __path__, Architecture))
+    """All source architectures that can be converted; what several have in common has no model type."""
+    return tuple(c for c in defined_classes(__name__, __path__, Architecture) if hasattr(c, "model_type"))
 
 
 def architecture_of(config: PreTrainedConfig) -> Architecture:

@@ -90,6 +90,11 @@ class Architecture:
         return HEAD in tensors and not torch.equal(tensors.get(HEAD), tensors.get(EMBEDDING))
 
     @property
+    def latent_inputs(self) -> int:
+        """Size of what the latent is a linear map of."""
+        return self.config.hidden_size
+
+    @property
     def ties_embeddings(self) -> bool:
         """Whether the converted model's head is its embedding."""
         return self.config.tie_word_embeddings

@@ -4,6 +4,8 @@ from typing import NoReturn
 
 from transformers import PreTrainedConfig
 
+from mha2mla.modeling import FAMILIES
+
 from ..checkpoint import TensorSource
 from ..rotary import head_dim
 
@@ -12,14 +14,14 @@ QK_NORM = (
     "its queries and keys are normalised head by head (qk-norm), which a latent cannot carry. Use a model without "
     "qk-norm"
 )
-KNOWN_MODEL_TYPES = {"qwen3": QK_NORM, "gemma3_text": QK_NORM, "olmo2": QK_NORM}
+KNOWN_MODEL_TYPES = {"gemma3_text": QK_NORM}
 
 
 def refuse_model_type(config: PreTrainedConfig, supported: tuple[str, ...]) -> NoReturn:
     """Raise the `ValueError` for a model type that no architecture accepts."""
     model_type = config.model_type
-    if model_type == "mla_llama":
-        raise ValueError("model_type is 'mla_llama': this checkpoint has been converted already. Give its source.")
+    if model_type in FAMILIES:
+        raise ValueError(f"model_type is {model_type!r}: this checkpoint has been converted already. Give its source.")
     refuse_experts(config)
     if model_type in KNOWN_MODEL_TYPES:
         raise ValueError(f"model_type={model_type!r}: {KNOWN_MODEL_TYPES[model_type]} ({', '.join(supported)}).")
@@ -79,6 +81,6 @@ def refuse_normalised_heads(tensors: TensorSource, prefix: str) -> None:
     for name in ("q_norm", "k_norm"):
         if f"{prefix}{name}.weight" in tensors:
             raise ValueError(
-                f"The checkpoint has self_attn.{name} weights (qk-norm), which a latent cannot carry. Use a model "
-                "without them."
+                f"The checkpoint has self_attn.{name} weights (qk-norm), of which its model_type does not tell. Give "
+                "its config.json the right one, for example 'qwen3'."
             )

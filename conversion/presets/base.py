@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+from ..architectures import Architecture
 from ..attention_weights import LatentAttention
 from ..cache_plan import CachePlan, CacheSizes
 from ..job import ConversionJob
@@ -47,7 +48,7 @@ class Preset(ABC):
         return None
 
     @abstractmethod
-    def plans(self, source: PreTrainedConfig, sizes: CacheSizes) -> list[CachePlan]:
+    def plans(self, source: Architecture, sizes: CacheSizes) -> list[CachePlan]:
         """The caches of the size that is asked for, all of one width. A `ValueError` if the source has none such."""
 
     def choose(self, job: ConversionJob, plans: list[CachePlan]) -> CachePlan:

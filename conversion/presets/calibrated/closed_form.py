@@ -4,7 +4,8 @@ Four ideas, none of which costs anything at inference: a shared rotary key by co
 where its loss would change the attention most, the mean rotation absorbed where it goes (`pair_scores.py`), and one
 low rank for un-rotated keys and values in the metric of the data (`low_rank.py`).
 
-Shape letters: H query heads, G key/value heads, d head size, F = d/2 frequencies, A components, D hidden size,
+Shape letters: H query heads, G key/value heads, d head size, F = d/2 frequencies, A components, D size of what keys
+and values are linear in (the hidden states, or, behind norms, all keys and values themselves),
 n rotary keys, r rotary dims of each, R latent size.
 """
 
@@ -14,7 +15,7 @@ from functools import cached_property
 
 import torch
 
-from mha2mla.conversion.attention_weights import LatentAttention, SourceAttention, project
+from mha2mla.conversion.attention_weights import LatentAttention, SourceAttention
 from mha2mla.conversion.rotary import Rotation, pair_norms
 from mha2mla.modeling.latent_attention import rotate
 
@@ -46,8 +47,8 @@ class LayerStatistics:
     What calibration text says about one layer; the same for every size of cache.
 
     Attributes:
-        latent_covariance (`torch.Tensor`): Second moment of the attention input, E[w x x^T], each token weighted with
-            the attention that it receives; shrunk; [D, D].
+        latent_covariance (`torch.Tensor`): Second moment of what keys and values are linear in, E[w x x^T], each token
+            weighted with the attention that it receives; shrunk; [D, D].
         query_power (`torch.Tensor`): E|q_{h,i}|^2 of each pair, [H, F].
         mix, unmix (`torch.Tensor`): Basis of the rotary keys, complex [F, G, A] and [F, A, G].
         moments (`PairMoments`): Of every head and pair, each [H, F, A].
@@ -80,8 +81,8 @@ def collect_statistics(
 
     Args:
         source (`SourceAttention`): The layer's weights.
-        attention_input (`Callable`): Block i's input of attention, [T, D]; called twice, so that one block is on the
-            device at a time.
+        attention_input (`Callable`): Block i's input of attention, [T, hidden]; called twice, so that one block is on
+            the device at a time.
         num_blocks (`int`): Blocks of text.
         num_score_blocks (`int`): How many of them to take the pairs' statistics from.
         frequencies (`torch.Tensor`): Radians per position, 0 for pairs that stand still, [F].
@@ -89,24 +90,25 @@ def collect_statistics(
         rotation (`Rotation`): Which pairs turn.
         steps (`Steps`): Of which the weights of scores and of tokens are used.
     """
-    head_dim, hidden = source.q.shape[1:]
+    head_dim, size = source.k.shape[1:]
     scaling, score_factors = head_dim**-0.5, rotation.score_factors.to(source.q.device)
 
-    def attention_of(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries before rotation [H, T, d] and attention probabilities [H, T, T]."""
-        q, k = project(x, source.q, source.q_bias), project(x, source.k, source.k_bias)
+    def attention_of(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries before rotation [H, T, d], what keys and values are linear in [T, D], and attention probabilities
+        [H, T, T]."""
+        q, inputs = source.queries(x), source.inputs(x)
+        k = source.keys(inputs)
         angle = torch.arange(x.shape[0], device=x.device)[:, None] * frequencies
         cos, sin = (table.repeat(1, 2)[None, None] for table in (angle.cos(), angle.sin()))  # [1, 1, T, d]
         rotated_q, rotated_k = (rotate(heads[None], cos, sin)[0] for heads in (q, k))
-        return q, attention_probabilities(rotated_q * score_factors, rotated_k, scaling)
+        return q, inputs, attention_probabilities(rotated_q * score_factors, rotated_k, scaling)
 
     # Sums over many tokens lose their small eigenvalues in fp32, so they are kept in fp64.
-    covariance = torch.zeros(hidden, hidden, dtype=torch.float64, device=source.q.device)
+    covariance = torch.zeros(size, size, dtype=torch.float64, device=source.q.device)
     latent_covariance = torch.zeros_like(covariance)
     query_power = torch.zeros(source.q.shape[0], head_dim // 2, dtype=torch.float64, device=source.q.device)
     for i in range(num_blocks):
-        x = attention_input(i)
-        q, probabilities = attention_of(x)
+        q, x, probabilities = attention_of(attention_input(i))
         weight = steps.token_weight(probabilities)
         covariance += (x.T @ x).double() / (x.shape[0] * num_blocks)
         latent_covariance += (x.T @ (weight[:, None] * x)).double() / (weight.sum() * num_blocks)
@@ -121,8 +123,7 @@ def collect_statistics(
         component_bias = components(source.k_bias[..., None], unmix.to(torch.complex64)).flatten()
     totals: PairMoments | None = None
     for i in range(min(num_blocks, num_score_blocks)):
-        x = attention_input(i)
-        q, probabilities = attention_of(x)
+        q, x, probabilities = attention_of(attention_input(i))
         keys = x.to(component_rows.dtype) @ component_rows.T
         if component_bias is not None:
             keys = keys + component_bias
@@ -226,8 +227,11 @@ def convert_attention(
         v_up=value_up.to(source.q.dtype),
         o=source.o,
         rope_frequencies=frequency,
+        normalised=source.normalised,
     )
     if source.has_bias:
+        layer.o_bias = source.output_bias()
+    if source.has_bias and source.normalised is None:
         # The constant part of un-rotated keys shifts all scores of a query alike and is dropped; that of values goes
         # into the output's bias.
         q_bias = source.q.new_zeros(num_heads, head_dim) if source.q_bias is None else source.q_bias
@@ -237,7 +241,6 @@ def convert_attention(
         layer.q_nope_bias = q_bias * scale
         layer.q_rope_bias = to_real(into_query * q_pairs[head, of_head])[..., 0].to(source.q.dtype)
         layer.k_rope_bias = to_real(k_pairs[component, frequency] * used[..., None])[..., 0].to(source.q.dtype)
-        layer.o_bias = source.output_bias()
 
     metrics = {
         "unrotation_error": (cost.masked_fill(kept, 0).sum() / score_energy(statistics.moments, factors).sum()).item(),

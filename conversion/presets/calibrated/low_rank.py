@@ -3,11 +3,6 @@
 import torch
 
 
-def ranks(key_rows: int, value_rows: int, hidden_size: int) -> range:
-    """Sizes that the latent may have, given the rows of un-rotated keys and of values."""
-    return range(1, min(key_rows + value_rows, hidden_size) + 1)
-
-
 def joint_low_rank(
     keys: torch.Tensor, values: torch.Tensor, root: torch.Tensor, rank: int
 ) -> tuple[torch.Tensor, torch.Tensor]:

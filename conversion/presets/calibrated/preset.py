@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from mha2mla.common.robust_error import robust_error
+from mha2mla.conversion.architectures import Architecture
 from mha2mla.conversion.attention_weights import LatentAttention
 from mha2mla.conversion.cache_plan import CachePlan, CacheSizes, plan_caches
 from mha2mla.conversion.job import ConversionJob
@@ -23,7 +24,6 @@ from mha2mla.conversion.search import lowest_loss
 
 from .closed_form import LayerStatistics, collect_statistics, convert_attention, unrotation_cost
 from .frequency_lists import best_lists, runs
-from .low_rank import ranks
 from .refine import RefineSettings
 from .state import CalibrationState, fingerprint
 from .steps import DEFAULT_STEPS
@@ -112,9 +112,9 @@ class Calibrated(Preset):
         """Whether all layers rotate with the same frequencies."""
         return self.shared_key and self.rope_frequencies == "common"
 
-    def plans(self, source: PreTrainedConfig, sizes: CacheSizes) -> list[CachePlan]:
+    def plans(self, source: Architecture, sizes: CacheSizes) -> list[CachePlan]:
         """For a budget, several splits, of which the best is found by measurement."""
-        groups, pairs = source.num_key_value_heads, num_rotary_pairs(source)
+        groups, pairs = source.config.num_key_value_heads, num_rotary_pairs(source.config)
         rope_keys = 1 if self.shared_key else groups
         most_rope = 2 * pairs if self.common_frequencies else groups * 2 * pairs // rope_keys
         rope = sizes.qk_rope_head_dim
@@ -128,7 +128,10 @@ class Calibrated(Preset):
             tried = {round(share * width / rope_keys / 2) * 2 for share in ROPE_SHARES}
             return sorted(rope for rope in tried if 2 <= rope <= most_rope) or [2]
 
-        return plan_caches(sizes, source, rope_keys, rope_dims, ranks)
+        def ranks(key_rows: int, value_rows: int, hidden_size: int) -> range:
+            return range(1, min(key_rows + value_rows, source.latent_inputs) + 1)
+
+        return plan_caches(sizes, source.config, rope_keys, rope_dims, ranks)
 
     def mla_fields(self, source: PreTrainedConfig, plan: CachePlan) -> dict[str, Any]:
         # Un-rotated queries keep all dims: a pair may be rotated in one component and not in others.

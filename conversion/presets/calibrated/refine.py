@@ -41,8 +41,8 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def trainable_tensors(layer: LatentAttention) -> dict[str, torch.Tensor]:
-    """The layer's weights and biases by name; not its frequencies."""
-    tensors = {f.name: getattr(layer, f.name) for f in fields(layer) if f.name != "rope_frequencies"}
+    """The layer's weights and biases by name; not its frequencies, and not what makes normalised heads."""
+    tensors = {f.name: getattr(layer, f.name) for f in fields(layer) if f.name not in ("rope_frequencies", "normalised")}
     return {name: tensor for name, tensor in tensors.items() if tensor is not None and tensor.numel() > 0}
 
 

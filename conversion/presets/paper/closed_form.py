@@ -57,7 +57,13 @@ def convert_attention(
         return torch.cat((picked, picked.new_zeros(len(picked), size - picked.shape[1], *picked.shape[2:])), dim=1)
 
     key_rows, value_rows = pick(source.k, nope, nope_size).flatten(0, 1), source.v.flatten(0, 1)
-    down, key_up, value_up = METHODS[svd].factorise(key_rows, value_rows, kv_lora_rank)
+    if source.normalised is None:
+        down, key_up, value_up = METHODS[svd].factorise(key_rows, value_rows, kv_lora_rank)
+    else:
+        # The weights say which directions count, and the latent is the nearest to keys and values behind the norm.
+        weights = pick(source.normalised.key_weights(), nope, nope_size).flatten(0, 1)
+        _, key_up, value_up = METHODS[svd].factorise(weights, source.normalised.v.flatten(0, 1), kv_lora_rank)
+        down = torch.linalg.pinv(torch.cat((key_up, value_up))) @ torch.cat((key_rows, value_rows))
     scale = rotation.score_factors.to(source.q.device)  # [d]
     layer = LatentAttention(
         q_nope=pick(source.q * scale[:, None], nope[group], nope_size),
@@ -68,13 +74,15 @@ def convert_attention(
         v_up=value_up.view(num_kv_heads, head_dim, kv_lora_rank),
         o=source.o,
         rope_frequencies=rope_pairs,
+        normalised=source.normalised,
     )
     if source.has_bias:
+        layer.o_bias = source.output_bias()
+    if source.has_bias and source.normalised is None:
         # A bias of un-rotated keys adds the same number to all scores of a query: the softmax does not feel it.
         q_bias = source.q.new_zeros(num_heads, head_dim) if source.q_bias is None else source.q_bias
         k_bias = source.k.new_zeros(num_kv_heads, head_dim) if source.k_bias is None else source.k_bias
         layer.q_nope_bias = pick(q_bias * scale, nope[group], nope_size)
         layer.q_rope_bias = pick(q_bias, rope[group], rope_size)
         layer.k_rope_bias = pick(k_bias, rope, rope_size)
-        layer.o_bias = source.output_bias()
     return layer

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from mha2mla.conversion.attention_weights import SourceAttention, project
+from mha2mla.conversion.architectures import Architecture
+from mha2mla.conversion.attention_weights import SourceAttention
 from mha2mla.conversion.cache_plan import CachePlan, CacheSizes, plan_caches, unrotated_rows
 from mha2mla.conversion.job import ConversionJob
 from mha2mla.conversion.layerwise import run_layers
@@ -61,18 +62,19 @@ class Paper(Preset):
             return None
         return f"rope_selection={self.rope_selection!r} (unlike 'uniform') measures queries and keys on text"
 
-    def plans(self, source: PreTrainedConfig, sizes: CacheSizes) -> list[CachePlan]:
+    def plans(self, source: Architecture, sizes: CacheSizes) -> list[CachePlan]:
         """A budget is split as in the paper's Table 1: d/8 rotary dims per key/value head, the rest for the latent."""
-        dim, groups, ranks = head_dim(source), source.num_key_value_heads, METHODS[self.svd].ranks
+        config, dim, ranks = source.config, source.head_dim, METHODS[self.svd].ranks
+        groups = config.num_key_value_heads
         rope = dim // 8 if sizes.qk_rope_head_dim is None else sizes.qk_rope_head_dim
-        possible = ranks(unrotated_rows(source, groups * rope), groups * dim, source.hidden_size)
+        possible = ranks(unrotated_rows(config, groups * rope), groups * dim, config.hidden_size)
         if len(possible) == 1:
             if sizes.kv_lora_rank is not None or sizes.cache_ratio is not None:
                 raise ValueError(
                     f"svd={self.svd!r} does not compress: give --qk-rope-head-dim only; the latent follows from it."
                 )
             sizes = CacheSizes(qk_rope_head_dim=rope, kv_lora_rank=possible[0])
-        return plan_caches(sizes, source, groups, lambda width: [max(2, dim // 16 * 2)], ranks)
+        return plan_caches(sizes, config, groups, lambda width: [max(2, dim // 16 * 2)], ranks)
 
     def mla_fields(self, source: PreTrainedConfig, plan: CachePlan) -> dict[str, Any]:
         return {
@@ -114,6 +116,6 @@ def measured_pairs(
         key_norms = torch.zeros((), device=job.device)
         for state in visit.states:
             x = visit.attention_input(state)[0]  # [T, hidden]
-            query_norms = query_norms + pair_norms(project(x, source.q, source.q_bias)).mean(1)
-            key_norms = key_norms + pair_norms(project(x, source.k, source.k_bias)).mean(1)
+            query_norms = query_norms + pair_norms(source.queries(x)).mean(1)
+            key_norms = key_norms + pair_norms(source.keys(source.inputs(x))).mean(1)
         yield source, select(num_kept, query_norms[:, :turning], key_norms[:, :turning]), visit.rotation
