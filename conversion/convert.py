@@ -17,8 +17,9 @@ from mha2mla.common.scratch import scratch_folder
 from mha2mla.common.text import load_blocks
 
 from .architectures import architecture_of
-from .checkpoint import CheckpointReader, atomic_folder, check_output
+from .checkpoint import atomic_folder, check_output
 from .config import ConversionConfig
+from .fused import open_checkpoint
 from .job import ConversionJob
 from .model_card import write_model_card
 from .output import write_companions, write_weights
@@ -64,7 +65,7 @@ def convert(
     check_device(options.device)
     with local_checkpoint(source, revision, gguf_file) as folder:
         config = load_config(str(folder), "source")
-        architecture, tensors = architecture_of(config), CheckpointReader(folder)
+        architecture, tensors = architecture_of(config), open_checkpoint(folder, config)
         architecture.check_tensors(tensors)
         check_weights(tensors, config)
         if config.tie_word_embeddings and architecture.has_own_head(tensors):

@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from .checkpoint import CheckpointReader
+from .fused import FusedReader
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 # Tables that older versions of transformers saved and every version computes.
@@ -24,7 +25,7 @@ def expected_tensors(config: PreTrainedConfig) -> tuple[dict[str, torch.Size], d
     return shapes, dict(model.all_tied_weights_keys)
 
 
-def check_weights(reader: CheckpointReader, config: PreTrainedConfig) -> None:
+def check_weights(reader: CheckpointReader | FusedReader, config: PreTrainedConfig) -> None:
     """
     Raises:
         ValueError: For the first tensor that is missing, that the config does not ask for, or that has another shape

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from .configuration_mla_llama import MLALlamaConfig
+from .configuration_mla_mixtral import MLAMixtralConfig
 from .configuration_mla_olmo2 import MLAOlmo2Config
 from .configuration_mla_qwen3 import MLAQwen3Config
 from .latent_cache import CACHE_ARGUMENT, GrowingBuffer, LatentDynamicLayer, LatentStaticLayer, cache_nbytes
@@ -21,6 +22,7 @@ from .modeling_mla_llama import (
     MLALlamaModel,
     MLALlamaPreTrainedModel,
 )
+from .modeling_mla_mixtral import MLAMixtralForCausalLM, MLAMixtralModel
 from .modeling_mla_olmo2 import MLAOlmo2ForCausalLM, MLAOlmo2Model
 from .modeling_mla_qwen3 import MLAQwen3ForCausalLM, MLAQwen3Model
 
@@ -57,6 +59,9 @@ __all__ = [
     "MLALlamaForTokenClassification",
     "MLALlamaModel",
     "MLALlamaPreTrainedModel",
+    "MLAMixtralConfig",
+    "MLAMixtralForCausalLM",
+    "MLAMixtralModel",
     "MLAOlmo2Config",
     "MLAOlmo2ForCausalLM",
     "MLAOlmo2Model",

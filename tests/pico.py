@@ -66,6 +66,7 @@ BASE = dict(
 MULTIPLIERS = dict(embedding_multiplier=3.0, attention_multiplier=0.2, residual_multiplier=0.5, logits_scaling=4.0)
 ARCHITECTURE_FIELDS = {
     "granite": MULTIPLIERS,
+    "mixtral": dict(num_local_experts=4, num_experts_per_tok=2),
     "mistral": dict(sliding_window=None),
     "olmo2": dict(num_key_value_heads=4),
     "qwen3": dict(head_dim=16),

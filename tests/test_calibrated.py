@@ -228,8 +228,9 @@ def test_robust_error_is_relative_and_bounded():
     assert robust_error(wanted * 100, wanted) < 3.5  # 0.3 log(1 + 9801 / 0.3), where the plain error is 9801
 
 
-def test_refinement_brings_the_stream_back(monkeypatch):
-    source = make_source("gqa").requires_grad_(False)
+@pytest.mark.parametrize("kind", ["gqa", "mixtral"])
+def test_refinement_brings_the_stream_back(kind, monkeypatch):
+    source = make_source(kind).requires_grad_(False)
     ids = tokens(4, 16)
     attention, statistics = statistics_of(source, 0, ids, shared=True)
     rotation = rotation_of(source, 0)

@@ -24,7 +24,7 @@ from .refusals import (
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 LAYER, ATTENTION = "model.layers.{}.", "self_attn."
 # Fields of the source's config that say how it is served or stored, not what it computes.
-NOT_INHERITED = ("architectures", "dtype", "head_dim", "attention_bias", "pretraining_tp")
+NOT_INHERITED = ("architectures", "dtype", "head_dim", "attention_bias", "pretraining_tp", "sliding_window")
 
 
 class Architecture:
@@ -48,8 +48,9 @@ class Architecture:
     mla_model_class: ClassVar[Any] = MLALlamaForCausalLM
     # Whether transformers' class rotates a part of a head where `partial_rotary_factor` says so.
     rotates_parts: ClassVar[bool] = False
+    # Whether the family has experts.
+    has_experts: ClassVar[bool] = False
     refusals: ClassVar[tuple[Callable[[PreTrainedConfig], None], ...]] = (
-        refuse_experts,
         refuse_sliding_window,
         refuse_quantised_weights,
         refuse_odd_heads,
@@ -60,6 +61,8 @@ class Architecture:
             refuse(config)
         if not self.rotates_parts:
             refuse_partial_rotation(config)
+        if not self.has_experts:
+            refuse_experts(config)
         self.config = config
         self.head_dim = head_dim(config)
 

@@ -9,12 +9,22 @@ from mha2mla.modeling import FAMILIES
 from ..checkpoint import TensorSource
 from ..rotary import head_dim
 
-# Model types that people try, and why they are not here.
-QK_NORM = (
-    "its queries and keys are normalised head by head (qk-norm), which a latent cannot carry. Use a model without "
-    "qk-norm"
-)
-KNOWN_MODEL_TYPES = {"gemma3_text": QK_NORM}
+# What else a config may say, and why that cannot be converted; the first that holds is told.
+UNSUPPORTED_FIELDS = {
+    "kv_lora_rank": "the model has latent attention already, and its cache is small as it is",
+    "text_config": "it is a model of more than text. Save its language model by itself, and give that",
+    "attn_logit_softcapping": "its scores are capped before the softmax, and those of latent attention are not",
+    "sliding_window": "most of its layers attend within a window, which bounds their caches already",
+    "num_local_experts": "its experts are of another kind than Mixtral's",
+    "num_experts": "its experts are of another kind than Mixtral's",
+    "n_routed_experts": "its experts are of another kind than Mixtral's",
+}
+# What no field says.
+UNSUPPORTED_MODEL_TYPES = {
+    "gpt_oss": "each head has an attention sink, a weight of its own in the softmax, for which latent attention has no "
+    "place"
+}
+ATTENTION_LAYERS = ("full_attention", "sliding_attention", "attention")
 
 
 def refuse_model_type(config: PreTrainedConfig, supported: tuple[str, ...]) -> NoReturn:
@@ -22,10 +32,26 @@ def refuse_model_type(config: PreTrainedConfig, supported: tuple[str, ...]) -> N
     model_type = config.model_type
     if model_type in FAMILIES:
         raise ValueError(f"model_type is {model_type!r}: this checkpoint has been converted already. Give its source.")
-    refuse_experts(config)
-    if model_type in KNOWN_MODEL_TYPES:
-        raise ValueError(f"model_type={model_type!r}: {KNOWN_MODEL_TYPES[model_type]} ({', '.join(supported)}).")
-    raise ValueError(f"model_type={model_type!r} is not supported; it must be one of {supported}.")
+    reason = unsupported(config)
+    raise ValueError(
+        f"model_type={model_type!r} is not supported{'' if reason is None else f' ({reason})'}; it must be one of "
+        f"{', '.join(supported)}."
+    )
+
+
+def unsupported(config: PreTrainedConfig) -> str | None:
+    """What makes a model of such a type one that cannot be converted, if it is known: field, value and reason."""
+    if config.model_type in UNSUPPORTED_MODEL_TYPES:
+        return UNSUPPORTED_MODEL_TYPES[config.model_type]
+    for field in ("layer_types", "layers_block_type"):
+        others = sorted(set(getattr(config, field, None) or ()) - set(ATTENTION_LAYERS))
+        if others:
+            return f"{field} has {others[0]!r}: such layers keep a state, and have no keys and values to compress"
+    for field, reason in UNSUPPORTED_FIELDS.items():
+        value = getattr(config, field, None)
+        if value:
+            return f"{field}={value}: {reason}" if isinstance(value, int | float) else f"{field}: {reason}"
+    return None
 
 
 def refuse_experts(config: PreTrainedConfig) -> None:
