@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("source", help="A Llama checkpoint without biases.")
     parser.add_argument("output", type=Path, help="Folder to write.")
     parser.add_argument("--data", required=True, help="Tokens or text; a pattern names several files.")
-    parser.add_argument("--eval-data", help="Likewise; by default the last rows of the data, which are not trained on.")
+    parser.add_argument("--eval-data", help="Likewise; by default the last rows of the data, not trained on.")
     parser.add_argument("--eval-rows", type=int, default=40)
     parser.add_argument("--tokens", type=float, default=20e6)
     parser.add_argument("--batch", type=int, default=32, help="Rows a step.")

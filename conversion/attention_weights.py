@@ -54,7 +54,8 @@ class NormalisedHeads:
 
     def keys_values(self, x: torch.Tensor) -> torch.Tensor:
         """Normalised keys of all heads, then values of all heads, [..., T, 2 * G * d]."""
-        keys, values = normalise(project(x, self.k, self.k_bias), self.k_gain, self.eps), project(x, self.v, self.v_bias)
+        keys = normalise(project(x, self.k, self.k_bias), self.k_gain, self.eps)
+        values = project(x, self.v, self.v_bias)
         return torch.cat((keys, values), dim=-3).transpose(-2, -3).flatten(-2)
 
     def key_weights(self) -> torch.Tensor:

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import QuantizedCache
 
-from mha2mla.modeling import MLALlamaConfig, quantized_cache
+from mha2mla.modeling import LatentConfigMixin, quantized_cache
 
 DYNAMIC_NAME, STATIC_NAME, COMPILED_NAME = "dynamic", "static", "static-compiled"
 LATENT = "latent"  # this package's own format, for converted models
@@ -65,7 +65,7 @@ class CacheKind:
         """The backend that holds the cache of a model; None where entries are in full precision."""
         if self.nbits is None or self.backend is not None:
             return self.backend
-        if isinstance(config, MLALlamaConfig):
+        if isinstance(config, LatentConfigMixin):
             return LATENT
         return "quanto" if self.nbits in BACKEND_BITS["quanto"] else "hqq"
 
@@ -79,7 +79,9 @@ class CacheKind:
         backend = self.backend_for(config)
         if backend is None:
             return True
-        if self.nbits not in BACKEND_BITS[backend] or (backend == LATENT and not isinstance(config, MLALlamaConfig)):
+        if self.nbits not in BACKEND_BITS[backend]:
+            return False
+        if backend == LATENT and not isinstance(config, LatentConfigMixin):
             return False
         if backend in BACKEND_MODULES and not is_installed(BACKEND_MODULES[backend]):
             package = BACKEND_PACKAGES[backend]
@@ -113,7 +115,7 @@ class CacheKind:
             return DynamicCache(config=model.config)
         backend = self.backend_for(model.config)
         assert backend is not None
-        if isinstance(model.config, MLALlamaConfig):
+        if isinstance(model.config, LatentConfigMixin):
             return quantized_cache(model, backend, nbits=self.nbits, residual_length=RESIDUAL_LENGTH)
         return QuantizedCache(backend, model.config, nbits=self.nbits, residual_length=RESIDUAL_LENGTH)
 

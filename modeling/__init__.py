@@ -34,10 +34,10 @@ except ImportError:
 # The causal language models of the families, by model type: one in every `modeling_mla_*.py` of this folder.
 FAMILIES: dict[str, Any] = {}
 
-for _, name, _ in iter_modules(__path__):
-    if name.startswith("modeling_mla_"):
-        found = vars(import_module(f".{name}", __name__))
-        (model_class,) = (found[n] for n in found if n.startswith("MLA") and n.endswith("ForCausalLM"))
+for info in iter_modules(__path__):
+    if info.name.startswith("modeling_mla_"):
+        found = vars(import_module(f".{info.name}", __name__))
+        (model_class,) = (found[name] for name in found if name.startswith("MLA") and name.endswith("ForCausalLM"))
         config_class = model_class.config_class
         FAMILIES[config_class.model_type] = model_class
         AutoConfig.register(config_class.model_type, config_class)

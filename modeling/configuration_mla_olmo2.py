@@ -21,7 +21,7 @@ class MLAOlmo2Config(LatentConfigMixin, Olmo2Config):
     model_type = "mla_olmo2"
     attention_projections = NORMALISED_PROJECTIONS
 
-    head_dim: int | None = None
+    head_dim: int | None = None  # type: ignore[assignment]  # until __post_init__ is over
 
     def __post_init__(self, **kwargs):
         if self.head_dim is None:

@@ -60,9 +60,12 @@ class LatentConfigMixin:
     }
 
     if TYPE_CHECKING:  # what the config of the source's family brings
+        model_type: str
         num_attention_heads: int
         num_hidden_layers: int
         num_key_value_heads: int
+        head_dim: int
+        max_position_embeddings: int
 
         def __init__(self, **kwargs: Any) -> None: ...
 

@@ -254,7 +254,8 @@ class MultiHeadLatentAttention(nn.Module):
         """What makes the queries that read rotary keys, [H, r, inputs]; None where it cannot be read."""
         if not is_plain_linear(self.q_proj):
             return None
-        return self.q_proj.weight.detach().unflatten(0, (-1, self.shape.qk_head_dim))[:, -self.shape.qk_rope_head_dim :]
+        heads = self.q_proj.weight.detach().unflatten(0, (-1, self.shape.qk_head_dim))
+        return heads[:, self.shape.qk_nope_head_dim :]
 
 
 class LatentModelMixin:

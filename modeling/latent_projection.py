@@ -1,5 +1,5 @@
-"""Projections, and which of them are matrices. Absorbed attention multiplies by the up-projection's matrix instead of calling the
-module, so it has to know that a call would do the same to every row."""
+"""Projections, and which of them are matrices. Absorbed attention multiplies by the up-projection's matrix instead of
+calling the module, so it has to know that a call would do the same to every row."""
 
 from typing import TypeGuard
 

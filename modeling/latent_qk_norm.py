@@ -6,7 +6,7 @@ reads the cache is as without norms, and at full rank the model is its source's 
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -62,6 +62,6 @@ class NormalisedLatentAttention(MultiHeadLatentAttention):
     def rope_query_rows(self) -> torch.Tensor | None:
         if not (is_plain(self.q_b_proj) and is_plain(self.q_norm)):
             return None
-        rows = self.q_b_proj.weight.detach()[:, self.shape.qk_nope_head_dim :]  # [H, r, d]
-        # Behind the norm a channel is as large as its gain.
-        return rows * self.q_norm.weight.detach().view(-1, 1, self.head_dim)
+        rows = self.q_b_proj.weight[:, self.shape.qk_nope_head_dim :]  # [H, r, d]
+        gain = cast(torch.Tensor, self.q_norm.weight).view(-1, 1, self.head_dim)
+        return (rows * gain).detach()  # behind the norm a channel is as large as its gain

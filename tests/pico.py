@@ -18,7 +18,7 @@ from mha2mla.conversion.cache_plan import unrotated_rows
 from mha2mla.conversion.export.check import TEXT
 from mha2mla.conversion.presets.paper.closed_form import convert_attention
 from mha2mla.conversion.rotary import Rotation, layer_rotation, num_rotary_pairs
-from mha2mla.modeling import MLALlamaConfig, MLALlamaForCausalLM
+from mha2mla.modeling import FAMILIES, MLALlamaForCausalLM
 
 # Begins a script in which the package cannot be imported, as on a machine of a checkpoint's user. An editable install
 # resolves it through a finder and a wheel through site-packages: this blocks both.
@@ -226,13 +226,14 @@ def exact_model(source: torch.nn.Module, layout: str) -> MLALlamaForCausalLM:
     return assemble(source, layers)
 
 
-def make_mla(layout: str = "per-head", seed: int = 0, **changes) -> MLALlamaForCausalLM:
+def make_mla(layout: str = "per-head", seed: int = 0, family: str = "mla_llama", **changes) -> MLALlamaForCausalLM:
     """A random MLA model with un-rotated dims and non-default frequencies."""
     sizes = dict(kv_lora_rank=10, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=12, head_dim=12)
     heads = dict(num_rope_key_heads=2, num_nope_key_heads=2) if layout == "per-head" else dict(num_rope_key_heads=1)
-    config = MLALlamaConfig(**{**BASE, "num_key_value_heads": 2, **sizes, **heads, **changes})
+    model_class = FAMILIES[family]
+    config = model_class.config_class(**{**BASE, "num_key_value_heads": 2, **sizes, **heads, **changes})
     torch.manual_seed(seed)
-    model = MLALlamaForCausalLM(config).eval()
+    model = model_class(config).eval()
     for layer in model.model.layers:
         frequencies = layer.self_attn.rope_frequencies
         frequencies.copy_(torch.randint(0, 6, frequencies.shape))

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mha2mla.cli.main import main
 from mha2mla.conversion import ConversionConfig, Paper, convert
+from mha2mla.conversion.architectures import architecture_of
 from mha2mla.conversion.cache_plan import CacheSizes, unrotated_rows
 from mha2mla.conversion.rotary import num_rotary_pairs
 from mha2mla.modeling import MLALlamaForCausalLM

@@ -6,10 +6,10 @@ from peft import LoraConfig, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from transformers import DynamicCache
 
-from mha2mla.modeling import CACHE_ARGUMENT
-from mha2mla.modeling.latent_module import PROJECTIONS, AttentionPath, MultiHeadLatentAttention
+from mha2mla.modeling import CACHE_ARGUMENT, FAMILIES
+from mha2mla.modeling.latent_config import PROJECTIONS
+from mha2mla.modeling.latent_module import AttentionPath, MultiHeadLatentAttention
 from mha2mla.modeling.latent_projection import as_matrix, is_linear_map, is_plain_linear
-from mha2mla.training.parameters import PROJECTIONS as TRAINED_PROJECTIONS
 from pico import LAYOUTS, make_mla, tokens
 
 
@@ -141,12 +141,17 @@ def test_what_is_a_matrix():
     assert not is_linear_map(torch.nn.Linear(3, 5).register_forward_hook(lambda *_: None) and torch.nn.ReLU())
 
 
-def test_default_targets_of_lora():
-    assert TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["mla_llama"] == list(PROJECTIONS)
-    assert list(PROJECTIONS) == TRAINED_PROJECTIONS
-    model = get_peft_model(make_mla(), LoraConfig(r=2))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_default_targets_of_lora(family):
+    projections = FAMILIES[family].config_class.attention_projections
+    assert TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[family] == list(projections)
+    plain = make_mla(family=family)
+    attention = plain.model.layers[0].self_attn
+    linear = {name for name, module in attention.named_children() if type(module) is torch.nn.Linear}
+    assert linear == set(projections)
+    model = get_peft_model(plain, LoraConfig(r=2))
     adapted = {name.split(".lora_A")[0].rsplit(".", 1)[-1] for name, _ in model.named_parameters() if "lora_A" in name}
-    assert adapted == set(PROJECTIONS)
+    assert adapted == linear
 
 
 def test_targets_that_are_not_there_are_named(monkeypatch, caplog):

@@ -6,7 +6,6 @@ from typing import Literal
 from transformers import TrainingArguments
 
 from .losses import Loss, make_losses, weigh
-from .parameters import PROJECTIONS
 
 
 @dataclass
@@ -24,8 +23,9 @@ class ModelArguments:
     lora_rank: int = field(default=16, metadata={"help": "lora: rank of the adapters."})
     lora_alpha: int = field(default=32, metadata={"help": "lora: the adapters are scaled by alpha / rank."})
     lora_dropout: float = field(default=0.0, metadata={"help": "lora: dropout before the adapters."})
-    lora_targets: list[str] = field(
-        default_factory=lambda: list(PROJECTIONS), metadata={"help": "lora: names of the linear layers adapted."}
+    lora_targets: list[str] | None = field(
+        default=None,
+        metadata={"help": "lora: names of the linear layers adapted; by default all those of attention."},
     )
     merge: bool = field(
         default=False, metadata={"help": "lora: also save the model with the adapter merged, in OUTPUT_DIR/merged."}

@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import is_peft_available
 
 from mha2mla.common.loading import load_config, load_tokenizer
-from mha2mla.modeling import MLALlamaConfig
+from mha2mla.modeling import LatentConfigMixin
 
 from .arguments import DataArguments, LossArguments, ModelArguments, RecoveryTrainingArguments
 from .losses import Setting
@@ -15,7 +15,7 @@ from .parameters import LORA, check_lora_targets, freeze_except, meta_model
 from .resume import checkpoints, read_state, wants_resume
 
 
-def check_model(model: ModelArguments, length: int) -> tuple[MLALlamaConfig, list[str]]:
+def check_model(model: ModelArguments, length: int) -> tuple[LatentConfigMixin, list[str]]:
     """
     Returns:
         The config, and the names of what is trained: parameters, or modules that get adapters.
@@ -25,7 +25,7 @@ def check_model(model: ModelArguments, length: int) -> tuple[MLALlamaConfig, lis
             not there; tried on the model without its weights.
     """
     config = load_config(model.model, "model", model.trust_remote_code)
-    if not isinstance(config, MLALlamaConfig):
+    if not isinstance(config, LatentConfigMixin):
         raise ValueError(
             f"{model.model} has model_type={config.model_type!r}: it is not converted. Run `mha2mla convert` first, "
             "and train what it writes."
@@ -36,8 +36,9 @@ def check_model(model: ModelArguments, length: int) -> tuple[MLALlamaConfig, lis
     if model.trainable == LORA:
         if not is_peft_available():
             raise ValueError("trainable='lora' needs peft: pip install 'mha2mla[train]'.")
-        check_lora_targets(empty, model.lora_targets)
-        trained = [name for name, _ in empty.named_modules() if name.rsplit(".", 1)[-1] in model.lora_targets]
+        targets = model.lora_targets or config.attention_projections
+        check_lora_targets(empty, targets)
+        trained = [name for name, _ in empty.named_modules() if name.rsplit(".", 1)[-1] in targets]
     else:
         freeze_except(empty, model.trainable)
         trained = [name for name, parameter in empty.named_parameters() if parameter.requires_grad]

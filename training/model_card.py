@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 
 from mha2mla.common.cards import CARD_NAME, card_metadata, table, usage, write_card
-from mha2mla.modeling import MLALlamaConfig
+from mha2mla.modeling import LatentConfigMixin
 
 BODY = """[mha2mla] converted the attention of a Llama-type model to Multi-head Latent Attention (MLA){cache}, and this
 checkpoint is what recovery fine-tuning made of it.
@@ -66,7 +66,7 @@ class TrainingRecord:
 
 
 def describe_cache(config: PreTrainedConfig) -> str:
-    if not isinstance(config, MLALlamaConfig):
+    if not isinstance(config, LatentConfigMixin):
         return ""
     source = 2 * config.num_key_value_heads * config.head_dim
     return (

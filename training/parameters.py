@@ -3,11 +3,12 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-from mha2mla.modeling import MLALlamaConfig, MLALlamaForCausalLM
+from mha2mla.modeling import FAMILIES, LatentConfigMixin
 
 ATTENTION = r"\.self_attn\."
 # Named choices beside `lora`; anything else is a regular expression of the user's.
@@ -17,13 +18,12 @@ NAMED_PATTERNS = {
     "attention": rf"{ATTENTION}|norm\.weight$",
 }
 LORA = "lora"
-PROJECTIONS = ["q_proj", "kv_a_proj", "kv_b_proj", "o_proj"]
 
 
-def meta_model(config: MLALlamaConfig) -> nn.Module:
+def meta_model(config: LatentConfigMixin) -> nn.Module:
     """The model of a config without weights or memory: enough to know the names of its parameters."""
     with torch.device("meta"):
-        return MLALlamaForCausalLM(config)  # from_config would shard it, if DeepSpeed ZeRO-3 is at work
+        return FAMILIES[config.model_type](config)  # from_config would shard it, if DeepSpeed ZeRO-3 is at work
 
 
 def freeze_except(model: nn.Module, trainable: str) -> None:
@@ -52,21 +52,24 @@ def freeze_except(model: nn.Module, trainable: str) -> None:
         parameter.requires_grad_(pattern.search(name) is not None)
 
 
-def check_lora_targets(model: nn.Module, targets: Sequence[str]) -> None:
+def check_lora_targets(model: Any, targets: Sequence[str]) -> None:
     """Raise a `ValueError` if a target is the name of no linear layer (peft complains only if all are wrong)."""
     linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for target in targets:
         if target not in linear:
             message = f"lora_targets: {target!r} is no linear layer; there are {', '.join(sorted(linear))}."
             if target in ("k_proj", "v_proj"):
-                message += f" Keys and values come from kv_a_proj and kv_b_proj here: name {' '.join(PROJECTIONS)}."
+                usual = " ".join(model.config.attention_projections)
+                message += f" Keys and values come from kv_a_proj and kv_b_proj here: name {usual}."
             raise ValueError(message)
 
 
-def add_lora(model: nn.Module, rank: int, alpha: int, dropout: float, targets: Sequence[str]) -> nn.Module:
-    """Wrap the model with LoRA adapters (peft) on the linear layers named; everything else is frozen."""
+def add_lora(model: Any, rank: int, alpha: int, dropout: float, targets: Sequence[str] | None) -> nn.Module:
+    """Wrap the model with LoRA adapters (peft) on the linear layers named, by default those of attention; everything
+    else is frozen."""
     from peft import LoraConfig, get_peft_model  # an optional dependency
 
+    targets = targets or model.config.attention_projections
     check_lora_targets(model, targets)
     config = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), task_type="CAUSAL_LM"

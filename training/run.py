@@ -14,7 +14,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from mha2mla.common.loading import copy_notices, load_model, load_tokenizer
 from mha2mla.common.records import copy_record
 from mha2mla.common.text_sources import hub_datasets
-from mha2mla.modeling import MLALlamaConfig
+from mha2mla.modeling import LatentConfigMixin
 
 from .arguments import DataArguments, LossArguments, ModelArguments, RecoveryTrainingArguments
 from .checks import check_losses, check_model, check_run
@@ -110,7 +110,7 @@ def load_weights(name: str, role: str, model: ModelArguments, dtype: str) -> Pre
 
 
 def finish(
-    folder: Path, title: str, record: TrainingRecord, model: ModelArguments, config: MLALlamaConfig, adapter: bool
+    folder: Path, title: str, record: TrainingRecord, model: ModelArguments, config: LatentConfigMixin, adapter: bool
 ) -> None:
     """What goes beside trained weights: the card, and what comes from the converted checkpoint."""
     write_model_card(folder, title, record, config, adapter)

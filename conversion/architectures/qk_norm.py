@@ -1,7 +1,7 @@
 """Blocks that normalise queries and keys. What follows the norms is converted; what makes the heads stays as it is."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -59,7 +59,5 @@ class NormalisedArchitecture(Architecture):
             "o_proj.weight": latent.o,
             "rope_frequencies": latent.rope_frequencies.clone(),
         }
-        biases: dict[str, Any] = {"q_proj": heads.q_bias, "k_proj": heads.k_bias, "v_proj": heads.v_bias}
-        return attention | {
-            f"{name}.bias": bias.flatten() for name, bias in {**biases, "o_proj": latent.o_bias}.items() if bias is not None
-        }
+        biases = {"q_proj": heads.q_bias, "k_proj": heads.k_bias, "v_proj": heads.v_bias, "o_proj": latent.o_bias}
+        return attention | {f"{name}.bias": bias.flatten() for name, bias in biases.items() if bias is not None}

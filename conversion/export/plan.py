@@ -11,6 +11,7 @@ from mha2mla.common.loading import load_config
 from mha2mla.common.records import RECORD_NAME, read_record
 from mha2mla.conversion.checkpoint import CheckpointReader
 from mha2mla.modeling import MLALlamaConfig
+from mha2mla.modeling.latent_config import NORMALISED_PROJECTIONS
 
 from .config import KERNEL_HEAD_DIM, KERNEL_RANKS, KERNEL_ROPE_DIM, ExportConfig
 from .rope_table import LENGTH_DEPENDENT, RopeTable, fit_table, frequency_places
@@ -80,6 +81,11 @@ def load_model_config(folder: Path, model: str) -> MLALlamaConfig:
         raise ValueError(
             f"{model} is a DeepSeek checkpoint already (model_type={config.model_type!r}): serve it as it is, or make "
             f"a model of our family of it by `mha2mla export {model} OUTPUT --format mla-llama`."
+        )
+    if getattr(config, "attention_projections", None) == NORMALISED_PROJECTIONS:
+        raise ValueError(
+            f"{model} has model_type={config.model_type!r}: its queries and keys are normalised (qk-norm), which "
+            "DeepSeek's attention cannot express. Use our own class (transformers)."
         )
     if config.model_type != "mla_llama":
         raise ValueError(

@@ -2,7 +2,7 @@
 
 import torch
 
-from mha2mla.modeling import MLALlamaConfig
+from mha2mla.modeling import LatentConfigMixin
 from mha2mla.modeling.latent_decode import Part, decode_attention, kernel_can_run
 
 from .timing import time_calls
@@ -17,7 +17,7 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 @torch.no_grad()
-def attention_bandwidth(config: MLALlamaConfig, batch: int, context: int, dtype, device: torch.device) -> float:
+def attention_bandwidth(config: LatentConfigMixin, batch: int, context: int, dtype, device: torch.device) -> float:
     """Bytes of entries that one layer's decoding attention gets through in a second: by the kernel where it runs, else
     by torch's absorbed attention."""
     entries = torch.randn(batch, context, config.latent_cache_dim, dtype=dtype, device=device)

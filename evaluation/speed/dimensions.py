@@ -1,14 +1,16 @@
 """Models of known dimensions with random weights: speed depends on no others."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from mha2mla.modeling import MLALlamaConfig, MLALlamaForCausalLM
+from mha2mla.modeling import FAMILIES
 
-DIMENSIONS = {
+DIMENSIONS: dict[str, dict[str, Any]] = {
     "llama-2-7b": dict(
+        model_type="llama",
         vocab_size=32000,
         hidden_size=4096,
         intermediate_size=11008,
@@ -18,7 +20,30 @@ DIMENSIONS = {
         head_dim=128,
         max_position_embeddings=65536,
     ),
+    "olmo-2-7b": dict(
+        model_type="olmo2",
+        vocab_size=100352,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        head_dim=128,
+        max_position_embeddings=65536,
+    ),
+    "qwen3-8b": dict(
+        model_type="qwen3",
+        vocab_size=151936,
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=65536,
+    ),
     "smollm2-135m": dict(
+        model_type="llama",
         vocab_size=49152,
         hidden_size=576,
         intermediate_size=1536,
@@ -30,6 +55,7 @@ DIMENSIONS = {
         tie_word_embeddings=True,
     ),
     "pico": dict(
+        model_type="llama",
         vocab_size=96,
         hidden_size=48,
         intermediate_size=64,
@@ -48,7 +74,9 @@ def random_models(
     """Makers of the original and the converted model of these [`DIMENSIONS`] with random weights, one at a time."""
     if name not in DIMENSIONS:
         raise ValueError(f"Dimensions are known for {', '.join(DIMENSIONS)}, not for {name!r}.")
-    sizes = DIMENSIONS[name]
+    sizes = {field: size for field, size in DIMENSIONS[name].items() if field != "model_type"}
+    model_type = DIMENSIONS[name]["model_type"]
+    converted = FAMILIES[f"mla_{model_type}"]
     latent = dict(kv_lora_rank=rank, qk_rope_head_dim=rope_dim, num_rope_key_heads=num_rope_key_heads)
     latent |= dict(qk_nope_head_dim=sizes["head_dim"], v_head_dim=sizes["head_dim"])
 
@@ -63,6 +91,6 @@ def random_models(
                 torch.set_default_dtype(default)
 
     return {
-        "original": lambda: make(LlamaConfig(**sizes), LlamaForCausalLM),
-        "converted": lambda: make(MLALlamaConfig(**sizes, **latent), MLALlamaForCausalLM),
+        "original": lambda: make(AutoConfig.for_model(model_type, **sizes), AutoModelForCausalLM.from_config),
+        "converted": lambda: make(converted.config_class(**sizes, **latent), converted),
     }

@@ -9,7 +9,7 @@ from transformers import Cache
 
 from mha2mla.common.loading import head_dim
 from mha2mla.evaluation.caches import CacheKind
-from mha2mla.modeling import CACHE_ARGUMENT, LatentQuantizedLayer, MLALlamaConfig, cache_nbytes
+from mha2mla.modeling import CACHE_ARGUMENT, LatentConfigMixin, LatentQuantizedLayer, cache_nbytes
 from mha2mla.modeling.latent_cache import round_up
 
 from .timing import synchronize
@@ -48,7 +48,7 @@ class Speed:
 
 def numbers_per_token(config) -> int:
     """Numbers cached per token and layer."""
-    if isinstance(config, MLALlamaConfig):
+    if isinstance(config, LatentConfigMixin):
         return config.latent_cache_dim
     return 2 * config.num_key_value_heads * head_dim(config)
 
@@ -81,7 +81,7 @@ def fill(model, cache: Cache, batch: int, context: int) -> None:
     for index, layer in enumerate(cache.layers):
         for start in range(0, context, 512):
             count = min(512, context - start)
-            if isinstance(config, MLALlamaConfig):
+            if isinstance(config, LatentConfigMixin):
                 shape = (batch, 1, count, config.latent_cache_dim)
             else:
                 heads = config.num_key_value_heads

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from mha2mla.common.device import check_device
 from mha2mla.evaluation.caches import CacheKind
 from mha2mla.evaluation.report.figures import encode_png
-from mha2mla.modeling import MLALlamaConfig
+from mha2mla.modeling import LatentConfigMixin
 
 from .bandwidth import attention_bandwidth, copy_bandwidth
 from .measure import Speed, measure_speed
@@ -57,7 +57,7 @@ def measure_speeds(
             for context in contexts:
                 for kind in suited:
                     speeds.append(measure_speed(model, name, kind, batch, context, steps, prefill=prefill))
-                if isinstance(config, MLALlamaConfig):
+                if isinstance(config, LatentConfigMixin):
                     reached = attention_bandwidth(config, batch, context, model.dtype, device)
                     shares.append(dict(model=name, batch=batch, context=context, bytes_per_s=reached))
         del model  # the next one may need its memory

@@ -8,6 +8,7 @@ model's. Nothing is differentiated but this one layer.
 
 import math
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -40,9 +41,10 @@ def has_fast_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
-def trainable_tensors(layer: LatentAttention) -> dict[str, torch.Tensor]:
+def trainable_tensors(layer: LatentAttention) -> dict[str, Any]:
     """The layer's weights and biases by name; not its frequencies, and not what makes normalised heads."""
-    tensors = {f.name: getattr(layer, f.name) for f in fields(layer) if f.name not in ("rope_frequencies", "normalised")}
+    fixed = ("rope_frequencies", "normalised")
+    tensors = {f.name: getattr(layer, f.name) for f in fields(layer) if f.name not in fixed}
     return {name: tensor for name, tensor in tensors.items() if tensor is not None and tensor.numel() > 0}
 
 

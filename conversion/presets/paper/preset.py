@@ -13,7 +13,7 @@ from mha2mla.conversion.cache_plan import CachePlan, CacheSizes, plan_caches, un
 from mha2mla.conversion.job import ConversionJob
 from mha2mla.conversion.layerwise import run_layers
 from mha2mla.conversion.presets.base import ConvertedLayer, Preset
-from mha2mla.conversion.rotary import Rotation, head_dim, layer_rotation, num_rotary_pairs, pair_norms
+from mha2mla.conversion.rotary import Rotation, layer_rotation, num_rotary_pairs, pair_norms
 
 from .closed_form import convert_attention
 from .low_rank import METHODS
