@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mha2mla.conversion import ConversionConfig, convert
 from mha2mla.conversion.cache_plan import CacheSizes
-from mha2mla.conversion.config import CalibrationText, OutputOptions, refuse_foreign_options
+from mha2mla.conversion.config import CalibrationText, OutputOptions, ServingOptions, refuse_foreign_options
 from mha2mla.conversion.presets import preset_classes
 from mha2mla.conversion.presets.calibrated import Calibrated
 
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
             refuse_foreign_options(sorted(given_options(argv)), chosen)
     parser = CommandParser(
         "mha2mla convert",
-        (ConvertArguments, CacheSizes, CalibrationText, OutputOptions, *wanted),
+        (ConvertArguments, CacheSizes, ServingOptions, CalibrationText, OutputOptions, *wanted),
         description=__doc__,
         positionals=POSITIONALS,
     )

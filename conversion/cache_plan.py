@@ -24,11 +24,18 @@ class CacheSizes:
     )
 
 
+def runs(frequencies: tuple[int, ...]) -> str:
+    """A list for a person: "0-15, 22-25"."""
+    starts = [i for i, f in enumerate(frequencies) if i == 0 or f != frequencies[i - 1] + 1]
+    ends = [*(i - 1 for i in starts[1:]), len(frequencies) - 1]
+    pairs = ((frequencies[a], frequencies[b]) for a, b in zip(starts, ends, strict=True))
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in pairs)
+
+
 @dataclass(frozen=True)
 class CachePlan:
     """
-    The cache of the converted model beside that of its source. A preset that chooses more than sizes by measurement
-    derives its own plan from this one.
+    The cache of the converted model beside that of its source.
 
     Attributes:
         kv_lora_rank (`int`): Latent size R.
@@ -36,6 +43,8 @@ class CachePlan:
         num_rope_key_heads (`int`): Rotary keys per token, n.
         source_width (`int`): Values that the source caches per token and layer, 2 * G * d.
         num_layers (`int`): Layers.
+        frequencies (`tuple[int, ...]`, *optional*): What all layers rotate with, indices of the source's frequencies;
+            none if each layer has its own.
     """
 
     kv_lora_rank: int
@@ -43,6 +52,7 @@ class CachePlan:
     num_rope_key_heads: int
     source_width: int
     num_layers: int
+    frequencies: tuple[int, ...] | None = None
 
     @property
     def rope_width(self) -> int:
@@ -59,7 +69,8 @@ class CachePlan:
         return self.width / self.source_width
 
     def __str__(self) -> str:
-        return f"rotary {self.num_rope_key_heads} x {self.qk_rope_head_dim} + latent {self.kv_lora_rank}"
+        sizes = f"rotary {self.num_rope_key_heads} x {self.qk_rope_head_dim} + latent {self.kv_lora_rank}"
+        return sizes if self.frequencies is None else f"{sizes}, frequencies {runs(self.frequencies)}"
 
     def describe(self, element_size: int) -> str:
         """One line for a person: what a token costs before and after, in bytes of `element_size` each."""

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from .cache_plan import CacheSizes
+from .export.engines import ENGINES
 from .options import check_choices, check_least
 from .presets import Preset, preset_classes
 from .presets.calibrated import Calibrated
@@ -29,6 +30,22 @@ class CalibrationText:
 
 
 @dataclass(kw_only=True)
+class ServingOptions:
+    """Where the model is to be served."""
+
+    _argument_group_name = "serving"
+
+    serve: str | None = field(
+        default=None,
+        metadata={
+            "choices": tuple(ENGINES),
+            "help": "Inference engine that an export must suit: sizes not given are those of its kernels, and what it "
+            "cannot run is refused before the work.",
+        },
+    )
+
+
+@dataclass(kw_only=True)
 class OutputOptions:
     """Where the work is done, and what is written."""
 
@@ -43,14 +60,14 @@ class OutputOptions:
 
 
 @dataclass(kw_only=True)
-class ConversionConfig(CacheSizes, CalibrationText, OutputOptions):
+class ConversionConfig(CacheSizes, ServingOptions, CalibrationText, OutputOptions):
     """
     Options of a conversion.
 
     Args:
         preset (`Preset`, *optional*, defaults to `Calibrated()`): How the MLA weights are made, with its own options.
         cache_ratio (`float`, *optional*): Size of the new cache over the old one; or give `kv_lora_rank` (`int`) and
-            `qk_rope_head_dim` (`int`).
+            `qk_rope_head_dim` (`int`), or, for their sizes, the engine to `serve` with (`str`).
 
     The other fields are those of [`CalibrationText`] and [`OutputOptions`].
 

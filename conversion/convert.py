@@ -15,10 +15,13 @@ from mha2mla.common.loading import load_config
 from mha2mla.common.records import RECORD_NAME
 from mha2mla.common.scratch import scratch_folder
 from mha2mla.common.text import load_blocks
+from mha2mla.modeling.latent_config import LatentConfigMixin
 
 from .architectures import architecture_of
+from .cache_plan import CachePlan
 from .checkpoint import atomic_folder, check_output
 from .config import ConversionConfig
+from .export.engines import ENGINES, advise_sizes, check_servable, engines_of, expressible_lists, kernel_sizes
 from .fused import open_checkpoint
 from .job import ConversionJob
 from .model_card import write_model_card
@@ -70,28 +73,46 @@ def convert(
         check_weights(tensors, config)
         if config.tie_word_embeddings and architecture.has_own_head(tensors):
             config.tie_word_embeddings = False  # what lies in the file counts, as it does for transformers
-        plans = preset.plans(architecture, options)
+        engine = None if options.serve is None else ENGINES[options.serve]
+        source_width = 2 * config.num_key_value_heads * architecture.head_dim
+        plans = preset.plans(architecture, options if engine is None else kernel_sizes(options, engine, source_width))
         dtype = architecture.norm(tensors).dtype if options.dtype == "auto" else getattr(torch, options.dtype)
         logger.info(plans[0].describe(dtype.itemsize))
+        if engine is None and (advice := advise_sizes(plans[0].width, source_width)):
+            logger.info(advice)
+
+        def config_of(plan: CachePlan) -> LatentConfigMixin:
+            return architecture.mla_config(
+                kv_lora_rank=plan.kv_lora_rank,
+                qk_rope_head_dim=plan.qk_rope_head_dim,
+                num_rope_key_heads=plan.num_rope_key_heads,
+                **preset.mla_fields(config, plan),
+                attention_bias=architecture.has_attention_bias(tensors),
+                dtype=dtype,
+            )
+
+        if engine is not None:
+            check_servable(config_of(plans[0]), preset.common_frequencies, engine)
         blocks = load_text(folder, options, trust_remote_code)
         with (
             atomic_folder(output, options.overwrite) as partial,
             scratch_folder("mha2mla-conversion-") as scratch,
         ):
-            job = ConversionJob(architecture, tensors, blocks, options.device, options.seed, scratch)
+            job = ConversionJob(
+                architecture,
+                tensors,
+                blocks,
+                options.device,
+                options.seed,
+                scratch,
+                engine=None if engine is None else engine.title,
+                expressible=expressible_lists(config_of(plans[0]), engine or ENGINES["transformers"]),
+            )
             plan = preset.choose(job, plans)
             logger.info("Chosen: %s", plan)
-            sizes = {
-                "kv_lora_rank": plan.kv_lora_rank,
-                "qk_rope_head_dim": plan.qk_rope_head_dim,
-                "num_rope_key_heads": plan.num_rope_key_heads,
-            }
-            mla_config = architecture.mla_config(
-                **sizes,
-                **preset.mla_fields(config, plan),
-                attention_bias=architecture.has_attention_bias(tensors),
-                dtype=dtype,
-            )
+            mla_config = config_of(plan)
+            if plan.frequencies is not None:
+                logger.info("Engines for an export: %s", engines_of(mla_config, plan.frequencies))
             write_companions(
                 partial, folder, mla_config, trust_remote_code
             )  # the tokenizer is proved before the long work
@@ -103,7 +124,9 @@ def convert(
                 "revision": folder.name if folder.parent.name == "snapshots" else revision,
                 "gguf_file": gguf_file,
                 "options": options.to_dict(),
-                **sizes,
+                "kv_lora_rank": plan.kv_lora_rank,
+                "qk_rope_head_dim": plan.qk_rope_head_dim,
+                "num_rope_key_heads": plan.num_rope_key_heads,
                 "cache_width": plan.width,
                 "source_cache_width": plan.source_width,
                 "seconds": round(time.perf_counter() - start, 1),

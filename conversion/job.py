@@ -1,5 +1,6 @@
 """What a conversion works on, carried through it as one thing."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,9 @@ class ConversionJob:
         device (`str`): Where layers live while it is their turn.
         seed (`int`): Of whatever is drawn at random.
         scratch (`Path`): A folder that lives as long as the conversion.
+        engine (`str`, *optional*): Title of the inference engine that the model must suit.
+        expressible (`Callable`): Whether that engine, or else any that runs DeepSeek's models, has a rotary table of
+            some of the source's frequencies, which are given by their indices.
     """
 
     architecture: Architecture
@@ -29,6 +33,8 @@ class ConversionJob:
     device: str
     seed: int
     scratch: Path
+    engine: str | None = None
+    expressible: Callable[[Sequence[int]], bool] = lambda frequencies: True
 
     @property
     def config(self) -> PreTrainedConfig:

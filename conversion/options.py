@@ -12,7 +12,8 @@ def check_choices(options: Any) -> None:
         choices = get_args(hints[field.name]) if get_origin(hints[field.name]) is Literal else ()
         choices = field.metadata.get("choices", choices)
         value = getattr(options, field.name)
-        if choices and value not in choices:
+        left_open = value is None and field.default is None
+        if choices and value not in choices and not left_open:
             raise ValueError(f"{field.name}={value!r} must be one of {', '.join(choices)}.")
 
 

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import TypeVar
 
 import torch
 
@@ -16,13 +15,11 @@ logger = logging.getLogger(__name__)
 
 NUM_SEARCH_BLOCKS = 4  # of the calibration text, on which plans are compared
 
-Plan = TypeVar("Plan", bound=CachePlan)
-
 
 @torch.no_grad()
 def lowest_loss(
-    job: ConversionJob, plans: Sequence[Plan], layers_of: Callable[[LayerVisit], Iterable[LatentAttention]]
-) -> Plan:
+    job: ConversionJob, plans: Sequence[CachePlan], layers_of: Callable[[LayerVisit], Iterable[LatentAttention]]
+) -> CachePlan:
     """
     The plan with the lowest loss on calibration text.
 
@@ -30,7 +27,7 @@ def lowest_loss(
     the plan: a serving engine holds the cache in pages of one size.
 
     Args:
-        plans (`Sequence[CachePlan]`): What is compared; a preset's own subclass may say more than sizes.
+        plans (`Sequence[CachePlan]`): What is compared.
         layers_of (`Callable`): The layer that is visited as each of the plans has it, in their order.
     """
     if len(plans) == 1:

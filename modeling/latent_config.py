@@ -66,6 +66,8 @@ class LatentConfigMixin:
         num_key_value_heads: int
         head_dim: int
         max_position_embeddings: int
+        hidden_act: str
+        rope_parameters: dict[str, Any]
 
         def __init__(self, **kwargs: Any) -> None: ...
 

@@ -10,7 +10,7 @@ from mha2mla.common.files import read_json_object
 from mha2mla.common.loading import load_config
 from mha2mla.common.records import RECORD_NAME, read_record
 from mha2mla.conversion.checkpoint import CheckpointReader
-from mha2mla.modeling import MLALlamaConfig
+from mha2mla.modeling import LatentConfigMixin, MLALlamaConfig
 from mha2mla.modeling.latent_config import NORMALISED_PROJECTIONS
 
 from .config import KERNEL_HEAD_DIM, KERNEL_RANKS, KERNEL_ROPE_DIM, ExportConfig
@@ -82,23 +82,19 @@ def load_model_config(folder: Path, model: str) -> MLALlamaConfig:
             f"{model} is a DeepSeek checkpoint already (model_type={config.model_type!r}): serve it as it is, or make "
             f"a model of our family of it by `mha2mla export {model} OUTPUT --format mla-llama`."
         )
-    if getattr(config, "attention_projections", None) == NORMALISED_PROJECTIONS:
-        raise ValueError(
-            f"{model} has model_type={config.model_type!r}: its queries and keys are normalised (qk-norm), which "
-            "DeepSeek's attention cannot express. Use our own class (transformers)."
-        )
-    if config.model_type != "mla_llama":
+    if not isinstance(config, LatentConfigMixin):
         raise ValueError(
             f"{model} has model_type={config.model_type!r}: it is not converted. Convert it first: "
             f"`mha2mla convert {model} CONVERTED --cache-ratio 0.3125 --data TEXT`."
         )
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{model} has quantised weights. Export the model as it was before that.")
+    check_architecture(config, convert_command(folder, config))
     assert isinstance(config, MLALlamaConfig)
     return config
 
 
-def convert_command(folder: Path, config: MLALlamaConfig) -> str:
+def convert_command(folder: Path, config: LatentConfigMixin) -> str:
     """The command that would convert the same source for engines, as far as the folder's record tells."""
     source, data = "SOURCE", "TEXT"
     if (folder / RECORD_NAME).is_file():
@@ -108,7 +104,7 @@ def convert_command(folder: Path, config: MLALlamaConfig) -> str:
     return shlex.join([*words, "--qk-rope-head-dim", str(config.qk_rope_head_dim), "--data", data])
 
 
-def check_architecture(config: MLALlamaConfig, remedy: str) -> None:
+def check_architecture(config: LatentConfigMixin, remedy: str) -> None:
     """
     Raises:
         ValueError: For what DeepSeek's attention and block do not have, whatever the weights are.
@@ -118,8 +114,13 @@ def check_architecture(config: MLALlamaConfig, remedy: str) -> None:
             f"num_rope_key_heads={config.num_rope_key_heads}: the model has a rotary key for each key/value head, and "
             f"DeepSeek's attention has one for all heads. Convert with one: `{remedy}`."
         )
+    if config.attention_projections == NORMALISED_PROJECTIONS:
+        raise ValueError(
+            f"model_type={config.model_type!r}: queries and keys are normalised (qk-norm), which DeepSeek's attention "
+            "cannot express. Use our own class (transformers)."
+        )
     for field in ("attention_bias", "mlp_bias"):
-        if getattr(config, field):
+        if getattr(config, field, False):
             raise ValueError(
                 f"{field}=True: the model's projections have biases (as Qwen2's), and DeepSeek's have none. Use our "
                 "own class (transformers), or convert a source without them."
@@ -204,7 +205,6 @@ def plan_export(
         ValueError: If the model cannot be said in DeepSeek's terms; what, why, and what would make one that can.
     """
     remedy = convert_command(folder, config)
-    check_architecture(config, remedy)
     frequencies = common_frequencies(reader, config, remedy)
     if options.pad is None:
         table = find_table(config, frequencies, allow_step, None, remedy)

@@ -47,6 +47,11 @@ class Preset(ABC):
         none."""
         return None
 
+    @property
+    def common_frequencies(self) -> bool:
+        """Whether all layers rotate with the same frequencies, in one rotary key, as inference engines need."""
+        return False
+
     @abstractmethod
     def plans(self, source: Architecture, sizes: CacheSizes) -> list[CachePlan]:
         """The caches of the size that is asked for, all of one width. A `ValueError` if the source has none such."""

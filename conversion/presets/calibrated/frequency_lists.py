@@ -8,7 +8,8 @@ which is cheap; the few best are to be compared by measurement.
 Shape letters: F frequencies, A components, k pairs of a rotary key.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 
 import torch
 
@@ -31,17 +32,20 @@ def two_runs(num_pairs: int, num_frequencies: int) -> Iterator[tuple[int, ...]]:
             yield (*range(first), *range(start, start + second))
 
 
-def best_lists(cost: torch.Tensor, num_pairs: int, num_best: int) -> list[tuple[int, ...]]:
+def best_lists(
+    cost: torch.Tensor, num_pairs: int, num_best: int, expressible: Callable[[Sequence[int]], bool]
+) -> list[tuple[int, ...]]:
     """
-    The lists that leave the least cost un-rotated, the best first; {0..k-1}, which every engine takes, is among them.
+    The lists that leave the least cost un-rotated, the best first; {0..k-1} is among them if it is expressible.
 
     Args:
         cost (`torch.Tensor`): Cost of un-rotating each pair, summed over heads, of all layers, [L, F, A].
         num_pairs (`int`): k.
         num_best (`int`): How many to return; fewer if there are fewer.
+        expressible (`Callable`): Whether the engine has a table of a list's frequencies.
 
     Returns:
-        Lists of frequency indices.
+        Lists of frequency indices; none if none is expressible.
 
     Raises:
         ValueError: If there are fewer frequencies than pairs.
@@ -53,17 +57,11 @@ def best_lists(cost: torch.Tensor, num_pairs: int, num_best: int) -> list[tuple[
         )
     kept = cost.amax(-1).sum(0).tolist()  # [F]: by the best component of each layer
     lists = sorted(two_runs(num_pairs, num_frequencies), key=lambda chosen: -sum(kept[f] for f in chosen))
-    best = lists[:num_best]
+    best = list(islice(filter(expressible, lists), num_best))
     single = tuple(range(num_pairs))
-    return best if single in best else [*best[: num_best - 1], single]
-
-
-def runs(frequencies: tuple[int, ...]) -> str:
-    """A list for a person: "0-15, 22-25"."""
-    starts = [i for i, f in enumerate(frequencies) if i == 0 or f != frequencies[i - 1] + 1]
-    ends = [*(i - 1 for i in starts[1:]), len(frequencies) - 1]
-    pairs = ((frequencies[a], frequencies[b]) for a, b in zip(starts, ends, strict=True))
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in pairs)
+    if single in best or not expressible(single):
+        return best
+    return [*best[: num_best - 1], single]
 
 
 def select_listed(cost: torch.Tensor, frequencies: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,8 +2,8 @@
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -23,30 +23,17 @@ from mha2mla.conversion.rotary import head_dim, num_rotary_pairs
 from mha2mla.conversion.search import lowest_loss
 
 from .closed_form import LayerStatistics, collect_statistics, convert_attention, unrotation_cost
-from .frequency_lists import best_lists, runs
+from .frequency_lists import best_lists
 from .refine import RefineSettings
 from .state import CalibrationState, fingerprint
 from .steps import DEFAULT_STEPS
 
 logger = logging.getLogger(__name__)
 
-ROPE_SHARES = (0.2, 0.27, 0.34, 0.41)  # of a cache, for the rotary keys: tried where the split is not given
+# Of a cache, for the rotary keys: tried where the split is not given. The closed form would always like more, and
+# refinement, which mends what is lost by rotation better than what is lost by rank, does not: docs/conversion.md.
+ROPE_SHARES = (0.27, 0.34)
 NUM_LISTS = 4  # lists of frequencies compared for each split
-
-
-@dataclass(frozen=True)
-class FrequencyPlan(CachePlan):
-    """
-    A cache, and what rotates in it.
-
-    Attributes:
-        frequencies (`tuple[int, ...]`): The rotary frequencies of all layers, indices of the source's.
-    """
-
-    frequencies: tuple[int, ...] = ()
-
-    def __str__(self) -> str:
-        return f"{super().__str__()}, frequencies {runs(self.frequencies)}"
 
 
 @dataclass(kw_only=True)
@@ -60,7 +47,7 @@ class Calibrated(Preset):
         rope_frequencies (`str`, *optional*, defaults to `"common"`): One list of frequencies for all layers, which
             DeepSeek's inference engines can express, or each layer's own, `"per-layer"`. Rotary keys per head have
             their own.
-        refine_steps (`int`, *optional*, defaults to 120): Gradient steps on each layer.
+        refine_steps (`int`, *optional*, defaults to 320): Gradient steps on each layer.
         refine_batch_size (`int`, *optional*, defaults to 2): Blocks of text a step.
         refine_learning_rate (`float`, *optional*, defaults to 0.03): Relative to the root mean square of each matrix.
         score_samples (`int`, *optional*, defaults to 8): Blocks from which the cost of un-rotating is measured.
@@ -87,7 +74,7 @@ class Calibrated(Preset):
         },
     )
     refine_steps: int = field(
-        default=120, metadata={"help": "Gradient steps on each layer against the original's; 0: none."}
+        default=320, metadata={"help": "Gradient steps on each layer against the original's; 0: none."}
     )
     refine_batch_size: int = field(default=2, metadata={"help": "Blocks of text a refinement step."})
     refine_learning_rate: float = field(
@@ -109,7 +96,6 @@ class Calibrated(Preset):
 
     @property
     def common_frequencies(self) -> bool:
-        """Whether all layers rotate with the same frequencies."""
         return self.shared_key and self.rope_frequencies == "common"
 
     def plans(self, source: Architecture, sizes: CacheSizes) -> list[CachePlan]:
@@ -145,7 +131,7 @@ class Calibrated(Preset):
         candidate converted in closed form."""
         state = self.open_state(job)
         self.collect(job, state)
-        candidates: Sequence[CachePlan] = self.frequency_plans(job, state, plans) if self.common_frequencies else plans
+        candidates = self.frequency_plans(job, state, plans) if self.common_frequencies else plans
 
         def layers_of(visit: LayerVisit) -> Iterator[LatentAttention]:
             statistics = state.load(visit.index, job.device)
@@ -154,19 +140,29 @@ class Calibrated(Preset):
 
         return lowest_loss(job, candidates, layers_of)
 
-    def frequency_plans(
-        self, job: ConversionJob, state: CalibrationState, plans: list[CachePlan]
-    ) -> list[FrequencyPlan]:
+    def frequency_plans(self, job: ConversionJob, state: CalibrationState, plans: list[CachePlan]) -> list[CachePlan]:
         """Every plan with each of the lists of frequencies that promise most for its rotary key."""
         shares = []
         for index in range(job.config.num_hidden_layers):
             cost, energy = unrotation_cost(state.load(index, job.device), job.config.num_attention_heads, self.steps)
             shares.append((cost / energy)[: num_rotary_pairs(job.config)].cpu())
-        return [
-            FrequencyPlan(**asdict(plan), frequencies=frequencies)
-            for plan in plans
-            for frequencies in best_lists(torch.stack(shares), plan.qk_rope_head_dim // 2, NUM_LISTS)
-        ]
+        cost = torch.stack(shares)  # [L, F, A]
+
+        def candidates(expressible: Callable[[Sequence[int]], bool]) -> list[CachePlan]:
+            return [
+                replace(plan, frequencies=frequencies)
+                for plan in plans
+                for frequencies in best_lists(cost, plan.qk_rope_head_dim // 2, NUM_LISTS, expressible)
+            ]
+
+        found = candidates(job.expressible)
+        if not found and job.engine is not None:
+            raise ValueError(
+                f"{job.engine} has no rotary table for {plans[0].qk_rope_head_dim // 2} frequencies as the source's "
+                f"rope_parameters={job.config.rope_parameters} make them. Give a smaller --qk-rope-head-dim, or leave "
+                "--serve out (transformers then runs the model with our own class)."
+            )
+        return found or candidates(lambda frequencies: True)
 
     def layers(self, job: ConversionJob, plan: CachePlan) -> Iterator[ConvertedLayer]:
         state = self.open_state(job)
@@ -221,7 +217,7 @@ class Calibrated(Preset):
             self.shared_key,
             visit.rotation,
             self.steps,
-            plan.frequencies if isinstance(plan, FrequencyPlan) else None,
+            plan.frequencies,
         )
 
 

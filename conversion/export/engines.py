@@ -1,0 +1,146 @@
+"""Inference engines that run DeepSeek checkpoints, and what each of them takes (docs/serving.md)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from mha2mla.conversion.cache_plan import CacheSizes
+from mha2mla.modeling.latent_config import LatentConfigMixin
+
+from .config import KERNEL_HEAD_DIM, KERNEL_ROPE_DIM
+from .plan import check_architecture
+from .rope_table import fit_table, frequency_places
+
+
+@dataclass(frozen=True)
+class Engine:
+    """
+    Attributes:
+        title (`str`): For a person.
+        kernel_ranks (`tuple[int, ...]`): Latents that its kernels are made for, with 64 rotary dims and heads of at
+            most 128, the largest first; empty if it takes any size.
+        knows_step (`bool`): Whether it has yarn's step, see [`RopeTable`].
+    """
+
+    title: str
+    kernel_ranks: tuple[int, ...] = ()
+    knows_step: bool = True
+
+
+ENGINES = {
+    "transformers": Engine("transformers"),
+    "vllm": Engine("vLLM on a GPU", (512, 256)),
+    "sglang": Engine("SGLang", (512,)),
+    "llama.cpp": Engine("llama.cpp", knows_step=False),
+}
+
+
+def kernel_sizes(sizes: CacheSizes, engine: Engine, source_width: int) -> CacheSizes:
+    """
+    The sizes to convert to: those that are asked for, checked, or else the largest that the engine's kernels take and
+    that is smaller than the source's cache.
+
+    Args:
+        source_width (`int`): Values that the source caches per token and layer.
+
+    Raises:
+        ValueError: If the engine has no kernels for what is asked for, not even with zeros put in.
+    """
+    if not engine.kernel_ranks:
+        return sizes
+    most, given = engine.kernel_ranks[0], (sizes.kv_lora_rank, sizes.qk_rope_head_dim)
+    if sizes.cache_ratio is not None:
+        raise ValueError(
+            f"cache_ratio={sizes.cache_ratio} leaves the split open, and {engine.title} takes "
+            f"{in_words(engine)} only. Leave --cache-ratio out, or give --kv-lora-rank and --qk-rope-head-dim."
+        )
+    if given == (None, None):
+        for rank in engine.kernel_ranks:
+            if rank + KERNEL_ROPE_DIM < source_width:
+                return CacheSizes(kv_lora_rank=rank, qk_rope_head_dim=KERNEL_ROPE_DIM)
+        raise ValueError(
+            f"The source caches {source_width} values per token and layer, less than {engine.title} takes "
+            f"({in_words(engine)}): there is nothing to gain there. To try it, give --kv-lora-rank and "
+            "--qk-rope-head-dim, and export with --pad."
+        )
+    for name, value, limit in zip(("kv_lora_rank", "qk_rope_head_dim"), given, (most, KERNEL_ROPE_DIM), strict=True):
+        if value is not None and value > limit:
+            raise ValueError(
+                f"{name}={value} is more than {engine.title} takes: {in_words(engine)}. Give {limit} or less."
+            )
+    return sizes
+
+
+def check_servable(config: LatentConfigMixin, common_frequencies: bool, engine: Engine) -> None:
+    """
+    Raises:
+        ValueError: If the engine cannot run an export of such a model, whatever its weights are.
+    """
+    check_architecture(config, "--preset calibrated --rope-layout shared")
+    if not common_frequencies:
+        raise ValueError(
+            f"Layers with frequencies of their own cannot be served by {engine.title}, whose rotary table is one for "
+            "all. Leave --rope-frequencies per-layer out."
+        )
+    if engine.kernel_ranks and config.head_dim > KERNEL_HEAD_DIM:
+        raise ValueError(
+            f"head_dim={config.head_dim} is more than the {KERNEL_HEAD_DIM} that {engine.title} takes. Serve with "
+            "transformers, which runs any size."
+        )
+
+
+def in_words(engine: Engine) -> str:
+    """The sizes of its kernels: "512 + 64 or 256 + 64"."""
+    return " or ".join(f"{rank} + {KERNEL_ROPE_DIM}" for rank in engine.kernel_ranks)
+
+
+def padded_rank(engine: Engine, kv_lora_rank: int) -> int:
+    """The latent that the engine's kernels give a model of this one."""
+    return min(rank for rank in engine.kernel_ranks if rank >= kv_lora_rank)
+
+
+def expressible_lists(config: LatentConfigMixin, engine: Engine) -> Callable[[Sequence[int]], bool]:
+    """Whether a rotary table of the engine has all frequencies of a list, which are indices of the model's own."""
+    places, theta = frequency_places(config), config.rope_parameters["rope_theta"]
+    num_slots = KERNEL_ROPE_DIM // 2 if engine.kernel_ranks else None
+
+    def expressible(frequencies: Sequence[int]) -> bool:
+        return fit_table(places, list(frequencies), theta, engine.knows_step, num_slots) is not None
+
+    return expressible
+
+
+def advise_sizes(width: int, source_width: int) -> str | None:
+    """For a person: the sizes that GPU kernels take, if they are smaller than the source's cache and not chosen."""
+    ranks = ENGINES["vllm"].kernel_ranks
+    smaller = [rank for rank in ranks if rank + KERNEL_ROPE_DIM < source_width]
+    if not smaller or width in [rank + KERNEL_ROPE_DIM for rank in smaller]:
+        return None
+    shares = [f"{r} + {KERNEL_ROPE_DIM} ({(r + KERNEL_ROPE_DIM) / source_width:.1%} of the cache)" for r in smaller]
+    return f"GPU kernels of vLLM and SGLang take {' or '.join(shares)}: --serve vllm chooses them"
+
+
+def engines_of(config: LatentConfigMixin, frequencies: Sequence[int]) -> str:
+    """For a person: which engines will run a stock export of a model with these sizes and rotary frequencies."""
+    try:
+        check_architecture(config, "--rope-layout shared")
+    except ValueError as reason:
+        return f"none. {reason}"
+    small = config.head_dim <= KERNEL_HEAD_DIM and config.qk_rope_head_dim <= KERNEL_ROPE_DIM
+    there = []
+    for engine in ENGINES.values():
+        fits = small and config.kv_lora_rank <= engine.kernel_ranks[0] if engine.kernel_ranks else True
+        if not fits or not expressible_lists(config, engine)(frequencies):
+            continue
+        if not engine.kernel_ranks:
+            there.append(engine.title)
+            continue
+        rank = padded_rank(engine, config.kv_lora_rank)
+        exact = (rank, KERNEL_ROPE_DIM, KERNEL_HEAD_DIM) == (
+            config.kv_lora_rank,
+            config.qk_rope_head_dim,
+            config.head_dim,
+        )
+        there.append(
+            engine.title if exact else f"{engine.title} (export with --pad {rank}: {rank + KERNEL_ROPE_DIM} values)"
+        )
+    return ", ".join(there) or "none. They have no rotary table of these frequencies."
