@@ -5,6 +5,7 @@ computes and that it has no name for is handled here (scaling of rotary frequenc
 """
 
 import logging
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ KNOWN_FIELDS = {
     "attention.key_length",
     "attention.value_length",
     "attention.layer_norm_rms_epsilon",
-    "attention.sliding_window",  # into the config by `gguf_changes`, where conversion refuses it
+    "attention.sliding_window",  # refused where any text of the model's length would feel it
     "rope.dimension_count",
     "rope.freq_base",
     "tensor_data_layout",
@@ -135,6 +136,12 @@ def gguf_changes(
     }
     if fields.get("split.count", 1) > 1:
         raise ValueError(f"{name} is one of {fields['split.count']} parts. Join them first: gguf-split --merge.")
+    window = own.get("attention.sliding_window")
+    if window and window < own.get("context_length", math.inf):
+        raise ValueError(
+            f"{name} says {architecture}.attention.sliding_window={window}: a window bounds the cache already, and the "
+            "converted model would not keep it."
+        )
     for field, value in own.items():
         if field not in KNOWN_FIELDS | SCALING_FIELDS:
             raise ValueError(
@@ -162,8 +169,6 @@ def gguf_changes(
                 "does not read heads of which a part is rotated. Convert the safetensors checkpoint."
             )
     changes: dict[str, Any] = {}
-    if own.get("attention.sliding_window"):
-        changes["sliding_window"] = own["attention.sliding_window"]
     rope = rope_scaling(own, tensors.get("rope_freqs.weight"), name)
     if rope is not None:
         changes["rope_parameters"] = {"rope_theta": float(own.get("rope.freq_base", 10000.0)), **rope}

@@ -186,9 +186,26 @@ def test_bad_options_say_what_to_do(message, save_source, tmp_path, capsys):
 
 BAD_SOURCES = {
     "model_type": ({"model_type": "gpt2"}, "model_type='gpt2' is not supported"),
-    "qk-norm": ({"model_type": "qwen3"}, "qk-norm"),
     "moe": ({"num_local_experts": 8}, "mixture-of-experts"),
+    "latent": ({"model_type": "deepseek_v3"}, "kv_lora_rank=512: the model has latent attention already"),
+    "images": (
+        {"model_type": "mistral3", "text_config": {"model_type": "mistral"}},
+        "text_config: it is a model of more",
+    ),
+    "softcap": ({"model_type": "gemma2"}, "attn_logit_softcapping=50.0: its scores are capped"),
+    "windows": ({"model_type": "gemma3_text"}, "sliding_window=4096: most of its layers"),
+    "sinks": ({"model_type": "gpt_oss"}, "each head has an attention sink"),
+    "hybrid": ({"model_type": "qwen3_next", "head_dim": 16}, "layer_types has 'linear_attention'"),
+    "other experts": ({"model_type": "qwen2_moe"}, "num_experts=60: its experts are of another kind"),
     "sliding": ({"model_type": "mistral", "sliding_window": 16}, "set sliding_window to null"),
+    "some sliding": (
+        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+        "sliding_window=16: a window bounds",
+    ),
+    "sliding without RoPE": (
+        {"model_type": "smollm3", "use_sliding_window": True, "sliding_window": 16, "no_rope_layer_interval": 2},
+        "sliding_window=16: a window bounds",
+    ),
     "quantised": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "De-quantise"),
     "converted": ({"model_type": "mla_llama"}, "converted already"),
     "partial": (

