@@ -67,6 +67,7 @@ MULTIPLIERS = dict(embedding_multiplier=3.0, attention_multiplier=0.2, residual_
 ARCHITECTURE_FIELDS = {
     "granite": MULTIPLIERS,
     "mixtral": dict(num_local_experts=4, num_experts_per_tok=2),
+    "ministral3": dict(head_dim=12),
     "mistral": dict(sliding_window=None),
     "olmo2": dict(num_key_value_heads=4),
     "qwen3": dict(head_dim=16),
