@@ -10,11 +10,14 @@ from mha2mla.common.files import read_json_object
 from mha2mla.common.loading import load_config
 from mha2mla.common.records import RECORD_NAME, read_record
 from mha2mla.conversion.checkpoint import CheckpointReader
-from mha2mla.modeling import MLALlamaConfig
+from mha2mla.modeling import LatentConfigMixin, MLALlamaConfig, MLAMixtralConfig
 from mha2mla.modeling.latent_config import NORMALISED_PROJECTIONS
 
 from .config import KERNEL_HEAD_DIM, KERNEL_RANKS, KERNEL_ROPE_DIM, ExportConfig
+from .experts import has_experts
 from .rope_table import LENGTH_DEPENDENT, RopeTable, fit_table, frequency_places
+
+OurConfig = MLALlamaConfig | MLAMixtralConfig  # of what DeepSeek's block can express
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class ExportPlan:
         """Values that an engine caches per token and layer."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
-    def describe(self, config: MLALlamaConfig, element_size: int) -> str:
+    def describe(self, config: OurConfig, element_size: int) -> str:
         """What a token costs in an engine, in bytes of `element_size` a value, padding included."""
         ours, source = config.latent_cache_dim, 2 * config.num_key_value_heads * config.head_dim
         size = self.width * config.num_hidden_layers * element_size
@@ -52,18 +55,18 @@ class ExportPlan:
         return line
 
 
-def engines(plan: ExportPlan) -> str:
+def engines(plan: ExportPlan, config: OurConfig) -> str:
     """Which engines take these sizes, for a person (measured or read in their source: docs/serving.md)."""
-    names = ["transformers"]
+    names = [] if has_experts(config) else ["transformers"]
     heads = (plan.qk_nope_head_dim, plan.v_head_dim) == (KERNEL_HEAD_DIM, KERNEL_HEAD_DIM)
     if heads and plan.qk_rope_head_dim == KERNEL_ROPE_DIM and plan.kv_lora_rank in KERNEL_RANKS:
         names.append("vLLM on a GPU")
         if plan.kv_lora_rank == KERNEL_RANKS[-1]:
             names += ["vLLM on a CPU", "SGLang"]
-    return ", ".join(names)
+    return ", ".join(names) or "none, for which --pad is"
 
 
-def load_model_config(folder: Path, model: str) -> MLALlamaConfig:
+def load_model_config(folder: Path, model: str) -> OurConfig:
     """
     The config of one of our checkpoints.
 
@@ -87,18 +90,18 @@ def load_model_config(folder: Path, model: str) -> MLALlamaConfig:
             f"{model} has model_type={config.model_type!r}: its queries and keys are normalised (qk-norm), which "
             "DeepSeek's attention cannot express. Use our own class (transformers)."
         )
-    if config.model_type != "mla_llama":
+    if not isinstance(config, LatentConfigMixin):
         raise ValueError(
             f"{model} has model_type={config.model_type!r}: it is not converted. Convert it first: "
             f"`mha2mla convert {model} CONVERTED --cache-ratio 0.3125 --data TEXT`."
         )
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{model} has quantised weights. Export the model as it was before that.")
-    assert isinstance(config, MLALlamaConfig)
+    assert isinstance(config, OurConfig)
     return config
 
 
-def convert_command(folder: Path, config: MLALlamaConfig) -> str:
+def convert_command(folder: Path, config: OurConfig) -> str:
     """The command that would convert the same source for engines, as far as the folder's record tells."""
     source, data = "SOURCE", "TEXT"
     if (folder / RECORD_NAME).is_file():
@@ -108,7 +111,7 @@ def convert_command(folder: Path, config: MLALlamaConfig) -> str:
     return shlex.join([*words, "--qk-rope-head-dim", str(config.qk_rope_head_dim), "--data", data])
 
 
-def check_architecture(config: MLALlamaConfig, remedy: str) -> None:
+def check_architecture(config: OurConfig, remedy: str) -> None:
     """
     Raises:
         ValueError: For what DeepSeek's attention and block do not have, whatever the weights are.
@@ -119,7 +122,7 @@ def check_architecture(config: MLALlamaConfig, remedy: str) -> None:
             f"DeepSeek's attention has one for all heads. Convert with one: `{remedy}`."
         )
     for field in ("attention_bias", "mlp_bias"):
-        if getattr(config, field):
+        if getattr(config, field, False):
             raise ValueError(
                 f"{field}=True: the model's projections have biases (as Qwen2's), and DeepSeek's have none. Use our "
                 "own class (transformers), or convert a source without them."
@@ -135,7 +138,7 @@ def check_architecture(config: MLALlamaConfig, remedy: str) -> None:
         )
 
 
-def common_frequencies(reader: CheckpointReader, config: MLALlamaConfig, remedy: str) -> list[int]:
+def common_frequencies(reader: CheckpointReader, config: OurConfig, remedy: str) -> list[int]:
     """
     The frequencies that all layers use, as indices of the source's table, ascending.
 
@@ -192,7 +195,7 @@ def find_table(
 
 
 def plan_export(
-    folder: Path, config: MLALlamaConfig, reader: CheckpointReader, options: ExportConfig, allow_step: bool
+    folder: Path, config: OurConfig, reader: CheckpointReader, options: ExportConfig, allow_step: bool
 ) -> ExportPlan:
     """
     Sizes and rotary table of an export of our model in `folder`.
