@@ -139,8 +139,8 @@ def gguf_changes(
     window = own.get("attention.sliding_window")
     if window and window < own.get("context_length", math.inf):
         raise ValueError(
-            f"{name} says {architecture}.attention.sliding_window={window}: a window bounds the cache already, and the "
-            "converted model would not keep it."
+            f"{name} says {architecture}.attention.sliding_window={window}: a window bounds the cache already, and "
+            "the converted model would not keep it."
         )
     for field, value in own.items():
         if field not in KNOWN_FIELDS | SCALING_FIELDS:

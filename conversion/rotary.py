@@ -14,6 +14,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from mha2mla.common.loading import head_dim
 
+# What Ministral 3 keeps beside the parameters of its table.
+NOT_OF_TABLES = ("llama_4_scaling_beta", "max_position_embeddings")
+
 
 @dataclass(frozen=True)
 class Rotation:
@@ -74,7 +77,7 @@ def layer_rotation(config: PreTrainedConfig, layer: int) -> Rotation:
 def whole_head_table(config: PreTrainedConfig) -> dict[str, Any]:
     """`rope_parameters` by which Llama's rotary embedding, which knows whole heads only where nothing is scaled, has
     the source's frequencies first: theta^(-2i/p) = (theta^(d/p))^(-2i/d) for p dims that rotate."""
-    parameters = dict(config.rope_parameters)
+    parameters = {name: value for name, value in config.rope_parameters.items() if name not in NOT_OF_TABLES}
     if parameters["rope_type"] == "default":
         parameters.pop("partial_rotary_factor", None)
         parameters["rope_theta"] **= head_dim(config) / (2 * num_rotary_pairs(config))

@@ -13,6 +13,10 @@ class MLALlamaConfig(LatentConfigMixin, LlamaConfig):
     rotary keys instead of keys and values. All arguments of [`LlamaConfig`] keep their meaning; those of latent
     attention are in [`LatentConfigMixin`].
 
+    Args:
+        gated_mlp (`bool`, *optional*, defaults to `True`):
+            Whether the MLP is Llama's, the product of two projections; else it is Arcee's, with one.
+
     Example:
 
     ```python
@@ -24,6 +28,8 @@ class MLALlamaConfig(LatentConfigMixin, LlamaConfig):
     """
 
     model_type = "mla_llama"
+
+    gated_mlp: bool = True
 
 
 MLALlamaConfig.register_for_auto_class()

@@ -17,6 +17,7 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
     GradientCheckpointingLayer,
 )
+from transformers.models.arcee.modeling_arcee import ArceeMLP
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
     LlamaForCausalLM,
@@ -41,7 +42,7 @@ class MLALlamaDecoderLayer(LlamaDecoderLayer):
         GradientCheckpointingLayer.__init__(self)  # LlamaDecoderLayer.__init__ would build Llama's attention
         self.hidden_size = config.hidden_size
         self.self_attn = MultiHeadLatentAttention(config, layer_idx)
-        self.mlp = LlamaMLP(config)
+        self.mlp = LlamaMLP(config) if config.gated_mlp else ArceeMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 

@@ -67,6 +67,7 @@ MULTIPLIERS = dict(embedding_multiplier=3.0, attention_multiplier=0.2, residual_
 ARCHITECTURE_FIELDS = {
     "granite": MULTIPLIERS,
     "mixtral": dict(num_local_experts=4, num_experts_per_tok=2),
+    "ministral3": dict(head_dim=12),
     "mistral": dict(sliding_window=None),
     "olmo2": dict(num_key_value_heads=4),
     "qwen3": dict(head_dim=16),
@@ -226,11 +227,11 @@ def exact_model(source: torch.nn.Module, layout: str) -> MLALlamaForCausalLM:
     return assemble(source, layers)
 
 
-def make_mla(layout: str = "per-head", seed: int = 0, family: str = "mla_llama", **changes) -> MLALlamaForCausalLM:
-    """A random MLA model with un-rotated dims and non-default frequencies."""
+def make_mla(form: str = "per-head", seed: int = 0, **changes) -> MLALlamaForCausalLM:
+    """A random MLA model with un-rotated dims and non-default frequencies, in one of [`FORMS`]."""
     sizes = dict(kv_lora_rank=10, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=12, head_dim=12)
-    heads = dict(num_rope_key_heads=2, num_nope_key_heads=2) if layout == "per-head" else dict(num_rope_key_heads=1)
-    model_class = FAMILIES[family]
+    heads = dict(num_rope_key_heads=2, num_nope_key_heads=2) if form == "per-head" else dict(num_rope_key_heads=1)
+    model_class = FAMILIES.get(form, FAMILIES["mla_llama"])
     config = model_class.config_class(**{**BASE, "num_key_value_heads": 2, **sizes, **heads, **changes})
     torch.manual_seed(seed)
     model = model_class(config).eval()
@@ -241,6 +242,8 @@ def make_mla(layout: str = "per-head", seed: int = 0, family: str = "mla_llama",
 
 
 LAYOUTS = ("per-head", "shared")
+# Llama in both layouts, and every other family, with a shared rotary key.
+FORMS = (*LAYOUTS, *(family for family in FAMILIES if family != "mla_llama"))
 
 
 def tokens(*shape: int, seed: int = 0) -> torch.Tensor:

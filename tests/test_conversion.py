@@ -16,7 +16,7 @@ from mha2mla.cli.main import main
 from mha2mla.conversion import ConversionConfig, Paper, convert
 from mha2mla.conversion.architectures import architecture_of
 from mha2mla.conversion.cache_plan import CacheSizes, unrotated_rows
-from mha2mla.conversion.rotary import num_rotary_pairs
+from mha2mla.conversion.rotary import head_dim, num_rotary_pairs
 from mha2mla.modeling import MLALlamaForCausalLM
 from pico import SOURCES, tokens
 
@@ -37,7 +37,7 @@ def logits(folder, **kwargs):
 def test_full_rank_conversion_gives_the_sources_logits(kind, save_source, tmp_path):
     source, config = save_source(kind), SOURCES[kind]
     groups, rope = config.num_key_value_heads, 2 * num_rotary_pairs(config)
-    rank = min(unrotated_rows(config, groups * rope) + groups * 12, config.hidden_size)
+    rank = min(unrotated_rows(config, groups * rope) + groups * head_dim(config), config.hidden_size)
     sizes = ("--qk-rope-head-dim", rope, "--kv-lora-rank", rank, "--rope-selection", "high")
     assert run(source, tmp_path / "out", *sizes) == 0
     expected = logits(source)
@@ -197,6 +197,10 @@ BAD_SOURCES = {
     "sinks": ({"model_type": "gpt_oss"}, "each head has an attention sink"),
     "hybrid": ({"model_type": "qwen3_next", "head_dim": 16}, "layer_types has 'linear_attention'"),
     "other experts": ({"model_type": "qwen2_moe"}, "num_experts=60: its experts are of another kind"),
+    "growing": (
+        {"model_type": "ministral3", "rope_parameters": None, "max_position_embeddings": 32768},
+        "llama_4_scaling_beta=0.1 makes queries larger from position 16384 on",
+    ),
     "sliding": ({"model_type": "mistral", "sliding_window": 16}, "set sliding_window to null"),
     "some sliding": (
         {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
@@ -271,7 +275,7 @@ def test_calibrated_is_the_default_and_splits_the_budget_itself(kind, save_sourc
     model = AutoModelForCausalLM.from_pretrained(out)
     config = model.config
     assert config.num_rope_key_heads == 1
-    assert config.latent_cache_dim == record["cache_width"] == round(0.3125 * 2 * config.num_key_value_heads * 12)
+    assert config.latent_cache_dim == record["cache_width"] == round(0.3125 * record["source_cache_width"])
     # Every candidate's loss was measured, and the lowest was taken.
     losses = {r.args[0]: r.args[1] for r in caplog.records if "loss" in r.msg}
     chosen = next(r.args[0] for r in caplog.records if "Chosen" in r.msg)

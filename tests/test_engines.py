@@ -71,17 +71,23 @@ def test_advice_names_what_is_smaller_than_the_source():
     assert advise_sizes(120, 320) is None  # nothing to gain
 
 
-VLLM, SGLANG, ANY = "vLLM on a GPU", "SGLang", ("transformers", "llama.cpp")
+VLLM, CPU, SGLANG, ANY = "vLLM on a GPU", "vLLM on a CPU", "SGLang", ("transformers", "llama.cpp")
 
 
 @pytest.mark.parametrize(
     "rank, rope, head_dim, frequencies, expected",
     [
-        (512, 64, 128, range(32), {VLLM: None, SGLANG: None}),
-        (256, 64, 128, range(32), {VLLM: None, SGLANG: 512}),
-        (80, 40, 64, range(20), {VLLM: 256, SGLANG: 512}),
+        (512, 64, 128, range(32), {VLLM: None, CPU: None, SGLANG: None}),
+        (256, 64, 128, range(32), {VLLM: None, CPU: 512, SGLANG: 512}),
+        (80, 40, 64, range(20), {VLLM: 256, CPU: 512, SGLANG: 512}),
         (512, 64, 256, range(32), {}),
-        (512, 64, 128, [*range(28), *range(41, 45)], {VLLM: None, SGLANG: None}),  # a step, or a table of 45 slots
+        (
+            512,
+            64,
+            128,
+            [*range(28), *range(41, 45)],
+            {VLLM: None, CPU: None, SGLANG: None},
+        ),
     ],
 )
 def test_engines_by_size(rank, rope, head_dim, frequencies, expected):

@@ -6,11 +6,11 @@ from peft import LoraConfig, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from transformers import DynamicCache
 
-from mha2mla.modeling import CACHE_ARGUMENT, FAMILIES
+from mha2mla.modeling import CACHE_ARGUMENT
 from mha2mla.modeling.latent_config import PROJECTIONS
 from mha2mla.modeling.latent_module import AttentionPath, MultiHeadLatentAttention
 from mha2mla.modeling.latent_projection import as_matrix, is_linear_map, is_plain_linear
-from pico import LAYOUTS, make_mla, tokens
+from pico import FORMS, LAYOUTS, make_mla, tokens
 
 
 @pytest.fixture
@@ -141,11 +141,11 @@ def test_what_is_a_matrix():
     assert not is_linear_map(torch.nn.Linear(3, 5).register_forward_hook(lambda *_: None) and torch.nn.ReLU())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_default_targets_of_lora(family):
-    projections = FAMILIES[family].config_class.attention_projections
-    assert TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[family] == list(projections)
-    plain = make_mla(family=family)
+@pytest.mark.parametrize("form", FORMS)
+def test_default_targets_of_lora(form):
+    plain = make_mla(form)
+    projections = plain.config.attention_projections
+    assert TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[plain.config.model_type] == list(projections)
     attention = plain.model.layers[0].self_attn
     linear = {name for name, module in attention.named_children() if type(module) is torch.nn.Linear}
     assert linear == set(projections)

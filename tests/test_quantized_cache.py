@@ -14,7 +14,7 @@ from mha2mla.modeling import (
     quantized_cache,
 )
 from mha2mla.modeling.latent_quantization import dequantize, pack, quantize, random_rotation, unpack
-from pico import LAYOUTS, make_mla, tokens
+from pico import FORMS, LAYOUTS, make_mla, tokens
 
 NEW = 10
 
@@ -27,6 +27,16 @@ def quantise_short_sequences(monkeypatch):
 @pytest.fixture(params=LAYOUTS)
 def model(request):
     return make_mla(request.param)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_eight_bits_change_little_in_every_family(form):
+    model, ids = make_mla(form, seed=2), tokens(2, 24)  # of this seed, no token changes its expert
+    cache = quantized_cache(model, nbits=8, residual_length=4)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        got = [model(part, **{CACHE_ARGUMENT: cache}).logits for part in ids.split([12] + [1] * 12, dim=1)]
+    assert (torch.cat(got, dim=1) - expected).norm() <= 0.01 * expected.norm()
 
 
 def generate(model, ids, nbits=8, residual_length=4, **kwargs):

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from mha2mla.modeling import MLALlamaConfig, MLALlamaForCausalLM, MLALlamaModel
 from mha2mla.modeling.latent_config import FORMAT_VERSION
-from pico import BLOCK_PACKAGE, CODE_FILES, LAYOUTS, make_mla, tokens
+from pico import BLOCK_PACKAGE, CODE_FILES, FORMS, make_mla, tokens
 
 CLEAN_LOAD = (
     BLOCK_PACKAGE
@@ -46,9 +46,9 @@ def load_in_clean_process(folder, ids, tmp_path):
     return torch.load(resaved / "result.pt"), resaved
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_clean_process_loads_equal_logits_and_saves_it_whole_again(layout, tmp_path):
-    model = make_mla(layout)
+@pytest.mark.parametrize("form", FORMS)
+def test_clean_process_loads_equal_logits_and_saves_it_whole_again(form, tmp_path):
+    model = make_mla(form)
     model.save_pretrained(tmp_path / "model")
     ids = tokens(2, 7)
     with torch.no_grad():

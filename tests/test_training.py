@@ -6,8 +6,8 @@ from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from mha2mla.modeling import CACHE_ARGUMENT, MLALlamaForCausalLM
-from pico import LAYOUTS, make_mla, tokens
+from mha2mla.modeling import CACHE_ARGUMENT
+from pico import FORMS, make_mla, tokens
 
 PROJECTIONS = ["q_proj", "kv_a_proj", "kv_b_proj", "o_proj"]
 
@@ -31,17 +31,17 @@ def train_one_step(model, folder, **kwargs):
     return trainer
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_trainer_step_moves_every_parameter_and_saves_a_loadable_checkpoint(layout, checkpointing, tmp_path):
-    model = make_mla(layout)
+def test_trainer_step_moves_every_parameter_and_saves_a_loadable_checkpoint(form, checkpointing, tmp_path):
+    model = make_mla(form)
     model.train()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     train_one_step(model, tmp_path, gradient_checkpointing=checkpointing)
     for name, parameter in model.named_parameters():
         assert not torch.equal(before[name], parameter), f"{name} did not move"
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-1")
-    assert type(loaded) is MLALlamaForCausalLM
+    assert type(loaded) is type(model)
     ids = tokens(1, 6)
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, model.eval()(ids).logits)

@@ -21,8 +21,7 @@ UNSUPPORTED_FIELDS = {
 }
 # What no field says.
 UNSUPPORTED_MODEL_TYPES = {
-    "gpt_oss": "each head has an attention sink, a weight of its own in the softmax, for which latent attention has no "
-    "place"
+    "gpt_oss": "each head has an attention sink, a weight of its own in the softmax, and latent attention has none"
 }
 ATTENTION_LAYERS = ("full_attention", "sliding_attention", "attention")
 

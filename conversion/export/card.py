@@ -4,17 +4,18 @@ from importlib.metadata import version
 from pathlib import Path
 
 from mha2mla.common.cards import card_metadata, table, usage, write_card
-from mha2mla.modeling import MLALlamaConfig
 
 from .check import Agreement
-from .plan import ExportPlan, engines
+from .engines import engines_for
+from .experts import has_experts
+from .plan import ExportPlan, OurConfig
 
-BODY = """{origin} with Multi-head Latent Attention, as a stock DeepSeek-V3 checkpoint: no custom code. An engine
+BODY = """{origin} with Multi-head Latent Attention, as a stock {stock} checkpoint: no custom code. An engine
 caches **{width} values per token and layer**{padding}.
 
 {usage}
 
-{serve}
+{serve}{experts}
 
 Made for: {engines}. Not for float16, in which the norm of the latents would not be exact.
 
@@ -34,6 +35,11 @@ python -m sglang.launch_server --model-path {title}"""
 NO_SERVE = """vLLM's and SGLang's kernels take a latent of 512 (vLLM: or 256), 64 rotary dims and heads of 128: export
 with `--pad 512` for them."""
 
+EXPERTS = """
+
+**Not for transformers' own DeepSeek-V2**, which does not renormalise the weights of the chosen experts
+(`norm_topk_prob`) and gives other text; there, use the model that this was exported from."""
+
 WAY_BACK = """The DeepSeek checkpoint `{model}` as a model of the [mha2mla] family, to train or measure it further: the
 same function, without zero padding and without a norm on the latents. Its cache holds {width} values per token and
 layer.
@@ -46,15 +52,15 @@ def write_export_card(
     title: str,
     folder: Path,
     model: str,
-    config: MLALlamaConfig,
+    config: OurConfig,
     plan: ExportPlan,
     agreement: Agreement,
     dtype: str,
 ) -> None:
     """Write the card of an export of `model`, whose files lie in `folder`."""
-    metadata = card_metadata(str(folder), tags=["deepseek_v3"])
+    metadata = card_metadata(str(folder), tags=["deepseek_v2" if has_experts(config) else "deepseek_v3"])
     base = metadata.base_model
-    served, wasted = engines(plan), plan.width - config.latent_cache_dim
+    served, wasted = engines_for(plan, config), plan.width - config.latent_cache_dim
     rows = {
         "Model": model,
         "kv_lora_rank + qk_rope_head_dim": f"{plan.kv_lora_rank} + {plan.qk_rope_head_dim} (the model's own: "
@@ -67,10 +73,12 @@ def write_export_card(
     }
     more = MORE.format(title=title) if "SGLang" in served else ""
     body = BODY.format(
+        stock="DeepSeek-V2" if has_experts(config) else "DeepSeek-V3",
+        experts=EXPERTS if has_experts(config) else "",
         origin=f"[{base}](https://huggingface.co/{base})" if isinstance(base, str) else f"`{model}`",
         width=plan.width,
         padding=f", of which {wasted} are zeros that its kernels' sizes cost" if wasted else "",
-        usage=usage(title).replace(", trust_remote_code=True", ""),
+        usage="" if has_experts(config) else usage(title).replace(", trust_remote_code=True", ""),
         serve=SERVE.format(title=title, more=more) if "vLLM" in served else NO_SERVE,
         engines=served,
         rows=table(rows),
@@ -78,7 +86,7 @@ def write_export_card(
     write_card(path, title, metadata, body)
 
 
-def write_way_back_card(path: Path, title: str, folder: Path, model: str, config: MLALlamaConfig) -> None:
+def write_way_back_card(path: Path, title: str, folder: Path, model: str, config: OurConfig) -> None:
     """Write the card of a checkpoint of our family that was made of the DeepSeek checkpoint in `folder`."""
     body = WAY_BACK.format(model=model, width=config.latent_cache_dim, usage=usage(title))
     write_card(path, title, card_metadata(str(folder)), body)

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoTokenizer, PreTrainedConfig
+
+from .experts import causal_model
 
 CHECK_LENGTH = 192  # tokens
 # Largest root mean square difference of logits, over the logits' own spread. Rounding a second time is all that may
@@ -54,7 +56,7 @@ def streamed_logits(
         latent_norm_eps (`float`, *optional*): For engines whose latents' norm has another eps than transformers'.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+        model = causal_model(config, attn_implementation="sdpa", dtype=torch.float32)
     positions = torch.arange(len(ids))[None]
     position_embeddings = type(model.model.rotary_emb)(config)(torch.empty(0), positions)
     hidden = tensors.get("model.embed_tokens.weight")[ids].float()[None]  # [1, T, D]

@@ -19,13 +19,13 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import pad
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV2Config, DeepseekV3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from mha2mla.conversion.checkpoint import CheckpointReader
-from mha2mla.modeling import MLALlamaConfig
 
-from .plan import ExportPlan
+from .experts import FUSED, expert_fields, has_experts, shared_expert, single_experts
+from .plan import ExportPlan, OurConfig
 
 LATENT_NORM_EPS = 1e-6  # of `kv_a_layernorm` in transformers, whatever the config says
 CHUNK_ROWS = 8192  # of a matrix, for which memory is taken in float64
@@ -77,12 +77,14 @@ def tiny_gauge(eps: float) -> Gauge:
     return Gauge.make(eps, LATENT_NORM_EPS, 2.0**-24)
 
 
-def stock_config(config: MLALlamaConfig, plan: ExportPlan, gauge: Gauge, dtype: torch.dtype) -> DeepseekV3Config:
-    """The exported model's config: all layers dense; fields of experts only where engines insist on them."""
+def stock_config(
+    config: OurConfig, plan: ExportPlan, gauge: Gauge, dtype: torch.dtype
+) -> DeepseekV2Config | DeepseekV3Config:
+    """The exported model's config: DeepSeek-V3 with dense layers, and fields of experts only where engines insist on
+    them; or DeepSeek-V2 with Mixtral's experts."""
     theta, max_positions = config.rope_parameters["rope_theta"], config.max_position_embeddings
-    return DeepseekV3Config(
+    shared = dict(
         **{name: getattr(config, name) for name in SAME_FIELDS},
-        architectures=["DeepseekV3ForCausalLM"],
         dtype=dtype,
         num_key_value_heads=config.num_attention_heads,
         rms_norm_eps=gauge.norm_eps,
@@ -92,8 +94,14 @@ def stock_config(config: MLALlamaConfig, plan: ExportPlan, gauge: Gauge, dtype: 
         qk_nope_head_dim=plan.qk_nope_head_dim,
         v_head_dim=plan.v_head_dim,
         rope_parameters=plan.table.rope_parameters(theta, config.head_dim, plan.qk_rope_head_dim, max_positions),
-        rope_interleave=True,
         tie_word_embeddings=False,  # engines leave the head of a tied DeepSeek model random
+    )
+    if has_experts(config):
+        return DeepseekV2Config(architectures=["DeepseekV2ForCausalLM"], **shared, **expert_fields(config))
+    return DeepseekV3Config(
+        architectures=["DeepseekV3ForCausalLM"],
+        **shared,
+        rope_interleave=True,
         first_k_dense_replace=config.num_hidden_layers,
         moe_layer_freq=1,
         n_routed_experts=2,
@@ -123,7 +131,7 @@ def grow(rows: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def export_attention(
-    tensors: dict[str, torch.Tensor], config: MLALlamaConfig, plan: ExportPlan, gauge: Gauge
+    tensors: dict[str, torch.Tensor], config: OurConfig, plan: ExportPlan, gauge: Gauge
 ) -> dict[str, torch.Tensor]:
     """
     One layer's attention in DeepSeek's terms, float64.
@@ -176,7 +184,7 @@ def scaled(tensor: torch.Tensor, factor: float, dtype: torch.dtype) -> torch.Ten
 
 
 def stock_tensors(
-    reader: CheckpointReader, config: MLALlamaConfig, plan: ExportPlan, gauge: Gauge, dtype: torch.dtype
+    reader: CheckpointReader, config: OurConfig, plan: ExportPlan, gauge: Gauge, dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and weights of the exported model, one by one."""
     embedding = reader.get("model.embed_tokens.weight")
@@ -187,14 +195,21 @@ def stock_tensors(
         for name, tensor in attention.items():
             yield f"{prefix}self_attn.{name}", tensor.to(dtype).contiguous()
         for name in reader.names(prefix):
-            if not name.startswith("self_attn."):
-                factor = gauge.residual if name == "mlp.down_proj.weight" else 1.0
-                yield prefix + name, scaled(reader.get(prefix + name), factor, dtype)
+            if name.startswith("self_attn."):
+                continue
+            factor = gauge.residual if name in ("mlp.down_proj.weight", "mlp.experts.down_proj") else 1.0
+            tensor = reader.get(prefix + name)
+            parts = single_experts(name, tensor) if name in FUSED else [(name, tensor)]
+            for part, weight in parts:
+                yield prefix + part, scaled(weight, factor, dtype)
+        if has_experts(config):
+            for name, tensor in shared_expert(config, dtype):
+                yield prefix + name, tensor
     yield "model.norm.weight", reader.get("model.norm.weight").to(dtype)
     yield "lm_head.weight", (embedding if config.tie_word_embeddings else reader.get("lm_head.weight")).to(dtype)
 
 
-def stock_names(config: DeepseekV3Config) -> set[str]:
+def stock_names(config: DeepseekV2Config | DeepseekV3Config) -> set[str]:
     """Tensors that the stock class loads."""
     with torch.device("meta"):
-        return set(DeepseekV3ForCausalLM(config).state_dict())
+        return set(AutoModelForCausalLM.from_config(config).state_dict())

@@ -7,7 +7,8 @@ from mha2mla.conversion.cache_plan import CacheSizes
 from mha2mla.modeling.latent_config import LatentConfigMixin
 
 from .config import KERNEL_HEAD_DIM, KERNEL_ROPE_DIM
-from .plan import check_architecture
+from .experts import has_experts
+from .plan import ExportPlan, check_architecture
 from .rope_table import fit_table, frequency_places
 
 
@@ -29,6 +30,7 @@ class Engine:
 ENGINES = {
     "transformers": Engine("transformers"),
     "vllm": Engine("vLLM on a GPU", (512, 256)),
+    "vllm-cpu": Engine("vLLM on a CPU", (512,)),
     "sglang": Engine("SGLang", (512,)),
     "llama.cpp": Engine("llama.cpp", knows_step=False),
 }
@@ -119,6 +121,22 @@ def advise_sizes(width: int, source_width: int) -> str | None:
     return f"GPU kernels of vLLM and SGLang take {' or '.join(shares)}: --serve vllm chooses them"
 
 
+def engines_for(plan: ExportPlan, config: LatentConfigMixin) -> str:
+    """For a person: which engines take an exported folder with these sizes."""
+    if has_experts(config):  # transformers' DeepSeek does not renormalise a softmax router
+        there = [engine for engine in ENGINES.values() if engine.kernel_ranks]
+    else:
+        there = [engine for name, engine in ENGINES.items() if name != "llama.cpp"]  # which takes a file
+    heads = (plan.qk_nope_head_dim, plan.v_head_dim) == (KERNEL_HEAD_DIM, KERNEL_HEAD_DIM)
+    kernels = heads and plan.qk_rope_head_dim == KERNEL_ROPE_DIM
+    titles = [
+        engine.title
+        for engine in there
+        if not engine.kernel_ranks or (kernels and plan.kv_lora_rank in engine.kernel_ranks)
+    ]
+    return ", ".join(titles) or "none, for which --pad is"
+
+
 def engines_of(config: LatentConfigMixin, frequencies: Sequence[int]) -> str:
     """For a person: which engines will run a stock export of a model with these sizes and rotary frequencies."""
     try:
@@ -129,7 +147,9 @@ def engines_of(config: LatentConfigMixin, frequencies: Sequence[int]) -> str:
     there = []
     for engine in ENGINES.values():
         fits = small and config.kv_lora_rank <= engine.kernel_ranks[0] if engine.kernel_ranks else True
-        if not fits or not expressible_lists(config, engine)(frequencies):
+        if not fits or (has_experts(config) and not engine.kernel_ranks):
+            continue
+        if not expressible_lists(config, engine)(frequencies):
             continue
         if not engine.kernel_ranks:
             there.append(engine.title)

@@ -10,6 +10,7 @@ from accelerate.utils.modeling import convert_file_size_to_int
 from mha2mla.common.companions import copy_companions
 from mha2mla.common.tokenizer import write_tokenizer
 from mha2mla.conversion.checkpoint import CheckpointReader, CheckpointWriter, atomic_folder, check_output
+from mha2mla.conversion.fused import open_checkpoint
 from mha2mla.conversion.output import check_complete, write_companions
 from mha2mla.conversion.source import local_checkpoint
 
@@ -17,9 +18,11 @@ from .card import write_export_card, write_way_back_card
 from .check import check_agreement, check_ids, compare_logits, streamed_logits
 from .config import DTYPES, ExportConfig
 from .deepseek import stock_config, stock_names, stock_tensors, tiny_gauge
+from .engines import engines_for
+from .experts import has_experts, reference_config
 from .from_deepseek import find_layout, find_rope, load_stock_config, our_config, our_tensors
 from .gguf import GGUFTensors, atomic_file, big_gauge, check_output_file, check_package, write_gguf
-from .plan import engines, load_model_config, plan_export
+from .plan import load_model_config, plan_export
 from .record import EXPORT_RECORD_NAME, write_record
 
 logger = logging.getLogger(__name__)
@@ -77,7 +80,7 @@ def export_deepseek(folder: Path, model: str, output: Path, options: ExportConfi
     gauge = tiny_gauge(config.rms_norm_eps)
     stock = stock_config(config, plan, gauge, getattr(torch, dtype))
     logger.info(plan.describe(config, 2))
-    logger.info("Engines that take these sizes: %s", engines(plan))
+    logger.info("Engines that take these sizes: %s", engines_for(plan, config))
     ids = check_ids(folder, config)
     ours = streamed_logits(config, reader, ids)
     with atomic_folder(output, options.overwrite, EXPORT_RECORD_NAME) as partial:
@@ -85,12 +88,13 @@ def export_deepseek(folder: Path, model: str, output: Path, options: ExportConfi
         for name, tensor in stock_tensors(reader, config, plan, gauge, getattr(torch, dtype)):
             writer.add(name, tensor)
         writer.finish()
-        written = {name for shard in writer.shards for name in shard}
+        exported = open_checkpoint(partial, stock)
+        written = set(exported.headers())
         assert written == stock_names(stock), sorted(written ^ stock_names(stock))
         stock.save_pretrained(partial)
         copy_companions(folder, partial)
         write_tokenizer(folder, partial)
-        agreement = compare_logits(ours, streamed_logits(stock, CheckpointReader(partial), ids))
+        agreement = compare_logits(ours, streamed_logits(reference_config(stock), exported, ids))
         logger.info("Check: %s", agreement.describe())
         check_agreement(agreement, dtype)
         write_export_card(partial / "README.md", output.name, folder, model, config, plan, agreement, dtype)
@@ -140,6 +144,11 @@ def export_gguf(folder: Path, model: str, output: Path, options: ExportConfig) -
     check_output_file(output, options.overwrite)
     config = load_model_config(folder, model)
     reader = CheckpointReader(folder)
+    if has_experts(config):
+        raise ValueError(
+            f"num_local_experts={config.num_local_experts}: files for llama.cpp are written of dense models only. "
+            "Export to format='deepseek-v3' for vLLM."
+        )
     plan = plan_export(folder, config, reader, options, allow_step=False)
     dtype = weights_dtype(options, reader.get("model.norm.weight").dtype)
     gauge = big_gauge(config.rms_norm_eps, dtype)

@@ -67,7 +67,7 @@ def load_stock_config(folder: Path, model: str) -> PreTrainedConfig:
     if config.first_k_dense_replace < config.num_hidden_layers:
         raise ValueError(
             f"first_k_dense_replace={config.first_k_dense_replace} of {config.num_hidden_layers} layers: the others "
-            "are mixtures of experts, which our family does not have."
+            "are mixtures of experts, which do not come back."
         )
     if config.q_lora_rank is not None:
         raise ValueError(f"q_lora_rank={config.q_lora_rank}: our family has no low rank and norm for queries.")

@@ -10,11 +10,13 @@ from mha2mla.common.files import read_json_object
 from mha2mla.common.loading import load_config
 from mha2mla.common.records import RECORD_NAME, read_record
 from mha2mla.conversion.checkpoint import CheckpointReader
-from mha2mla.modeling import LatentConfigMixin, MLALlamaConfig
+from mha2mla.modeling import LatentConfigMixin, MLALlamaConfig, MLAMixtralConfig
 from mha2mla.modeling.latent_config import NORMALISED_PROJECTIONS
 
-from .config import KERNEL_HEAD_DIM, KERNEL_RANKS, KERNEL_ROPE_DIM, ExportConfig
+from .config import KERNEL_HEAD_DIM, KERNEL_ROPE_DIM, ExportConfig
 from .rope_table import LENGTH_DEPENDENT, RopeTable, fit_table, frequency_places
+
+OurConfig = MLALlamaConfig | MLAMixtralConfig  # of what DeepSeek's block can express
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class ExportPlan:
         """Values that an engine caches per token and layer."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
-    def describe(self, config: MLALlamaConfig, element_size: int) -> str:
+    def describe(self, config: OurConfig, element_size: int) -> str:
         """What a token costs in an engine, in bytes of `element_size` a value, padding included."""
         ours, source = config.latent_cache_dim, 2 * config.num_key_value_heads * config.head_dim
         size = self.width * config.num_hidden_layers * element_size
@@ -52,18 +54,7 @@ class ExportPlan:
         return line
 
 
-def engines(plan: ExportPlan) -> str:
-    """Which engines take these sizes, for a person (measured or read in their source: docs/serving.md)."""
-    names = ["transformers"]
-    heads = (plan.qk_nope_head_dim, plan.v_head_dim) == (KERNEL_HEAD_DIM, KERNEL_HEAD_DIM)
-    if heads and plan.qk_rope_head_dim == KERNEL_ROPE_DIM and plan.kv_lora_rank in KERNEL_RANKS:
-        names.append("vLLM on a GPU")
-        if plan.kv_lora_rank == KERNEL_RANKS[-1]:
-            names += ["vLLM on a CPU", "SGLang"]
-    return ", ".join(names)
-
-
-def load_model_config(folder: Path, model: str) -> MLALlamaConfig:
+def load_model_config(folder: Path, model: str) -> OurConfig:
     """
     The config of one of our checkpoints.
 
@@ -90,7 +81,7 @@ def load_model_config(folder: Path, model: str) -> MLALlamaConfig:
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{model} has quantised weights. Export the model as it was before that.")
     check_architecture(config, convert_command(folder, config))
-    assert isinstance(config, MLALlamaConfig)
+    assert isinstance(config, OurConfig)
     return config
 
 
@@ -136,7 +127,7 @@ def check_architecture(config: LatentConfigMixin, remedy: str) -> None:
         )
 
 
-def common_frequencies(reader: CheckpointReader, config: MLALlamaConfig, remedy: str) -> list[int]:
+def common_frequencies(reader: CheckpointReader, config: OurConfig, remedy: str) -> list[int]:
     """
     The frequencies that all layers use, as indices of the source's table, ascending.
 
@@ -193,7 +184,7 @@ def find_table(
 
 
 def plan_export(
-    folder: Path, config: MLALlamaConfig, reader: CheckpointReader, options: ExportConfig, allow_step: bool
+    folder: Path, config: OurConfig, reader: CheckpointReader, options: ExportConfig, allow_step: bool
 ) -> ExportPlan:
     """
     Sizes and rotary table of an export of our model in `folder`.
