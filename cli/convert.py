@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     wanted = list(presets.values())  # --help tells the options of all
     if not {"-h", "--help"} & set(argv):
         chosen = peek(argv, "preset") or Calibrated.name
-        wanted = [presets[chosen]] if chosen in presets else []  # the parser refuses an unknown one
+        wanted = [presets[chosen]] if chosen in list(presets) else []  # the parser refuses an unknown one
         if wanted:
             refuse_foreign_options(sorted(given_options(argv)), chosen)
     parser = CommandParser(

@@ -3,7 +3,7 @@
 import sys
 import traceback
 from errno import EDQUOT, ENOSPC
-from importlib.metadata import metadata
+from importlib.metadata import PackageNotFoundError, metadata
 
 from mha2mla.common.errors import is_message
 
@@ -26,6 +26,8 @@ def explain(error: Exception) -> str | None:
         return f"Out of memory ({text.split('. ')[0] or 'of the CPU'}). Lower batch size, length or samples."
     if isinstance(error, ImportError) and error.name is None:  # a library's sentence about what it lacks
         return text
+    if isinstance(error, PackageNotFoundError):  # whose name is a library's sentence, or a package's
+        return " ".join(str(error).split())
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("mha2mla"):
         return f"This needs the Python package {error.name!r}, which is not installed."
     if isinstance(error, OSError):
@@ -55,5 +57,8 @@ def tell(error: Exception, command: str) -> int:
 
 def where_to_report() -> str:
     """The address of the issue tracker, where the package's metadata has it."""
-    urls = dict(entry.split(", ", 1) for entry in metadata("mha2mla").get_all("Project-URL") or [])
+    try:
+        urls = dict(entry.split(", ", 1) for entry in metadata("mha2mla").get_all("Project-URL") or [])
+    except PackageNotFoundError:  # in a source tree
+        return ""
     return f": {urls['Issues']}" if "Issues" in urls else ""

@@ -13,7 +13,8 @@ from copy import copy
 from difflib import get_close_matches
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NoReturn
+from types import NoneType, UnionType
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
@@ -82,6 +83,8 @@ class CommandParser(HfArgumentParser):
         positionals: Positionals | None = None,
     ):
         self.positionals = dict(positionals or {})
+        hints = {name: hint for each in dataclasses for name, hint in get_type_hints(each).items()}
+        self.plain = {name for name, hint in hints.items() if takes_one_value(hint)}
         words = [name.upper() + ("..." if "nargs" in given else "") for name, given in self.positionals.items()]
         usage = " ".join([command, *words, "[options]"])
         super().__init__(
@@ -141,7 +144,10 @@ class CommandParser(HfArgumentParser):
             if action is None:
                 hint = suggest(str(name), actions)
                 raise ValueError(f"{path}: there is no argument {name!r}{hint}; `{self.prog} --help` tells them.")
-            defaults[action.dest] = as_given(action, value, f"{path}: {name}")
+            place = f"{path}: {name}"
+            if action.dest in self.plain and isinstance(value, list | dict):
+                raise ValueError(f"{place}: {value!r} does not fit: it takes one value.")
+            defaults[action.dest] = as_given(action, value, place)
             action.required = False
         self.set_defaults(**defaults)
 
@@ -218,6 +224,12 @@ def is_truth_value(word: str) -> bool:
     except ArgumentTypeError:
         return False
     return True
+
+
+def takes_one_value(hint: Any) -> bool:
+    """Whether an option of this annotation takes one value, or none: a number, a flag, a word."""
+    one = {str, int, float, bool, Path, NoneType}
+    return hint in one or (get_origin(hint) in (Union, UnionType) and set(get_args(hint)) <= one)
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

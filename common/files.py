@@ -78,5 +78,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
         raise ValueError(f"{path}:{number} is not JSON: {error.msg}.") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path}:{number} is not UTF-8 text. Save the file as UTF-8.") from None
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist.") from None
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read after line {number} ({error}). Is it complete?") from None

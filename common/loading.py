@@ -150,8 +150,18 @@ def load_model(
     name: str, role: str = "model", trust_remote_code: bool = False, revision: str | None = None, **options: Any
 ) -> PreTrainedModel:
     """The causal language model of a checkpoint; `options` are those of `from_pretrained`: dtype, ... Arguments and
-    errors are otherwise [`load_config`]'s."""
+    errors are otherwise [`load_config`]'s; weights that are not there, which transformers would draw at random, are an
+    error too."""
     with loading(name, role, "weights"):
-        return AutoModelForCausalLM.from_pretrained(
-            name, trust_remote_code=trust_remote_code, revision=revision or "main", **options
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name,
+            trust_remote_code=trust_remote_code,
+            revision=revision or "main",
+            output_loading_info=True,
+            **options,
         )
+    missing = sorted(found["missing_keys"])
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise ValueError(f"{role}: {name} lacks the weights {missing[0]}{more}. Is the checkpoint complete?")
+    return model

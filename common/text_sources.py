@@ -162,9 +162,8 @@ def find_column(source: TextSource, names: list[str]) -> str:
         if column in names:
             return column
     raise TextError(
-        f"{source} has no column {wanted[0]!r}; it has {', '.join(names)}. Set --column (--column), or "
-        "`column` in the recipe. (A set that holds ids only, such as the Hub's python-edu, must be given its text "
-        "first.)"
+        f"{source} has no column {wanted[0]!r}; it has {', '.join(names)}. Set --column, or `column` in the recipe. "
+        "(A set that holds ids only, such as the Hub's python-edu, must be given its text first.)"
     )
 
 

@@ -9,14 +9,21 @@ loaded, with the generic class `PreTrainedTokenizerFast` declared for it.
 
 import json
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from .companions import copy_companions
+from .loading import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "tokenizer_config.json"
+
+# What a tokenizer's class decides where its settings are silent: Llama's pads on the left, for one.
+CLASS_DEFAULTS = ("padding_side", "truncation_side", "model_input_names", "clean_up_tokenization_spaces")
 
 # What tokenizers disagree on when they are not the same.
 SAMPLES = (
@@ -34,6 +41,10 @@ MESSAGES = (
     {"role": "assistant", "content": "Three:  st**r**awbe**rr**y.\n"},
     {"role": "user", "content": "  And in 草莓? 🍓"},
 )
+
+
+class TokensDiffer(ValueError):
+    """Two tokenizers are not the same."""
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -72,9 +83,13 @@ def write_tokenizer(source: Path, output: Path, trust_remote_code: bool = False)
             )
             return
     else:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = load_tokenizer(str(source), "source")
         if isinstance(tokenizer, PreTrainedTokenizerFast):
             save_generic(tokenizer, output)
+            try:
+                return check_same_tokens(source, output)
+            except TokensDiffer:  # its class does more than tokenizer.json says, as CodeLlama's, which fills in
+                copy_companions(source, output)
     check_same_tokens(source, output, trust_remote_code)
 
 
@@ -84,12 +99,14 @@ def save_generic(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     path = folder / CONFIG_NAME
     settings = json.loads(path.read_text(encoding="utf-8"))
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings |= {name: getattr(tokenizer, name) for name in CLASS_DEFAULTS}
     path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
-    """Ids of a fixed set of texts, with and without special tokens, and of a chat in the tokenizer's template."""
-    special = " ".join(dict.fromkeys([*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()]))
+def token_ids(tokenizer: PreTrainedTokenizerBase, added: Iterable[str] = ()) -> dict[str, list[int]]:
+    """Ids of a fixed set of texts, with and without special tokens, of those and the added tokens that are given, and
+    of a chat in the tokenizer's template."""
+    special = " ".join(dict.fromkeys([*sorted(tokenizer.all_special_tokens), *added]))
     ids: dict[str, list[int]] = {}
     for text in (*SAMPLES, special, f"a{special}b"):
         ids[text] = tokenizer(text)["input_ids"]
@@ -109,21 +126,29 @@ def token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
 
 def check_same_tokens(source: Path, output: Path, trust_remote_code: bool = False) -> None:
     """Raise a `ValueError` with the first text of which `AutoTokenizer` makes other ids from one folder than from the
-    other."""
+    other, or with what else they do otherwise."""
     first, second = (
-        AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code) for folder in (source, output)
+        load_tokenizer(str(folder), role, trust_remote_code)
+        for folder, role in ((source, "source"), (output, "output"))
     )
+    added = sorted({*first.get_added_vocab(), *second.get_added_vocab()})
     try:
-        wanted, got = token_ids(first), token_ids(second)
+        wanted, got = token_ids(first, added), token_ids(second, added)
     except Exception as error:  # whatever malformed settings make of a tokenizer
         raise ValueError(f"The tokenizer of {source} fails on text ({error}). Mend its {CONFIG_NAME}.") from error
     for text, ids in wanted.items():
         if got.get(text) != ids:
-            raise ValueError(
+            raise TokensDiffer(
                 f"The tokenizer of the output gives other tokens than that of {source}: {text!r:.80} is {ids[:12]} "
                 f"there and {got.get(text, [])[:12]} here ({type(first).__name__}, {type(second).__name__}). Nothing "
                 "was written. Please report the source's name."
             )
     for ids in wanted.values():
         if first.decode(ids) != second.decode(ids):
-            raise ValueError(f"The tokenizer of the output decodes {ids[:12]} otherwise than that of {source}.")
+            raise TokensDiffer(f"The tokenizer of the output decodes {ids[:12]} otherwise than that of {source}.")
+    for name in CLASS_DEFAULTS:
+        values = [getattr(tokenizer, name) for tokenizer in (first, second)]
+        if values[0] != values[1]:
+            raise TokensDiffer(
+                f"The tokenizer of the output has {name}={values[1]!r}, that of {source} {values[0]!r}."
+            )

@@ -4,9 +4,11 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from mha2mla.common.options import SEEDS, check_between, check_choices, check_least
+
 from .cache_plan import CacheSizes
+from .checkpoint import shard_bytes
 from .export.engines import ENGINES
-from .options import check_choices, check_least
 from .presets import Preset, preset_classes
 from .presets.calibrated import Calibrated
 
@@ -90,6 +92,8 @@ class ConversionConfig(CacheSizes, ServingOptions, CalibrationText, OutputOption
             raise ValueError(f"preset={self.preset!r} must be an object with the preset's options: {names}.")
         check_choices(self)
         check_least(self, samples=1, length=2)
+        check_between(self, seed=SEEDS)
+        shard_bytes(self.max_shard_size)
         if self.preset.use_of_text is not None and self.data is None:
             raise ValueError(f"{self.preset.use_of_text}: give --data (a data set's name or a text file).")
 

@@ -4,22 +4,21 @@ import json
 import logging
 import platform
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from accelerate.utils.modeling import convert_file_size_to_int
 
 from mha2mla.common.device import check_device
 from mha2mla.common.loading import load_config
 from mha2mla.common.records import RECORD_NAME
 from mha2mla.common.scratch import scratch_folder
 from mha2mla.common.text import load_blocks
+from mha2mla.common.versions import versions
 from mha2mla.modeling.latent_config import LatentConfigMixin
 
 from .architectures import architecture_of
 from .cache_plan import CachePlan
-from .checkpoint import atomic_folder, check_output
+from .checkpoint import atomic_folder, check_output, shard_bytes
 from .config import ConversionConfig
 from .export.engines import ENGINES, advise_sizes, check_servable, engines_of, expressible_lists, kernel_sizes
 from .fused import open_checkpoint
@@ -116,9 +115,8 @@ def convert(
             write_companions(
                 partial, folder, mla_config, trust_remote_code
             )  # the tokenizer is proved before the long work
-            max_shard_bytes = convert_file_size_to_int(options.max_shard_size)
-            records = write_weights(partial, job, mla_config, preset.layers(job, plan), max_shard_bytes)
-            versions = {name: version(name) for name in PACKAGES}
+            most = shard_bytes(options.max_shard_size)
+            records = write_weights(partial, job, mla_config, preset.layers(job, plan), most)
             record = {
                 "source": source,
                 "revision": folder.name if folder.parent.name == "snapshots" else revision,
@@ -130,12 +128,12 @@ def convert(
                 "cache_width": plan.width,
                 "source_cache_width": plan.source_width,
                 "seconds": round(time.perf_counter() - start, 1),
-                "versions": versions | {"python": platform.python_version()},
+                "versions": versions(*PACKAGES) | {"python": platform.python_version()},
                 "layers": records,
             }
             (partial / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n")
             is_repo = not Path(source).exists()
-            write_model_card(partial / "README.md", source, is_repo, output.name, options, plan, versions, revision)
+            write_model_card(partial / "README.md", source, is_repo, output.name, options, plan, revision)
     logger.info("Wrote %s", output)
     return output
 

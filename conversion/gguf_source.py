@@ -15,6 +15,8 @@ from huggingface_hub import hf_hub_download
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import is_gguf_available
 
+from mha2mla.common.loading import on_hub
+
 logger = logging.getLogger(__name__)
 
 # Fields after "ARCHITECTURE." that transformers reads, that are compared with what it read, or that compute nothing.
@@ -66,6 +68,8 @@ def dequantise_gguf(source: str, gguf_file: str, folder: Path, revision: str | N
         raise ValueError(f"Reading {gguf_file} needs the package gguf: pip install 'mha2mla[gguf]'.")
     local = Path(source) / gguf_file
     if not local.is_file():
+        if not on_hub(source):
+            raise ValueError(f"There is no file {local}.")
         local = Path(hf_hub_download(source, gguf_file, revision=revision))
     changes = gguf_changes(*read_gguf(local), name=gguf_file)
     logger.info("De-quantising %s", gguf_file)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from mha2mla.common.cards import card_metadata, table, usage, write_card
 from mha2mla.common.text_sources import hub_datasets
+from mha2mla.common.versions import made_with
 
 from .cache_plan import CachePlan
 from .config import ConversionConfig
@@ -32,7 +33,6 @@ def write_model_card(
     repo: str,
     options: ConversionConfig,
     plan: CachePlan,
-    versions: dict,
     revision: str | None = None,
 ) -> None:
     """Write the card; `source` is named as the base model only if it is a repository on the Hub."""
@@ -49,7 +49,7 @@ def write_model_card(
         size = f"{options.samples} x {options.length} tokens"
         rows["Calibration"] = f"{size} of {options.data}, seed {options.seed}"
         datasets = hub_datasets(options.data)
-    rows["Made with"] = ", ".join(f"{name} {version}" for name, version in versions.items())
+    rows["Made with"] = made_with()
     body = BODY.format(
         source_sentence=f"[{source}](https://huggingface.co/{source})" if source_is_repo else f"`{source}`",
         width=plan.width,

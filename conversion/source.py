@@ -7,6 +7,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from mha2mla.common.companions import COMPANION_PATTERNS
+from mha2mla.common.loading import on_hub
 from mha2mla.common.scratch import scratch_folder
 
 from .gguf_source import dequantise_gguf
@@ -28,8 +29,8 @@ def local_checkpoint(source: str, revision: str | None = None, gguf_file: str | 
             yield folder
     elif path.is_dir():
         yield path
-    elif path.is_absolute() or source.startswith(".") or source.count("/") > 1:
-        raise ValueError(f"No folder or .gguf file at {source}.")
+    elif not on_hub(source):
+        raise ValueError(f"No folder or .gguf file at {source}, and a name on the Hub has the form OWNER/NAME.")
     else:
         patterns = ["config.json", "adapter_config.json", "README.md", "*.safetensors", "*.safetensors.index.json"]
         patterns += COMPANION_PATTERNS

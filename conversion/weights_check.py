@@ -1,6 +1,7 @@
 """A checkpoint's weights against its config, from the headers of its files: before anything long starts."""
 
 import re
+from textwrap import shorten
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
@@ -13,16 +14,16 @@ FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 
 
-def expected_tensors(config: PreTrainedConfig) -> tuple[dict[str, torch.Size], dict[str, str]]:
-    """Name and shape of every tensor that a model of the config saves, and of those that may be missing the name of
-    the tensor that they are tied to."""
+def expected_tensors(config: PreTrainedConfig) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Every tensor that a model of the config saves, by name and without memory, and of those that may be missing the
+    name of the tensor that they are tied to."""
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # whatever a malformed config makes of transformers and torch
-        raise ValueError(f"There is no model of such a config.json ({error}). Mend it.") from error
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    return shapes, dict(model.all_tied_weights_keys)
+        reason = shorten(str(error), 300, placeholder=" ...")
+        raise ValueError(f"There is no model of such a config.json ({reason}). Mend it.") from error
+    return model.state_dict(), dict(model.all_tied_weights_keys)
 
 
 def check_weights(reader: CheckpointReader | FusedReader, config: PreTrainedConfig) -> None:
@@ -46,14 +47,14 @@ def check_weights(reader: CheckpointReader | FusedReader, config: PreTrainedConf
             f"{config.num_hidden_layers}, model_type={config.model_type!r}): it would be lost. Correct the config, or "
             "remove the tensor."
         )
-    for name, shape in expected.items():
-        if name in found and tuple(found[name][0]) != tuple(shape):
+    for name, tensor in expected.items():
+        if name in found and found[name][0] != list(tensor.shape):
             raise ValueError(
-                f"{reader.folder}: {name} has shape {list(found[name][0])}, but by its config.json it must have "
-                f"{list(shape)}."
+                f"{reader.folder}: {name} has shape {found[name][0]}, but by its config.json it must have "
+                f"{list(tensor.shape)}."
             )
-    for name in expected:
-        if name in found and found[name][1] not in FLOATS:
+    for name, tensor in expected.items():
+        if name in found and tensor.is_floating_point() and found[name][1] not in FLOATS:
             raise ValueError(
                 f"{reader.folder}: {name} holds {found[name][1]}: the weights are quantised. Give the original, or "
                 "de-quantise and save it first."

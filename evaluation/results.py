@@ -7,7 +7,6 @@ import os
 import platform
 import subprocess
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 
 from mha2mla.common.files import read_json_object
 from mha2mla.common.records import recorded_preset
+from mha2mla.common.versions import versions
 
 from .caches import DYNAMIC
 from .settings import EvaluationSettings
@@ -157,15 +157,9 @@ def describe_model(
 
 def describe_environment(device: str) -> dict[str, Any]:
     """Versions, commit and hardware of this run."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     on_gpu = device.startswith("cuda")
     return {
-        "versions": {"python": platform.python_version()} | versions,
+        "versions": {"python": platform.python_version()} | versions(*PACKAGES),
         "commit": git_commit(Path(__file__).parent),
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()} CPU",

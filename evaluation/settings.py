@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from mha2mla.common.options import SEEDS, check_between, check_least
+
 
 @dataclass(frozen=True)
 class EvaluationSettings:
@@ -31,7 +33,8 @@ class EvaluationSettings:
     seed: int = field(default=0, metadata={"help": "Of what lm-evaluation-harness draws."})
 
     def __post_init__(self):
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit must be at least 1, got {self.limit}.")
+        check_least(self, limit=1, length=1, stride=1, long_length=2)
+        check_least(self, agreement_length=2, prompt_length=1, new_tokens=1)
+        check_between(self, seed=SEEDS)
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {self.dtype!r}.")

@@ -164,7 +164,7 @@ def test_limit_takes_the_first_items_and_spreads_over_lengths(models, sets, tmp_
             ("--tasks", "mmlu"),
             "Task mmlu is one of lm-evaluation-harness. Install it with: pip install 'mha2mla[eval]'",
         ),
-        (("--limit", "0"), "limit must be at least 1, got 0"),
+        (("--limit", "0"), "limit=0 must be at least 1"),
         (("--dtype", "int3"), "dtype must be auto, float32, bfloat16 or float16, got 'int3'"),
         (("--data", "missing"), "--data missing is not a folder"),
     ],

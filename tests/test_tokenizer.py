@@ -80,6 +80,35 @@ def test_a_tokenizer_that_was_only_copied_is_refused(save_pair, monkeypatch):
         write_tokenizer(source, output)
 
 
+@pytest.mark.parametrize("declared", ["LlamaTokenizer", "GemmaTokenizer"])
+def test_what_the_class_decides_stays(declared, save_pair):
+    """Both pad on the left, where the generic class would pad on the right: other tokens for every batch."""
+    source, output = save_pair(metaspace, LlamaConfig, declared)
+    write_tokenizer(source, output)
+    first, second = (AutoTokenizer.from_pretrained(folder) for folder in (source, output))
+    assert first.padding_side == "left"
+    for tokenizer in (first, second):
+        tokenizer.pad_token = "<unk>"
+    texts = ["one", "one two three"]
+    assert second(texts, padding=True)["input_ids"] == first(texts, padding=True)["input_ids"]
+
+
+def test_a_class_that_does_more_than_its_file_says_is_kept(save_pair):
+    """CodeLlama's fills in: `<FILL_ME>` moves what is before and behind it."""
+    source, output = save_pair(metaspace, LlamaConfig, "CodeLlamaTokenizer")
+    write_tokenizer(source, output)
+    first, second = (AutoTokenizer.from_pretrained(folder) for folder in (source, output))
+    text = "def f(x):<FILL_ME>return x"
+    assert second(text)["input_ids"] == first(text)["input_ids"] and type(second) is type(first)
+
+
+def test_a_tokenizer_that_does_not_load_is_said_so(save_pair):
+    source, output = save_pair()
+    (source / "tokenizer.json").write_text('{"model": []}')
+    with pytest.raises(ValueError, match=r"source: the tokenizer of .* cannot be loaded"):
+        write_tokenizer(source, output)
+
+
 def test_own_code_is_copied_whole_and_not_run(save_pair, caplog):
     source, output = save_pair()
     settings = json.loads((source / "tokenizer_config.json").read_text())

@@ -9,9 +9,9 @@ import torch
 from conftest import pico_tokenizer
 from datasets import load_dataset
 
-from mha2mla.common.text_sources import RECIPES, find_sources, read_recipe
+from mha2mla.common.text_sources import RECIPES, find_sources, load_source, read_recipe
 from mha2mla.training import DataArguments, collate_packed, pack_documents
-from mha2mla.training.data import load_rows
+from mha2mla.training.data import load_rows, reading_rows
 from mha2mla.training.packing import tokenize
 from pico import LAYOUTS, make_mla, make_source, tokens
 
@@ -177,6 +177,37 @@ def test_recipe_errors_name_the_entry(content, message, tmp_path):
     (tmp_path / "mix.yaml").write_text(content)
     with pytest.raises(ValueError, match=message):
         read_recipe(tmp_path / "mix.yaml")
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("text.jsonl", lambda text: text + b'{"text": "w', "text.jsonl:21 is not JSON"),
+        ("text.jsonl", lambda text: text + '{"text": "é"}'.encode("latin-1"), "text.jsonl:21 is not UTF-8 text"),
+        ("text.jsonl", lambda text: text + b'{"body": "w4"}', "text.jsonl cannot be read further: Couldn't cast"),
+        ("text.jsonl.gz", lambda text: gzip.compress(text, 1)[:-300], "Is it complete"),
+    ],
+    ids=["torn", "latin-1", "column", "gzip"],
+)
+def test_a_stream_that_is_malformed_deep_inside(name, content, message, tmp_path):
+    """Beyond what `datasets` reads at a time (10 MB), and so after training has begun."""
+    line = json.dumps({"text": "".join(random.Random(0).choices("abcdefgh ", k=2**20))}).encode() + b"\n"
+    (tmp_path / name).write_bytes(content(20 * line))
+    arguments = DataArguments(data=str(tmp_path / name), streaming=True)
+    with pytest.raises(ValueError, match=message), reading_rows(arguments):
+        rows = iter(load_source(*find_sources(arguments.data), streaming=True))
+        next(rows)
+        list(rows)
+
+
+def test_errors_of_ours_within_a_stream_stay_what_they_are(tmp_path, monkeypatch):
+    def fail(*_):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr("mha2mla.training.data.pack_documents", fail)
+    arguments = DataArguments(data=write_texts(tmp_path / "text.jsonl", [words(4, 20)]), length=8, streaming=True)
+    with pytest.raises(TypeError, match="a bug"), reading_rows(arguments):
+        load_rows(arguments, pico_tokenizer(), seed=0)
 
 
 def test_data_errors_name_the_source_and_the_remedy(tmp_path):

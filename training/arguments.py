@@ -5,6 +5,8 @@ from typing import Literal
 
 from transformers import TrainingArguments
 
+from mha2mla.common.options import SEEDS, check_between, check_least
+
 from .losses import Loss, make_losses, weigh
 
 
@@ -42,8 +44,8 @@ class ModelArguments:
     )
 
     def __post_init__(self):
-        if self.lora_rank < 1:
-            raise ValueError(f"lora_rank={self.lora_rank} must be at least 1.")
+        check_least(self, lora_rank=1, lora_alpha=1)
+        check_between(self, lora_dropout=(0, 1))
         if self.merge and self.trainable != "lora":
             raise ValueError(f"merge belongs to --trainable lora; this run trains {self.trainable!r}.")
 
@@ -112,8 +114,7 @@ class DataArguments:
     num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise; not for streaming."})
 
     def __post_init__(self):
-        if self.length < 2:
-            raise ValueError(f"length={self.length} must be at least 2.")
+        check_least(self, length=2, shuffle_buffer=1, num_proc=1)
         if self.short_length is not None and not 2 <= self.short_length <= self.length:
             raise ValueError(f"short_length={self.short_length} must lie between 2 and length={self.length}.")
         if not 0 <= self.eval_fraction < 1:
@@ -165,8 +166,16 @@ class RecoveryTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off."})
 
     def __post_init__(self):
-        if not 0 <= self.decay_fraction <= 1:
-            raise ValueError(f"decay_fraction={self.decay_fraction} must lie between 0 and 1.")
+        check_least(self, per_device_train_batch_size=1, per_device_eval_batch_size=1, gradient_accumulation_steps=1)
+        check_least(self, learning_rate=0, weight_decay=0, adam_epsilon=0, dataloader_num_workers=0)
+        check_between(self, decay_fraction=(0, 1), adam_beta1=(0, 1), adam_beta2=(0, 1), seed=SEEDS, data_seed=SEEDS)
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns must stay off: rows carry the lengths of their documents.")
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor} belongs to a loss of transformers, which is "
+                "not used here. Leave it out."
+            )
         if self.attention_learning_rate is not None and self.attention_learning_rate <= 0:
             raise ValueError(
                 f"attention_learning_rate={self.attention_learning_rate} must be above 0; what is not to be trained, "

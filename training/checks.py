@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_peft_available
 
 from mha2mla.common.loading import load_config, load_tokenizer
@@ -87,13 +88,25 @@ def check_teacher(
     return other
 
 
-def check_run(model: ModelArguments, data: DataArguments, arguments: RecoveryTrainingArguments) -> None:
+def check_run(
+    model: ModelArguments, loss: LossArguments, data: DataArguments, arguments: RecoveryTrainingArguments
+) -> None:
     """
     Raises:
         ValueError: If the settings of the run do not go together, or its folder holds another run.
     """
     if not arguments.output_dir:
-        raise ValueError("Give --output_dir, the folder for checkpoints and the trained model.")
+        raise ValueError("output_dir is empty: give --output, the folder for checkpoints and the trained model.")
+    for role, name in (("model", model.model), ("teacher", loss.teacher)):
+        if name is not None and Path(name).is_dir() and Path(name).resolve() == Path(arguments.output_dir).resolve():
+            raise ValueError(f"output_dir={arguments.output_dir} is the {role}, which would be lost. Choose another.")
+    there = {*get_available_reporting_integrations(), "flyte"}  # the one that is not asked about
+    for name in arguments.report_to:
+        if name not in there:
+            raise ValueError(
+                f"report_to={name!r} is not installed, or transformers does not know it. There are "
+                f"{', '.join(sorted(there - {'flyte'})) or 'none here'}; none turns them off."
+            )
     if arguments.push_to_hub and model.trainable == LORA and Path(model.model).is_dir():
         raise ValueError(
             f"push_to_hub: the adapter would name its base model {model.model}, a folder that nobody else has. Push "

@@ -4,9 +4,16 @@ Streamed or not, the same steps are taken: each source is tokenised and packed f
 share of the tokens and no row mixes sources; then rows are drawn from the sources.
 """
 
-from collections.abc import Sequence
+import math
+import re
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from textwrap import shorten
 from typing import TypeAlias
 
+import datasets
 from datasets import (
     Dataset,
     Features,
@@ -18,7 +25,16 @@ from datasets import (
 )
 from transformers import PreTrainedTokenizerBase
 
-from mha2mla.common.text_sources import TextSource, check_source, clean_documents, find_sources, load_source, reading
+from mha2mla.common.text_sources import (
+    TextError,
+    TextSource,
+    check_source,
+    clean_documents,
+    find_fault,
+    find_sources,
+    load_source,
+    reading,
+)
 
 from .arguments import DataArguments
 from .packing import pack_documents, tokenize
@@ -104,6 +120,11 @@ def load_rows(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, seed
     for source in sources:
         documents = load_source(source, arguments.streaming)
         if arguments.eval_fraction > 0:
+            if math.ceil(arguments.eval_fraction * len(documents)) >= len(documents):
+                raise ValueError(
+                    f"eval_fraction={arguments.eval_fraction} of the {len(documents)} documents of {source} leaves "
+                    "none to train on. Lower it, or give --eval_data."
+                )
             parts = documents.train_test_split(test_size=arguments.eval_fraction, seed=seed)
             documents = parts["train"]
             held_out.append(pack(parts["test"], source))
@@ -120,3 +141,27 @@ def load_rows(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, seed
     rows = rows.shuffle(seed=seed, **shuffle)
     # Weights do not count where rows are measured on: none may come twice.
     return rows, concatenate_datasets(held_out) if held_out else None
+
+
+@contextmanager
+def reading_rows(arguments: DataArguments) -> Iterator[None]:
+    """Around what draws rows: a stream meets what is malformed in its files only then. One sentence, as
+    [`reading`]."""
+    try:
+        yield
+    except Exception as error:
+        if not arises_in_datasets(error):
+            raise
+        sources = [source for part in data_sources(arguments) for source in part]
+        fault = next((fault for source in sources if source.builder and (fault := find_fault(source))), None)
+        reason = shorten(str(error), 200, placeholder=" ...") or type(error).__name__
+        raise TextError(fault or f"{', '.join(map(str, sources))} cannot be read further: {reason}") from error
+
+
+def arises_in_datasets(error: BaseException) -> bool:
+    """Whether the `datasets` library, or what it calls, made an error, rather than a function of ours that it called.
+    Of an error in a process of a data loader only the text tells."""
+    homes = [str(Path(file).parent) for file in (datasets.__file__, Path(__file__).parent)]
+    files = re.findall(r'File "(.+?)", line', "".join(traceback.format_exception(error)))
+    inside = [file.startswith(homes[0]) for file in files if file.startswith(tuple(homes))]
+    return bool(inside) and inside[-1]

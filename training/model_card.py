@@ -1,12 +1,12 @@
 """The README.md of a recovered checkpoint."""
 
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 from transformers import PreTrainedConfig
 
 from mha2mla.common.cards import CARD_NAME, card_metadata, table, usage, write_card
+from mha2mla.common.versions import made_with
 from mha2mla.modeling import LatentConfigMixin
 
 BODY = """[mha2mla] converted the attention of a Llama-type model to Multi-head Latent Attention (MLA){cache}, and this
@@ -61,8 +61,7 @@ class TrainingRecord:
             rows["Training loss at the end"] = f"{self.loss:.4f}"
         if self.held_out is not None:
             rows["Held-out text"] = self.held_out
-        packages = ("mha2mla", "torch", "transformers")
-        return rows | {"Made with": ", ".join(f"{name} {version(name)}" for name in packages)}
+        return rows | {"Made with": made_with()}
 
 
 def describe_cache(config: PreTrainedConfig) -> str:

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -22,8 +23,12 @@ LORA = "lora"
 
 def meta_model(config: LatentConfigMixin) -> nn.Module:
     """The model of a config without weights or memory: enough to know the names of its parameters."""
-    with torch.device("meta"):
-        return FAMILIES[config.model_type](config)  # from_config would shard it, if DeepSpeed ZeRO-3 is at work
+    try:
+        with torch.device("meta"):
+            return FAMILIES[config.model_type](config)  # from_config would shard it, if DeepSpeed ZeRO-3 is at work
+    except Exception as error:  # whatever a malformed config makes of transformers and torch
+        reason = shorten(str(error), 300, placeholder=" ...")
+        raise ValueError(f"There is no model of such a config.json ({reason}). Mend it.") from error
 
 
 def freeze_except(model: nn.Module, trainable: str) -> None:

@@ -8,10 +8,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from safetensors import SafetensorError, safe_open
 
 from mha2mla.common.cards import CARD_NAME, RESULTS_FOLDER
 from mha2mla.common.companions import COMPANION_PATTERNS
-from mha2mla.common.files import read_json_object
+from mha2mla.common.files import read_json_object, read_text
 from mha2mla.common.loading import on_hub
 
 # Of a checkpoint's own level. What a run leaves beside them (optimizer, random states, `training_args.bin`, which is a
@@ -78,9 +79,15 @@ def plan_upload(folder: Path, base_model: str | None = None, repo: str | None = 
     uploads = {name: Upload(name, path) for path in files for name in [path.relative_to(folder).as_posix()]}
     if not any(name.endswith(".safetensors") for name in uploads):
         raise ValueError(f"{folder} holds no .safetensors weights. Give the output of mha2mla convert or train.")
+    for path in folder.glob("*.safetensors"):
+        check_readable(path)
     if ADAPTER_CONFIG in uploads:
         config = read_json_object(folder / ADAPTER_CONFIG)
-        base_model = str(base_model or config["base_model_name_or_path"])
+        base_model = str(base_model or config.get("base_model_name_or_path") or "")
+        if not base_model:
+            raise ValueError(
+                f"{folder / ADAPTER_CONFIG} names no base model. Give its name on the Hub by --base-model."
+            )
         if Path(base_model).exists():
             raise ValueError(
                 f"{folder} is an adapter of {base_model}, a folder that nobody else has. Push that first and give its "
@@ -93,7 +100,7 @@ def plan_upload(folder: Path, base_model: str | None = None, repo: str | None = 
     else:
         check_model_files(folder, set(uploads))
     if CARD_NAME in uploads:
-        text = (folder / CARD_NAME).read_text(encoding="utf-8")
+        text = read_text(folder / CARD_NAME)
         uploads[CARD_NAME] = Upload(CARD_NAME, published_card(text, repo, base_model).encode())
     return list(uploads.values())
 
@@ -115,16 +122,34 @@ def check_model_files(folder: Path, names: set[str]) -> None:
     """Raise a `ValueError` if a model lacks its config, or code or shards that its files name."""
     if "config.json" not in names:
         raise ValueError(f"{folder} holds no config.json: it is no complete checkpoint.")
-    auto_map = read_json_object(folder / "config.json").get("auto_map", {})
-    needed = {reference.split(".")[0] + ".py" for reference in auto_map.values()}
+    needed = named_files(folder)
     for code in folder.glob("*.py"):
-        needed |= {f"{name}.py" for name in re.findall(r"^from \.(\w+) import", code.read_text(), re.MULTILINE)}
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        needed |= set(read_json_object(index)["weight_map"].values())
+        needed |= {f"{name}.py" for name in re.findall(r"^from \.(\w+) import", read_text(code), re.MULTILINE)}
     missing = sorted(needed - names)
     if missing:
         raise ValueError(f"{folder} lacks {', '.join(missing)}, without which it does not load. Save it again.")
+
+
+def named_files(folder: Path) -> set[str]:
+    """Code that a model's config names, and the files that its index names; a `ValueError` if these are malformed."""
+    index = folder / "model.safetensors.index.json"
+    try:
+        named = read_json_object(folder / "config.json").get("auto_map", {}).values()
+        # A tokenizer has two classes, of which one may be null; `OWNER/NAME--module.Class` lies elsewhere.
+        classes = [each for entry in named for each in (entry if isinstance(entry, list) else [entry]) if each]
+        files = {name.split(".")[0] + ".py" for name in classes if "--" not in name}
+        return files | (set(read_json_object(index)["weight_map"].values()) if index.is_file() else set())
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError(f"config.json or {index.name} of {folder} is malformed. Save the model again.") from None
+
+
+def check_readable(path: Path) -> None:
+    """Raise a `ValueError` if a file of weights is not whole."""
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read ({error}). Save the model again.") from None
 
 
 def push_folder(

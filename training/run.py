@@ -18,7 +18,7 @@ from mha2mla.modeling import LatentConfigMixin
 
 from .arguments import DataArguments, LossArguments, ModelArguments, RecoveryTrainingArguments
 from .checks import check_losses, check_model, check_run
-from .data import data_sources, load_rows
+from .data import data_sources, load_rows, reading_rows
 from .model_card import TrainingRecord, write_model_card
 from .parameters import LORA, describe_trainable
 from .publish import push_folder
@@ -45,7 +45,7 @@ def train(
     Raises:
         ValueError: If the checkpoint, the data or the options do not fit; the message names the value and the remedy.
     """
-    check_run(model, data, arguments)
+    check_run(model, loss, data, arguments)
     checkpoint = find_checkpoint(arguments)
     tell = logger.info if arguments.process_index == 0 else logger.debug
     if wants_resume(arguments):
@@ -70,7 +70,8 @@ def train(
     if loss.teacher is not None:
         with load_whole(arguments):
             teacher = load_weights(loss.teacher, "teacher", model, "bfloat16" if arguments.bf16 else model.dtype)
-    trainer = recover(student, tokenizer, train_rows, eval_rows, model, loss, arguments, teacher, checkpoint)
+    with reading_rows(data):
+        trainer = recover(student, tokenizer, train_rows, eval_rows, model, loss, arguments, teacher, checkpoint)
 
     if trainer.is_world_process_zero():
         folder = Path(arguments.output_dir)

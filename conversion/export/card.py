@@ -1,9 +1,9 @@
 """The README.md of an exported checkpoint: what it is, and the commands that serve it."""
 
-from importlib.metadata import version
 from pathlib import Path
 
 from mha2mla.common.cards import card_metadata, table, usage, write_card
+from mha2mla.common.versions import made_with
 
 from .check import Agreement
 from .engines import engines_for
@@ -69,7 +69,7 @@ def write_export_card(
         "Rotary frequencies of the source": ", ".join(map(str, sorted(plan.table.slots))),
         "Weights": dtype,
         "Against the model, in fp32": agreement.describe(),
-        "Made with": ", ".join(f"{name} {version(name)}" for name in ("mha2mla", "torch", "transformers")),
+        "Made with": made_with(),
     }
     more = MORE.format(title=title) if "SGLang" in served else ""
     body = BODY.format(

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mha2mla.conversion.checkpoint import shard_bytes
+
 KERNEL_RANKS = (256, 512)  # latents that GPU kernels of multi-head latent attention are made for
 KERNEL_ROPE_DIM = 64
 KERNEL_HEAD_DIM = 128
@@ -40,6 +42,7 @@ class ExportConfig:
     overwrite: bool = field(default=False, metadata={"help": "Replace OUTPUT if an earlier export made it."})
 
     def __post_init__(self):
+        shard_bytes(self.max_shard_size)
         if self.format not in DTYPES:
             raise ValueError(f"format={self.format!r} must be one of {', '.join(DTYPES)}.")
         if self.dtype not in ("auto", *DTYPES[self.format]):

@@ -5,14 +5,20 @@ import time
 from pathlib import Path
 
 import torch
-from accelerate.utils.modeling import convert_file_size_to_int
 
 from mha2mla.common.companions import copy_companions
 from mha2mla.common.tokenizer import write_tokenizer
-from mha2mla.conversion.checkpoint import CheckpointReader, CheckpointWriter, atomic_folder, check_output
+from mha2mla.conversion.checkpoint import (
+    CheckpointReader,
+    CheckpointWriter,
+    atomic_folder,
+    check_output,
+    shard_bytes,
+)
 from mha2mla.conversion.fused import open_checkpoint
 from mha2mla.conversion.output import check_complete, write_companions
 from mha2mla.conversion.source import local_checkpoint
+from mha2mla.conversion.weights_check import check_weights
 
 from .card import write_export_card, write_way_back_card
 from .check import check_agreement, check_ids, compare_logits, streamed_logits
@@ -75,6 +81,7 @@ def export_deepseek(folder: Path, model: str, output: Path, options: ExportConfi
     check_output(output, options.overwrite, EXPORT_RECORD_NAME)
     config = load_model_config(folder, model)
     reader = CheckpointReader(folder)
+    check_weights(reader, config)
     plan = plan_export(folder, config, reader, options, allow_step=True)
     dtype = weights_dtype(options, reader.get("model.norm.weight").dtype)
     gauge = tiny_gauge(config.rms_norm_eps)
@@ -84,7 +91,7 @@ def export_deepseek(folder: Path, model: str, output: Path, options: ExportConfi
     ids = check_ids(folder, config)
     ours = streamed_logits(config, reader, ids)
     with atomic_folder(output, options.overwrite, EXPORT_RECORD_NAME) as partial:
-        writer = CheckpointWriter(partial, convert_file_size_to_int(options.max_shard_size))
+        writer = CheckpointWriter(partial, shard_bytes(options.max_shard_size))
         for name, tensor in stock_tensors(reader, config, plan, gauge, getattr(torch, dtype)):
             writer.add(name, tensor)
         writer.finish()
@@ -117,6 +124,7 @@ def export_ours(folder: Path, model: str, output: Path, options: ExportConfig) -
     check_output(output, options.overwrite, EXPORT_RECORD_NAME)
     config = load_stock_config(folder, model)
     reader = CheckpointReader(folder)
+    check_weights(reader, config)
     layout = find_layout(reader, config)
     rope = find_rope(folder, config, layout)
     dtype = weights_dtype(options, reader.get("model.norm.weight").dtype)
@@ -125,7 +133,7 @@ def export_ours(folder: Path, model: str, output: Path, options: ExportConfig) -
     ids = check_ids(folder, config)
     stock = streamed_logits(config, reader, ids)
     with atomic_folder(output, options.overwrite, EXPORT_RECORD_NAME) as partial:
-        writer = CheckpointWriter(partial, convert_file_size_to_int(options.max_shard_size))
+        writer = CheckpointWriter(partial, shard_bytes(options.max_shard_size))
         for name, tensor in our_tensors(reader, config, ours, layout, rope):
             writer.add(name, tensor.to(ours.dtype).contiguous() if tensor.is_floating_point() else tensor)
         writer.finish()
@@ -149,6 +157,7 @@ def export_gguf(folder: Path, model: str, output: Path, options: ExportConfig) -
             f"num_local_experts={config.num_local_experts}: files for llama.cpp are written of dense models only. "
             "Export to format='deepseek-v3' for vLLM."
         )
+    check_weights(reader, config)
     plan = plan_export(folder, config, reader, options, allow_step=False)
     dtype = weights_dtype(options, reader.get("model.norm.weight").dtype)
     gauge = big_gauge(config.rms_norm_eps, dtype)

@@ -135,8 +135,11 @@ def common_frequencies(reader: CheckpointReader, config: OurConfig, remedy: str)
         ValueError: If layers differ, or one uses a frequency twice.
     """
     common: list[int] = []
+    most = config.head_dim // 2 - 1
     for index in range(config.num_hidden_layers):
         used = sorted(reader.get(f"model.layers.{index}.self_attn.rope_frequencies").flatten().tolist())
+        if not 0 <= used[0] <= used[-1] <= most:
+            raise ValueError(f"Layer {index} uses the rotary frequencies {used}, and there are 0 to {most}.")
         common = common or used
         if used != common:
             raise ValueError(

@@ -3,9 +3,10 @@
 import json
 import platform
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from mha2mla.common.versions import versions
 
 from .check import Agreement
 from .config import ExportConfig
@@ -24,6 +25,6 @@ def write_record(
         **details,
         "agreement": asdict(agreement),
         "seconds": round(seconds, 1),
-        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "versions": versions(*PACKAGES) | {"python": platform.python_version()},
     }
     (folder / EXPORT_RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n")

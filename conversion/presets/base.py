@@ -7,11 +7,12 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+from mha2mla.common.options import check_choices
+
 from ..architectures import Architecture
 from ..attention_weights import LatentAttention
 from ..cache_plan import CachePlan, CacheSizes
 from ..job import ConversionJob
-from ..options import check_choices
 
 
 @dataclass

@@ -32,7 +32,7 @@ def require_harness_task(name: str) -> None:
         raise ValueError(f"Task {name} is one of lm-evaluation-harness. {INSTALL}") from None
     if name not in names:
         raise ValueError(
-            f"Unknown task {name!r}: there is no such file in --data-dir, and lm-evaluation-harness does not know the "
+            f"Unknown task {name!r}: there is no such file in --data, and lm-evaluation-harness does not know the "
             "name either (`lm_eval ls tasks` lists its tasks)."
         )
 

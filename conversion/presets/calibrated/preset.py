@@ -11,13 +11,13 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedConfig
 
+from mha2mla.common.options import check_least
 from mha2mla.common.robust_error import robust_error
 from mha2mla.conversion.architectures import Architecture
 from mha2mla.conversion.attention_weights import LatentAttention
 from mha2mla.conversion.cache_plan import CachePlan, CacheSizes, plan_caches
 from mha2mla.conversion.job import ConversionJob
 from mha2mla.conversion.layerwise import LayerVisit, advance, embed, run_layers
-from mha2mla.conversion.options import check_least
 from mha2mla.conversion.presets.base import ConvertedLayer, Preset
 from mha2mla.conversion.rotary import head_dim, num_rotary_pairs
 from mha2mla.conversion.search import lowest_loss
