@@ -3,11 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mha2mla.common.kernel_sizes import KERNEL_RANKS
 from mha2mla.conversion.checkpoint import shard_bytes
-
-KERNEL_RANKS = (256, 512)  # latents that GPU kernels of multi-head latent attention are made for
-KERNEL_ROPE_DIM = 64
-KERNEL_HEAD_DIM = 128
 
 # Types of weights that each format can hold, the first being what `auto` makes of any other.
 DTYPES = {

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from mha2mla.common.kernel_sizes import KERNEL_HEAD_DIM, KERNEL_ROPE_DIM
 from mha2mla.conversion.cache_plan import CacheSizes
 from mha2mla.modeling.latent_config import LatentConfigMixin
 
-from .config import KERNEL_HEAD_DIM, KERNEL_ROPE_DIM
 from .experts import has_experts
 from .plan import ExportPlan, check_architecture
 from .rope_table import fit_table, frequency_places

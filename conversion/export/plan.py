@@ -7,13 +7,14 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 
 from mha2mla.common.files import read_json_object
+from mha2mla.common.kernel_sizes import KERNEL_HEAD_DIM, KERNEL_ROPE_DIM
 from mha2mla.common.loading import load_config
 from mha2mla.common.records import RECORD_NAME, read_record
 from mha2mla.conversion.checkpoint import CheckpointReader
 from mha2mla.modeling import LatentConfigMixin, MLALlamaConfig, MLAMixtralConfig
 from mha2mla.modeling.latent_config import NORMALISED_PROJECTIONS
 
-from .config import KERNEL_HEAD_DIM, KERNEL_ROPE_DIM, ExportConfig
+from .config import ExportConfig
 from .rope_table import LENGTH_DEPENDENT, RopeTable, fit_table, frequency_places
 
 OurConfig = MLALlamaConfig | MLAMixtralConfig  # of what DeepSeek's block can express

@@ -1,0 +1,24 @@
+"""Our checkpoints in vLLM, by model classes of our own: all families, biases, norms of queries and keys, and rotary
+frequencies that differ from layer to layer, which the stock DeepSeek form (`mha2mla export`) cannot say.
+
+vLLM finds [`register`] by the entry point `vllm.general_plugins`. Attention and cache are vLLM's own, and so are all
+layers but latent attention's projections; sizes that its kernels do not take are filled up with zeros.
+"""
+
+# Names of our models in transformers, and in `models.py` of those for vLLM.
+MODELS = ("MLALlamaForCausalLM", "MLAQwen3ForCausalLM", "MLAOlmo2ForCausalLM")
+
+
+def register() -> None:
+    """Tell vLLM of our models. It calls this in each of its processes."""
+    from vllm import ModelRegistry
+    from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
+
+    from mha2mla.modeling import FAMILIES  # which registers their configs with transformers
+
+    from .config import LatentConfigConvertor
+
+    for model_type, model in FAMILIES.items():
+        if model.__name__ in MODELS:
+            ModelRegistry.register_model(model.__name__, f"{__name__}.models:{model.__name__}")
+            MODEL_ARCH_CONFIG_CONVERTORS[model_type] = LatentConfigConvertor

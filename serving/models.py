@@ -1,0 +1,58 @@
+"""Our families as vLLM's models: all but attention is vLLM's own Llama, down to OLMo 2, whose norms stand elsewhere."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
+from vllm.model_executor.models.utils import WeightsMapper
+
+from .attention import JointlyNormalisedLatentAttention, LatentAttention, NormalisedLatentAttention
+
+
+class LatentModel(LlamaModel):
+    """Llama's, whose queries, keys and values are not stacked."""
+
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_stacked={".gate_proj": (".gate_up_proj", 0), ".up_proj": (".gate_up_proj", 1)}
+    )
+
+
+class MLALlamaForCausalLM(LlamaForCausalLM):
+    """Llama and what converts to it: Mistral, Qwen2 and others."""
+
+    supports_lora = False  # adapters have the checkpoint's sizes
+    hf_to_vllm_mapper = LatentModel.hf_to_vllm_mapper
+    packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
+    layer, attention = LlamaDecoderLayer, LatentAttention
+
+    def _init_model(self, vllm_config: Any, prefix: str = "", **_: Any) -> LatentModel:
+        layer = partial(self.layer, attn_layer_type=self.attention)
+        return LatentModel(vllm_config=vllm_config, prefix=prefix, layer_type=layer)
+
+
+class MLAQwen3ForCausalLM(MLALlamaForCausalLM):
+    attention = NormalisedLatentAttention
+
+
+class PostNormDecoderLayer(LlamaDecoderLayer):
+    """OLMo 2's: what attention and MLP give is normalised, not what they get."""
+
+    def __init__(self, vllm_config: Any, prefix: str = "", **kwargs: Any):
+        super().__init__(vllm_config, prefix, **kwargs)
+        config = vllm_config.model_config.hf_config
+        del self.input_layernorm
+        self.post_feedforward_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last part of the residual stream is handed on apart, for the next norm to add it."""
+        stream = hidden_states if residual is None else hidden_states + residual
+        stream = stream + self.post_attention_layernorm(self.self_attn(positions, stream))
+        return self.post_feedforward_layernorm(self.mlp(stream)), stream
+
+
+class MLAOlmo2ForCausalLM(MLALlamaForCausalLM):
+    layer, attention = PostNormDecoderLayer, JointlyNormalisedLatentAttention
