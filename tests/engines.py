@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from mha2mla.modeling import MLALlamaConfig, MLALlamaForCausalLM
+from mha2mla.modeling import MLALlamaForCausalLM
 
 SERVE_PYTHON = os.environ.get("SERVE_PYTHON", "")  # of the engines' environment; `make serve-test` sets it
 LLAMA_SERVER = Path(__file__).parent / "serving" / "llama_server.py"
@@ -29,9 +29,9 @@ VLLM_ENVIRONMENT = {
 }
 
 
-def random_model(vocab_size: int, frequencies: list[int]) -> MLALlamaForCausalLM:
-    """A model whose every part is felt in its output, and whose greedy text does not end by itself."""
-    config = MLALlamaConfig(
+def random_model(vocab_size: int, frequencies: list[int], family: Any = MLALlamaForCausalLM, **fields) -> Any:
+    """A model of ours whose every part is felt in its output. `fields` are of its config."""
+    config = family.config_class(
         vocab_size=vocab_size,
         hidden_size=64,
         intermediate_size=96,
@@ -49,12 +49,41 @@ def random_model(vocab_size: int, frequencies: list[int]) -> MLALlamaForCausalLM
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
+        **fields,
     )
     torch.manual_seed(0)
-    model = MLALlamaForCausalLM(config).eval()
+    model = family(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+        elif "_norm" in name:  # of queries and keys
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
     for layer in model.model.layers:
         layer.self_attn.rope_frequencies.copy_(torch.tensor([frequencies]))
     return model
+
+
+@torch.no_grad()
+def greedy(model: Any, ids: list[int], new: int) -> tuple[list[int], list[float]]:
+    """The tokens that transformers chooses, and their log-probabilities."""
+    out = model.generate(
+        torch.tensor([ids]),
+        max_new_tokens=new,
+        min_new_tokens=new,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    chosen = out.sequences[0, len(ids) :].tolist()
+    rows = [logits[0].log_softmax(-1) for logits in out.logits]
+    return chosen, [row[token].item() for row, token in zip(rows, chosen, strict=True)]
+
+
+@torch.no_grad()
+def prompt_logprobs(model: Any, ids: list[int]) -> list[float]:
+    """Log-probabilities of all tokens but the first."""
+    rows = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return [rows[i, token].item() for i, token in enumerate(ids[1:])]
 
 
 @dataclass
@@ -67,25 +96,23 @@ class Exports:
     tokenizer: PreTrainedTokenizerFast
 
     def greedy(self, ids: list[int], new: int) -> tuple[list[int], list[float]]:
-        """The tokens that transformers chooses, and their log-probabilities."""
-        with torch.no_grad():
-            out = self.reference.generate(
-                torch.tensor([ids]),
-                max_new_tokens=new,
-                min_new_tokens=new,
-                do_sample=False,
-                output_logits=True,
-                return_dict_in_generate=True,
-            )
-        chosen = out.sequences[0, len(ids) :].tolist()
-        rows = [logits[0].log_softmax(-1) for logits in out.logits]
-        return chosen, [row[token].item() for row, token in zip(rows, chosen, strict=True)]
+        return greedy(self.reference, ids, new)
 
 
 @dataclass
 class Server:
     url: str
     log: Path
+
+    def complete(self, prompts: list[list[int]], **options) -> list[dict]:
+        """vLLM's answer to each."""
+        body = dict(model="model", prompt=prompts, temperature=0, return_token_ids=True, **options)
+        return sorted(self.post("/v1/completions", **body)["choices"], key=lambda choice: choice["index"])
+
+    def prompt_logprobs(self, ids: list[int]) -> list[float]:
+        """vLLM's log-probabilities of all tokens but the first: what perplexity is measured by."""
+        (choice,) = self.complete([ids], max_tokens=1, prompt_logprobs=0)
+        return [entry[str(token)]["logprob"] for entry, token in zip(choice["prompt_logprobs"][1:], ids[1:], strict=True)]
 
     def get(self, path: str) -> str:
         return urllib.request.urlopen(self.url + path, timeout=60).read().decode()
@@ -135,6 +162,18 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+@contextmanager
+def vllm_server(folder: Path, log: Path, *options: str, **environment: str) -> Iterator[Server]:
+    port = free_port()
+    command = [
+        *(SERVE_PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)),
+        *("--served-model-name", "model", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"),
+        *("--max-model-len", "1024", "--max-num-seqs", "8", "--enforce-eager", *options),
+    ]
+    with running(command, VLLM_ENVIRONMENT | environment, port, log) as server:
+        yield server
 
 
 @contextmanager

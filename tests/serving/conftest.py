@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from engines import SERVE_PYTHON, VLLM_ENVIRONMENT, Exports, Server, free_port, llama_server, random_model, running
+from engines import SERVE_PYTHON, Exports, Server, llama_server, random_model, vllm_server
 from mha2mla.conversion.export import ExportConfig, export
 from pico import byte_pair_tokenizer
 
@@ -39,15 +39,9 @@ def exports(tmp_path_factory) -> Exports:
 
 @pytest.fixture(scope="session")
 def vllm(exports, tmp_path_factory) -> Iterator[Server]:
-    port = free_port()
-    command = [
-        *(SERVE_PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(exports.folder)),
-        *("--served-model-name", "model", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"),
-        *("--max-model-len", "1024", "--max-num-seqs", "8", "--enforce-eager"),
-        # vLLM's own rotary kernel for CPUs is wrong for DeepSeek's queries.
-        *("--compilation-config", '{"custom_ops": ["-rotary_embedding"]}'),
-    ]
-    with running(command, VLLM_ENVIRONMENT, port, tmp_path_factory.mktemp("vllm") / "log") as server:
+    # vLLM's own rotary kernel for CPUs is wrong for DeepSeek's queries.
+    options = ("--compilation-config", '{"custom_ops": ["-rotary_embedding"]}')
+    with vllm_server(exports.folder, tmp_path_factory.mktemp("vllm") / "log", *options) as server:
         yield server
 
 

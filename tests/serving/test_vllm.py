@@ -1,8 +1,8 @@
 """vLLM serves an export over HTTP and says what transformers says, token by token and log-prob by log-prob."""
 
 import pytest
-import torch
 
+from engines import prompt_logprobs
 from mha2mla.conversion.export.check import TEXT
 
 NEW = 16
@@ -16,15 +16,8 @@ def prompts(exports):
     return [ids[:1], ids[5:12], ids[20:60], ids[:330]]
 
 
-def complete(server, prompts, **options):
-    answer = server.post(
-        "/v1/completions", model="model", prompt=prompts, temperature=0, return_token_ids=True, **options
-    )
-    return sorted(answer["choices"], key=lambda choice: choice["index"])
-
-
 def test_a_batch_of_completions(vllm, exports, prompts):
-    choices = complete(vllm, prompts, max_tokens=NEW, logprobs=1)
+    choices = vllm.complete(prompts, max_tokens=NEW, logprobs=1)
     for prompt, choice in zip(prompts, choices, strict=True):
         tokens, logprobs = exports.greedy(prompt, NEW)
         assert choice["token_ids"] == tokens
@@ -43,7 +36,7 @@ def test_streaming_gives_the_same(vllm, exports, prompts):
 def test_stop_tokens(vllm, exports, prompts):
     tokens, _ = exports.greedy(prompts[1], NEW)
     stop = tokens[5]
-    (choice,) = complete(vllm, [prompts[1]], max_tokens=NEW, stop_token_ids=[stop])
+    (choice,) = vllm.complete([prompts[1]], max_tokens=NEW, stop_token_ids=[stop])
     assert choice["token_ids"] == tokens[: tokens.index(stop) + 1]
     assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", stop)
 
@@ -69,15 +62,8 @@ def test_chat_uses_the_exported_template(vllm, exports):
 
 def test_prompt_logprobs(vllm, exports, prompts):
     """What perplexity is measured by."""
-    (choice,) = complete(vllm, [prompts[3]], max_tokens=1, prompt_logprobs=0)
-    ids = prompts[3]
-    with torch.no_grad():
-        rows = exports.reference(torch.tensor([ids])).logits[0].log_softmax(-1)
-    expected = [rows[i, token].item() for i, token in enumerate(ids[1:])]
-    entries = choice["prompt_logprobs"][1:]
-    assert [entry[str(token)]["logprob"] for entry, token in zip(entries, ids[1:], strict=True)] == pytest.approx(
-        expected, abs=TOLERANCE
-    )
+    expected = prompt_logprobs(exports.reference, prompts[3])
+    assert vllm.prompt_logprobs(prompts[3]) == pytest.approx(expected, abs=TOLERANCE)
 
 
 def test_a_cached_prefix_gives_the_same(vllm, exports, prompts):
@@ -88,9 +74,9 @@ def test_a_cached_prefix_gives_the_same(vllm, exports, prompts):
     if "prefix caching to be disabled" in vllm.log.read_text():
         pytest.skip("this vLLM has no prefix caching for latents on a CPU; benchmarks/serving_quality.py asks a GPU")
     longer = prompts[3] + prompts[1]
-    complete(vllm, [prompts[3]], max_tokens=1)
+    vllm.complete([prompts[3]], max_tokens=1)
     before = hits()
-    (choice,) = complete(vllm, [longer], max_tokens=NEW, logprobs=1)
+    (choice,) = vllm.complete([longer], max_tokens=NEW, logprobs=1)
     assert hits() - before >= 128  # at least a block came from the cache
     tokens, logprobs = exports.greedy(longer, NEW)
     assert choice["token_ids"] == tokens

@@ -1,0 +1,75 @@
+"""vLLM serves our own checkpoints by the plugin and says what transformers says, token by token and log-prob by
+log-prob: what the stock DeepSeek form cannot say. (Prompts in chunks are for GPUs: vLLM reads whole ones on a CPU.)"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import mha2mla
+from engines import Server, greedy, prompt_logprobs, random_model, vllm_server
+from mha2mla.conversion.export.check import TEXT
+from mha2mla.modeling import MLAOlmo2ForCausalLM, MLAQwen3ForCausalLM
+from pico import byte_pair_tokenizer
+
+NEW = 16
+TOLERANCE = 1e-3  # of a log-probability, fp32 against fp32
+MODELS: dict[str, dict] = {
+    "qwen2": dict(attention_bias=True, tie_word_embeddings=True),
+    "lists": dict(num_nope_key_heads=2),
+    "qwen3": dict(family=MLAQwen3ForCausalLM),
+    "olmo2": dict(family=MLAOlmo2ForCausalLM),  # in two processes: --tensor-parallel-size 2
+}
+
+
+@dataclass
+class Served:
+    model: Any  # in transformers
+    server: Server
+    prompts: list[list[int]]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """A folder with nothing but this package as it is installed, entry points included."""
+    folder = tmp_path_factory.mktemp("site")
+    installed = metadata.distribution("mha2mla")
+    (entry_points,) = (file for file in installed.files or () if file.name == "entry_points.txt")
+    info = Path(str(installed.locate_file(entry_points))).parent
+    for path in (Path(mha2mla.__file__).parent, info):
+        (folder / path.name).symlink_to(path)
+    return folder
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def served(request, site, tmp_path_factory) -> Iterator[Served]:
+    root, tokenizer = tmp_path_factory.mktemp("served"), byte_pair_tokenizer()
+    model = random_model(len(tokenizer), [0, 1, 2, 3, 9, 10], **MODELS[request.param])
+    if request.param == "lists":
+        for index, layer in enumerate(model.model.layers):  # other ones in each layer, and one twice
+            layer.self_attn.rope_frequencies.copy_(torch.tensor([[index, 1, 2, 5 + index, 9, 9]]))
+    model.save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+    ids = tokenizer(TEXT)["input_ids"]
+    # Of different lengths; the longest reaches over several of the cache's blocks.
+    prompts = [ids[:1], ids[5:12], ids[20:60], ids[:330]]
+    options = ("--tensor-parallel-size", "2") if request.param == "olmo2" else ()
+    with vllm_server(root / "model", root / "log", *options, PYTHONPATH=str(site)) as server:
+        yield Served(model, server, prompts)
+
+
+def test_a_batch_of_completions(served):
+    choices = served.server.complete(served.prompts, max_tokens=NEW, min_tokens=NEW, logprobs=1)
+    for prompt, choice in zip(served.prompts, choices, strict=True):
+        tokens, logprobs = greedy(served.model, prompt, NEW)
+        assert choice["token_ids"] == tokens
+        assert choice["logprobs"]["token_logprobs"] == pytest.approx(logprobs, abs=TOLERANCE)
+
+
+def test_prompt_logprobs(served):
+    ids = served.prompts[3]
+    assert served.server.prompt_logprobs(ids) == pytest.approx(prompt_logprobs(served.model, ids), abs=TOLERANCE)
