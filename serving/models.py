@@ -1,4 +1,4 @@
-"""Our families as vLLM's models: all but attention is vLLM's own Llama, down to OLMo 2, whose norms stand elsewhere."""
+"""Our families as vLLM's models: all but attention is its own Llama; the norms of OLMo 2 stand elsewhere."""
 
 from functools import partial
 from typing import Any

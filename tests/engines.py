@@ -112,7 +112,8 @@ class Server:
     def prompt_logprobs(self, ids: list[int]) -> list[float]:
         """vLLM's log-probabilities of all tokens but the first: what perplexity is measured by."""
         (choice,) = self.complete([ids], max_tokens=1, prompt_logprobs=0)
-        return [entry[str(token)]["logprob"] for entry, token in zip(choice["prompt_logprobs"][1:], ids[1:], strict=True)]
+        entries = zip(choice["prompt_logprobs"][1:], ids[1:], strict=True)
+        return [entry[str(token)]["logprob"] for entry, token in entries]
 
     def get(self, path: str) -> str:
         return urllib.request.urlopen(self.url + path, timeout=60).read().decode()

@@ -58,6 +58,9 @@ def test_padded_weights_are_the_same_attention(num_nope_key_heads):
     }
     for name, pad in pads.items():
         weights[prefix + name] = pad(weights[prefix + name], shape, target)
+    # vLLM's order is head by head, and ours all keys before all values.
+    heads = weights[prefix + "kv_b_proj.weight"].unflatten(0, (4, 256))
+    weights[prefix + "kv_b_proj.weight"] = torch.cat((heads[:, :128].flatten(0, 1), heads[:, 128:].flatten(0, 1)))
     # What the slots behind turn is zero.
     weights[prefix + "rope_frequencies"] = grow(weights[prefix + "rope_frequencies"], 32, 1)
     config.num_key_value_heads = config.num_attention_heads  # a value for each query head

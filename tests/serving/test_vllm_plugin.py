@@ -18,12 +18,13 @@ from pico import byte_pair_tokenizer
 
 NEW = 16
 TOLERANCE = 1e-3  # of a log-probability, fp32 against fp32
+# Each with other rotary frequencies in every layer.
 MODELS: dict[str, dict] = {
     "qwen2": dict(attention_bias=True, tie_word_embeddings=True),
-    "lists": dict(num_nope_key_heads=2),
     "qwen3": dict(family=MLAQwen3ForCausalLM),
-    "olmo2": dict(family=MLAOlmo2ForCausalLM),  # in two processes: --tensor-parallel-size 2
+    "olmo2": dict(family=MLAOlmo2ForCausalLM, num_nope_key_heads=2),
 }
+OPTIONS = {"olmo2": ("--tensor-parallel-size", "2")}
 
 
 @dataclass
@@ -49,15 +50,14 @@ def site(tmp_path_factory) -> Path:
 def served(request, site, tmp_path_factory) -> Iterator[Served]:
     root, tokenizer = tmp_path_factory.mktemp("served"), byte_pair_tokenizer()
     model = random_model(len(tokenizer), [0, 1, 2, 3, 9, 10], **MODELS[request.param])
-    if request.param == "lists":
-        for index, layer in enumerate(model.model.layers):  # other ones in each layer, and one twice
-            layer.self_attn.rope_frequencies.copy_(torch.tensor([[index, 1, 2, 5 + index, 9, 9]]))
+    for index, layer in enumerate(model.model.layers):
+        layer.self_attn.rope_frequencies.copy_(torch.tensor([[index, 1, 2, 5 + index, 9, 9]]))
     model.save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
     ids = tokenizer(TEXT)["input_ids"]
     # Of different lengths; the longest reaches over several of the cache's blocks.
     prompts = [ids[:1], ids[5:12], ids[20:60], ids[:330]]
-    options = ("--tensor-parallel-size", "2") if request.param == "olmo2" else ()
+    options = OPTIONS.get(request.param, ())
     with vllm_server(root / "model", root / "log", *options, PYTHONPATH=str(site)) as server:
         yield Served(model, server, prompts)
 
