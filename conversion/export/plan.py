@@ -18,6 +18,8 @@ from .config import ExportConfig
 from .rope_table import LENGTH_DEPENDENT, RopeTable, fit_table, frequency_places
 
 OurConfig = MLALlamaConfig | MLAMixtralConfig  # of what DeepSeek's block can express
+# A remedy for what DeepSeek's form cannot say.
+AS_IT_IS = "Serve the model as it is by the vLLM plugin (pip install 'mha2mla[vllm]', docs/serving.md)"
 
 
 @dataclass(frozen=True)
@@ -109,13 +111,13 @@ def check_architecture(config: LatentConfigMixin, remedy: str) -> None:
     if config.attention_projections == NORMALISED_PROJECTIONS:
         raise ValueError(
             f"model_type={config.model_type!r}: queries and keys are normalised (qk-norm), which DeepSeek's attention "
-            "cannot express. Use our own class (transformers)."
+            f"cannot express. {AS_IT_IS}."
         )
     for field in ("attention_bias", "mlp_bias"):
         if getattr(config, field, False):
             raise ValueError(
-                f"{field}=True: the model's projections have biases (as Qwen2's), and DeepSeek's have none. Use our "
-                "own class (transformers), or convert a source without them."
+                f"{field}=True: the model's projections have biases (as Qwen2's), and DeepSeek's have none. "
+                f"{AS_IT_IS}, or convert a source without them."
             )
     if config.hidden_act != "silu":
         raise ValueError(f"hidden_act={config.hidden_act!r}: engines run DeepSeek's MLP with 'silu' only.")
@@ -145,13 +147,13 @@ def common_frequencies(reader: CheckpointReader, config: OurConfig, remedy: str)
         if used != common:
             raise ValueError(
                 f"Layers use different rotary frequencies (layer 0: {common}; layer {index}: {used}), and DeepSeek's "
-                f"config has one list for all. Convert with a common one: `{remedy}`."
+                f"config has one list for all. {AS_IT_IS}, or convert with a common one: `{remedy}`."
             )
         twice = sorted({frequency for frequency in used if used.count(frequency) > 1})
         if twice:
             raise ValueError(
                 f"Layer {index} uses the rotary frequencies {twice} more than once, and DeepSeek's config has each "
-                f"once. Convert with a list of different ones: `{remedy}`."
+                f"once. {AS_IT_IS}, or convert with a list of different ones: `{remedy}`."
             )
     return common
 
@@ -182,7 +184,7 @@ def find_table(
         + (
             f"It leaves {kept} where they are: convert with frequencies among these: `{remedy}`."
             if kept
-            else "It leaves none where it is: use our own class (transformers), or convert a source without it."
+            else f"It leaves none where it is. {AS_IT_IS}, or convert a source without it."
         )
     )
 
