@@ -19,12 +19,7 @@ def save(tmp_path):
     """Save a random model whose layers use these frequencies; gives it and its folder."""
 
     def save(frequencies):
-        model = make_mla(
-            "mla_mixtral",
-            qk_rope_head_dim=2 * len(frequencies),
-            num_local_experts=4,
-            rms_norm_eps=1e-5,
-        )
+        model = make_mla("mla_mixtral", qk_rope_head_dim=2 * len(frequencies), num_local_experts=4, rms_norm_eps=1e-5)
         for layer in model.model.layers:
             layer.self_attn.rope_frequencies.copy_(torch.tensor(frequencies)[None])
         model.save_pretrained(tmp_path / "model")
