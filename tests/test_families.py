@@ -1,13 +1,18 @@
 """Every source architecture and the family it is converted to: what works for Llama works for all."""
 
+import json
+
 import pytest
 import torch
 
+from mha2mla.cli.main import main
 from mha2mla.conversion import Calibrated, Paper
 from mha2mla.conversion.architectures import architecture_of
 from mha2mla.conversion.cache_plan import CacheSizes
 from mha2mla.conversion.job import ConversionJob
 from mha2mla.conversion.layerwise import advance, embed, run_layers
+from mha2mla.evaluation.speed.dimensions import DIMENSIONS
+from mha2mla.modeling import FAMILIES
 from pico import SOURCES, StateDict, assemble, make_source, tokens
 
 PRESETS = {
@@ -46,3 +51,33 @@ def test_conversion_at_31_percent(job, preset):
         got = model.lm_head(model.model.norm(torch.cat(stream)))
     assert (got - expected.logits).abs().max() <= 1e-4 * expected.logits.abs().max()
     assert expected.logits.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["arcee", "granite-tied", "mixtral", "phi3-partial", "smollm3"])
+def test_convert_train_eval_and_push(kind, save_source, calibration_file, tmp_path, capsys):
+    """Through the command, from a source to what would be uploaded, with quantised caches on the way."""
+    source, out, trained = save_source(kind), tmp_path / "out", tmp_path / "trained"
+    text = ["--data", str(calibration_file), "--samples", "6", "--length", "16"]
+    assert main(["convert", str(source), str(out), "--cache-ratio", "0.3125", "--refine-steps", "2", *text]) == 0
+    family = json.loads((out / "config.json").read_text())["model_type"]
+    train = ["train", "--model", str(out), "--data", str(calibration_file), "--output_dir", str(trained), "--length"]
+    assert main([*train, "16", "--max_steps", "1", "--use_cpu", "true"]) == 0
+    assert main(["push", str(trained), "me/model", "--dry-run"]) == 0
+    listed = {line.split()[-1] for line in capsys.readouterr().out.splitlines() if line}
+    assert {f"modeling_{family}.py", f"configuration_{family}.py", "README.md"} <= listed
+    assert "numbers per token and layer" in (trained / "README.md").read_text()
+    sets = tmp_path / "sets"
+    sets.mkdir()
+    (sets / "texts.jsonl").write_text(json.dumps({"id": "0", "text": "w5 w6 w7 w8 w9 w10"}) + "\n")
+    evaluate = ["eval", str(source), str(trained), "--tasks", "texts", "--data", str(sets), "--output"]
+    sizes = ["--length", "16", "--prompt-length", "8", "--new-tokens", "4"]
+    assert main([*evaluate, str(tmp_path / "report"), *sizes, "--caches", "dynamic,latent-int8"]) == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bench_knows_every_family(family, tmp_path, monkeypatch):
+    model_type = family.removeprefix("mla_")
+    assert model_type in {sizes["model_type"] for sizes in DIMENSIONS.values()}
+    monkeypatch.setitem(DIMENSIONS, "pico", DIMENSIONS["pico"] | {"model_type": model_type})
+    command = "bench --random pico --kv-lora-rank 8 --qk-rope-head-dim 4 --contexts 16 --steps 1"
+    assert main([*command.split(), "--caches", "dynamic,latent-int4", "--output", str(tmp_path)]) == 0

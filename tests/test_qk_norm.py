@@ -16,7 +16,6 @@ from mha2mla.conversion.job import ConversionJob
 from mha2mla.conversion.presets import preset_classes
 from mha2mla.conversion.presets.calibrated.refine import trainable_tensors
 from mha2mla.conversion.presets.paper.closed_form import convert_attention
-from mha2mla.evaluation.speed.dimensions import DIMENSIONS
 from pico import StateDict, assemble, attention_of, make_mla, make_source, rotation_of, tokens
 
 KINDS = ("qwen3", "qwen3-bias", "olmo2")
@@ -171,11 +170,3 @@ def test_convert_train_eval_and_push(kind, preset, save_source, calibration_file
     assert main([*evaluate, str(tmp_path / "report"), *sizes, "--caches", "dynamic,latent-int8"]) == 0
     assert main(["export", str(out), str(tmp_path / "deepseek")]) == 2
     assert "normalised (qk-norm)" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("kind", ["qwen3", "olmo2"])
-def test_bench_has_the_dimensions(kind, tmp_path, monkeypatch):
-    assert {sizes["model_type"] for sizes in DIMENSIONS.values()} >= {kind}
-    monkeypatch.setitem(DIMENSIONS, "pico", DIMENSIONS["pico"] | {"model_type": kind})
-    command = "bench --random pico --kv-lora-rank 8 --qk-rope-head-dim 4 --contexts 16 --steps 1"
-    assert main([*command.split(), "--caches", "dynamic,latent-int4", "--output", str(tmp_path)]) == 0
