@@ -1,13 +1,14 @@
 """Every source architecture and the family it is converted to: what works for Llama works for all."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from mha2mla.cli.main import main
 from mha2mla.conversion import Calibrated, Paper
-from mha2mla.conversion.architectures import architecture_of
+from mha2mla.conversion.architectures import architecture_classes, architecture_of
 from mha2mla.conversion.cache_plan import CacheSizes
 from mha2mla.conversion.job import ConversionJob
 from mha2mla.conversion.layerwise import advance, embed, run_layers
@@ -81,3 +82,12 @@ def test_bench_knows_every_family(family, tmp_path, monkeypatch):
     monkeypatch.setitem(DIMENSIONS, "pico", DIMENSIONS["pico"] | {"model_type": model_type})
     command = "bench --random pico --kv-lora-rank 8 --qk-rope-head-dim 4 --contexts 16 --steps 1"
     assert main([*command.split(), "--caches", "dynamic,latent-int4", "--output", str(tmp_path)]) == 0
+
+
+def test_the_table_of_models_has_every_architecture():
+    rows = [
+        line for line in (Path(__file__).parents[1] / "docs" / "models.md").read_text().splitlines() if "| `" in line
+    ]
+    for architecture in architecture_classes():
+        family = architecture.mla_config_class.model_type
+        assert any(row.startswith(f"| `{architecture.model_type}` |") and f"| `{family}` |" in row for row in rows)
