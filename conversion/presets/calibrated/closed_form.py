@@ -91,7 +91,8 @@ def collect_statistics(
         steps (`Steps`): Of which the weights of scores and of tokens are used.
     """
     head_dim, size = source.k.shape[1:]
-    scaling, score_factors = head_dim**-0.5, rotation.score_factors.to(source.q.device)
+    scaling = head_dim**-0.5 * rotation.scaling**2
+    still_factors = rotation.score_factors.to(source.q.device) / rotation.scaling**2  # 1 where a pair turns
 
     def attention_of(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries before rotation [H, T, d], what keys and values are linear in [T, D], and attention probabilities
@@ -101,7 +102,7 @@ def collect_statistics(
         angle = torch.arange(x.shape[0], device=x.device)[:, None] * frequencies
         cos, sin = (table.repeat(1, 2)[None, None] for table in (angle.cos(), angle.sin()))  # [1, 1, T, d]
         rotated_q, rotated_k = (rotate(heads[None], cos, sin)[0] for heads in (q, k))
-        return q, inputs, attention_probabilities(rotated_q * score_factors, rotated_k, scaling)
+        return q, inputs, attention_probabilities(rotated_q * still_factors, rotated_k, scaling)
 
     # Sums over many tokens lose their small eigenvalues in fp32, so they are kept in fp64.
     covariance = torch.zeros(size, size, dtype=torch.float64, device=source.q.device)
