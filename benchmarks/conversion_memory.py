@@ -2,6 +2,7 @@
 
     python benchmarks/conversion_memory.py --layers 2 6                # Llama-2-70B's layers; needs 24 GB of disk
     python benchmarks/conversion_memory.py --layers 2 6 --scale 4      # a quarter of its width
+    python benchmarks/conversion_memory.py --layers 2 6 --experts 8    # Mixtral 8x7B's, an expert a tensor
 
 Makes a random checkpoint, converts it in a process of its own (preset calibrated), and prints that process's peak
 resident memory and the seconds a layer took. Weights are random, so only memory and time mean anything.
@@ -13,36 +14,51 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MixtralConfig
 
 from mha2mla.conversion.checkpoint import CheckpointWriter
 
 
-def make_checkpoint(folder: Path, num_layers: int, scale: int, tokenizer: str) -> None:
-    """A random bf16 checkpoint with Llama-2-70B's layer dimensions over `scale`, written tensor by tensor."""
-    config = LlamaConfig(
+def make_checkpoint(folder: Path, num_layers: int, scale: int, experts: int, tokenizer: str) -> None:
+    """A random bf16 checkpoint with Llama-2-70B's layer dimensions over `scale`, or Mixtral 8x7B's, written tensor by
+    tensor."""
+    sizes = dict(
         vocab_size=len(AutoTokenizer.from_pretrained(tokenizer)),
-        hidden_size=8192 // scale,
-        intermediate_size=28672 // scale,
         num_hidden_layers=num_layers,
-        num_attention_heads=64 // scale,
         num_key_value_heads=max(1, 8 // scale),
         head_dim=128,
     )
+    if experts:
+        sizes |= dict(hidden_size=4096 // scale, intermediate_size=14336 // scale, num_attention_heads=32 // scale)
+        config = MixtralConfig(**sizes, num_local_experts=experts)
+    else:
+        sizes |= dict(hidden_size=8192 // scale, intermediate_size=28672 // scale, num_attention_heads=64 // scale)
+        config = LlamaConfig(**sizes)
     with torch.device("meta"):
-        state = LlamaForCausalLM(config).state_dict()
+        state = AutoModelForCausalLM.from_config(config).state_dict()
     folder.mkdir()
     writer = CheckpointWriter(folder, 2 * 1024**3)
     for name, tensor in state.items():
-        weight = torch.empty(tensor.shape, dtype=torch.bfloat16)
-        writer.add(name, weight.fill_(1.0) if "norm" in name else weight.normal_(std=0.02))
+        for part, shape in single_experts(name, tensor.shape) if ".experts." in name else [(name, tensor.shape)]:
+            weight = torch.empty(shape, dtype=torch.bfloat16)
+            writer.add(part, weight.fill_(1.0) if "norm" in part else weight.normal_(std=0.02))
     writer.finish()
     config.save_pretrained(folder)
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+
+
+def single_experts(name: str, shape: torch.Size) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Name and shape of each expert's matrices in a file, of a tensor that holds those of a layer in memory."""
+    prefix, kind = name.replace(".mlp.", ".block_sparse_moe.").rsplit(".", 1)
+    count, rows, columns = shape
+    parts = ("w1", "w3") if kind == "gate_up_proj" else ("w2",)
+    for index in range(count):
+        for part in parts:
+            yield f"{prefix}.{index}.{part}.weight", (rows // len(parts), columns)
 
 
 def convert_and_report(source: Path, output: Path, args: argparse.Namespace) -> None:
@@ -66,6 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 6])
     parser.add_argument("--scale", type=int, default=1, help="Divides the width of the layers.")
+    parser.add_argument("--experts", type=int, default=0, help="Of a layer, each of Mixtral's size.")
     parser.add_argument("--tokenizer", required=True, help="Any tokenizer folder.")
     parser.add_argument("--data", required=True, help="Calibration text.")
     parser.add_argument("--device", default="cpu")
@@ -75,7 +92,7 @@ def main() -> None:
     for num_layers in args.layers:
         with tempfile.TemporaryDirectory() as folder:
             source, output = Path(folder) / "source", Path(folder) / "output"
-            make_checkpoint(source, num_layers, args.scale, args.tokenizer)
+            make_checkpoint(source, num_layers, args.scale, args.experts, args.tokenizer)
             convert_and_report(source, output, args)
 
 

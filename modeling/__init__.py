@@ -10,6 +10,7 @@ from .configuration_mla_llama import MLALlamaConfig
 from .configuration_mla_mixtral import MLAMixtralConfig
 from .configuration_mla_olmo2 import MLAOlmo2Config
 from .configuration_mla_qwen3 import MLAQwen3Config
+from .configuration_mla_qwen3_moe import MLAQwen3MoeConfig
 from .latent_cache import CACHE_ARGUMENT, GrowingBuffer, LatentDynamicLayer, LatentStaticLayer, cache_nbytes
 from .latent_config import LatentConfigMixin
 from .latent_quantized_cache import LatentQuantizedLayer, quantized_cache
@@ -25,6 +26,7 @@ from .modeling_mla_llama import (
 from .modeling_mla_mixtral import MLAMixtralForCausalLM, MLAMixtralModel
 from .modeling_mla_olmo2 import MLAOlmo2ForCausalLM, MLAOlmo2Model
 from .modeling_mla_qwen3 import MLAQwen3ForCausalLM, MLAQwen3Model
+from .modeling_mla_qwen3_moe import MLAQwen3MoeForCausalLM, MLAQwen3MoeModel
 
 try:  # what `LoraConfig()` adapts; an old peft may not import with a new transformers
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
@@ -68,6 +70,9 @@ __all__ = [
     "MLAQwen3Config",
     "MLAQwen3ForCausalLM",
     "MLAQwen3Model",
+    "MLAQwen3MoeConfig",
+    "MLAQwen3MoeForCausalLM",
+    "MLAQwen3MoeModel",
     "cache_nbytes",
     "quantized_cache",
 ]

@@ -71,6 +71,9 @@ ARCHITECTURE_FIELDS = {
     "mistral": dict(sliding_window=None),
     "olmo2": dict(num_key_value_heads=4),
     "qwen3": dict(head_dim=16),
+    "qwen3_moe": dict(
+        head_dim=12, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, mlp_only_layers=[0]
+    ),
     "seed_oss": dict(head_dim=12),
     "smollm3": dict(no_rope_layer_interval=2),
 }
@@ -232,7 +235,8 @@ def make_mla(form: str = "per-head", seed: int = 0, **changes) -> MLALlamaForCau
     sizes = dict(kv_lora_rank=10, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=12, head_dim=12)
     heads = dict(num_rope_key_heads=2, num_nope_key_heads=2) if form == "per-head" else dict(num_rope_key_heads=1)
     model_class = FAMILIES.get(form, FAMILIES["mla_llama"])
-    config = model_class.config_class(**{**BASE, "num_key_value_heads": 2, **sizes, **heads, **changes})
+    own = ARCHITECTURE_FIELDS.get(form.removeprefix("mla_"), {})
+    config = model_class.config_class(**{**BASE, "num_key_value_heads": 2, **own, **sizes, **heads, **changes})
     torch.manual_seed(seed)
     model = model_class(config).eval()
     for layer in model.model.layers:

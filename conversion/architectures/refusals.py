@@ -15,9 +15,9 @@ UNSUPPORTED_FIELDS = {
     "text_config": "it is a model of more than text. Save its language model by itself, and give that",
     "attn_logit_softcapping": "its scores are capped before the softmax, and those of latent attention are not",
     "sliding_window": "most of its layers attend within a window, which bounds their caches already",
-    "num_local_experts": "its experts are of another kind than Mixtral's",
-    "num_experts": "its experts are of another kind than Mixtral's",
-    "n_routed_experts": "its experts are of another kind than Mixtral's",
+    "num_local_experts": "its experts are of another kind than Mixtral's and Qwen3's",
+    "num_experts": "its experts are of another kind than Mixtral's and Qwen3's",
+    "n_routed_experts": "its experts are of another kind than Mixtral's and Qwen3's",
 }
 # What no field says.
 UNSUPPORTED_MODEL_TYPES = {
