@@ -105,7 +105,7 @@ def test_a_class_that_does_more_than_its_file_says_is_kept(save_pair):
 def test_a_tokenizer_that_does_not_load_is_said_so(save_pair):
     source, output = save_pair()
     (source / "tokenizer.json").write_text('{"model": []}')
-    with pytest.raises(ValueError, match="source: the tokenizer of .* cannot be loaded"):
+    with pytest.raises(ValueError, match=r"source: the tokenizer of .* cannot be loaded"):
         write_tokenizer(source, output)
 
 
