@@ -127,10 +127,8 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, added: Iterable[str] = ()) -> 
 def check_same_tokens(source: Path, output: Path, trust_remote_code: bool = False) -> None:
     """Raise a `ValueError` with the first text of which `AutoTokenizer` makes other ids from one folder than from the
     other, or with what else they do otherwise."""
-    first, second = (
-        load_tokenizer(str(folder), role, trust_remote_code)
-        for folder, role in ((source, "source"), (output, "output"))
-    )
+    first = load_tokenizer(str(source), "source", trust_remote_code)
+    second = load_tokenizer(str(output), "output", trust_remote_code)
     added = sorted({*first.get_added_vocab(), *second.get_added_vocab()})
     try:
         wanted, got = token_ids(first, added), token_ids(second, added)
@@ -147,8 +145,6 @@ def check_same_tokens(source: Path, output: Path, trust_remote_code: bool = Fals
         if first.decode(ids) != second.decode(ids):
             raise TokensDiffer(f"The tokenizer of the output decodes {ids[:12]} otherwise than that of {source}.")
     for name in CLASS_DEFAULTS:
-        values = [getattr(tokenizer, name) for tokenizer in (first, second)]
-        if values[0] != values[1]:
-            raise TokensDiffer(
-                f"The tokenizer of the output has {name}={values[1]!r}, that of {source} {values[0]!r}."
-            )
+        theirs, ours = getattr(first, name), getattr(second, name)
+        if ours != theirs:
+            raise TokensDiffer(f"The tokenizer of the output has {name}={ours!r}, that of {source} {theirs!r}.")

@@ -8,6 +8,9 @@ from torch import nn
 
 from .latent_attention import multiply_heads
 
+# Packages whose linear layers are matrices, stored in fewer bits.
+QUANTISERS = ("bitsandbytes", "optimum", "torchao")
+
 
 class HeadwiseLinear(nn.Module):
     """
@@ -44,22 +47,31 @@ def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 def is_linear_map(module: nn.Module) -> bool:
     """
-    Whether what a projection without a bias does to the unit vectors is what it does to every row.
+    Whether what a projection does to the unit vectors is what it does to every row.
 
-    That is so for linear layers whose weights are stored in another way (quantised by bitsandbytes, quanto or torchao,
-    offloaded by accelerate), and for plain LoRA over one. In doubt it is not: hooks may depend on the row (peft's
-    `adapter_names`) or on the layout of the batch (tensor parallelism, FSDP), and so may LoRA's variants.
+    That is so for linear layers without a bias whose weights are stored in another way (quantised by bitsandbytes,
+    quanto or torchao, offloaded by accelerate), and for plain LoRA over one. In doubt it is not: a `forward` of
+    somebody's own may do anything, hooks may depend on the row (peft's `adapter_names`) or on the layout of the batch
+    (tensor parallelism, FSDP), and so may LoRA's variants.
     """
-    if is_plain_linear(module):
-        return True
     if any(part._forward_hooks or part._forward_pre_hooks for part in module.modules()):
         return False
     if isinstance(module, nn.Linear):
-        return module.bias is None
+        return module.bias is None and computes_as_linear(module)
     # A LoRA layer of peft, and nothing but that: no variant, no bias, no other `forward`.
     plain_lora = getattr(module, "lora_variant", None) == {} and not any(getattr(module, "lora_bias", {}).values())
     base = getattr(module, "base_layer", None)
     return plain_lora and "forward" not in module.__dict__ and isinstance(base, nn.Module) and is_linear_map(base)
+
+
+def computes_as_linear(module: nn.Linear) -> bool:
+    """Whether calling a linear layer is `nn.Linear`'s `forward`, or that of a library that only stores its weight in
+    another way."""
+    own = type(module).forward is nn.Linear.forward or type(module).__module__.split(".")[0] in QUANTISERS
+    # accelerate replaces `forward` by one that brings the weights first; what hooks of others do, nobody knows.
+    hook = getattr(module, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", [hook])
+    return own and ("forward" not in module.__dict__ or all(type(h).__name__ == "AlignDevicesHook" for h in hooks))
 
 
 def as_matrix(module: nn.Module, in_features: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from mha2mla.modeling import CACHE_ARGUMENT
 from mha2mla.modeling.latent_config import PROJECTIONS
@@ -26,9 +28,9 @@ def paths(monkeypatch) -> list[tuple[AttentionPath, str]]:
     return taken
 
 
-def cached_logits(model, ids, **kwargs) -> torch.Tensor:
+def cached_logits(model, ids, cache=None, **kwargs) -> torch.Tensor:
     """Of the last three tokens, one by one behind the rest."""
-    cache = DynamicCache(config=model.config)
+    cache = cache or DynamicCache(config=model.config)
     with torch.no_grad():
         model(ids[:, :-3], **{CACHE_ARGUMENT: cache}, **kwargs)
         steps = [model(ids[:, i : i + 1], **{CACHE_ARGUMENT: cache}, **kwargs).logits for i in range(-3, -1)]
@@ -36,10 +38,10 @@ def cached_logits(model, ids, **kwargs) -> torch.Tensor:
     return torch.cat(steps, dim=1)
 
 
-def assert_cache_changes_nothing(model, ids, **kwargs) -> None:
+def assert_cache_changes_nothing(model, ids, cache=None, **kwargs) -> None:
     with torch.no_grad():
         expected = model(ids, use_cache=False, **kwargs).logits[:, -3:]
-    torch.testing.assert_close(cached_logits(model, ids, **kwargs), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(cached_logits(model, ids, cache, **kwargs), expected, rtol=1e-4, atol=1e-5)
 
 
 class Int8Weight(torch.Tensor):
@@ -130,6 +132,61 @@ def test_hooks_are_run_on_rows_of_the_batch_only(paths):
         )
     assert_cache_changes_nothing(model, tokens(2, 12))
     assert paths[-1][0] is AttentionPath.EXPANDED
+
+
+class RowScaled(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * torch.arange(1.0, 1.0 + x.shape[0])[:, None, None]
+
+
+def gate(out: torch.Tensor) -> torch.Tensor:
+    return out * out.sum(-1, keepdim=True).sigmoid()
+
+
+class Gate(ModelHook):
+    def post_forward(self, module, output):
+        return gate(output)
+
+
+def row_scaled(plain):
+    made = RowScaled(plain.in_features, plain.out_features, bias=False)
+    made.load_state_dict(plain.state_dict())
+    return made
+
+
+def replaced(plain):
+    plain.forward = lambda x, forward=plain.forward: gate(forward(x))
+    return plain
+
+
+def biased(plain):
+    made = torch.nn.Linear(plain.in_features, plain.out_features)
+    made.load_state_dict(plain.state_dict() | {"bias": torch.linspace(-1, 1, plain.out_features)})
+    return made
+
+
+@pytest.mark.parametrize("batch", [1, 2, 10])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "change",
+    [row_scaled, replaced, biased, lambda plain: add_hook_to_module(plain, Gate()), torch.nn.Sequential],
+    ids=["subclass", "forward", "bias", "accelerate", "wrapper"],
+)
+def test_a_forward_of_somebodys_own_is_called_on_the_rows(change, layout, cache, batch, paths):
+    model = make_mla(layout)
+    for layer in model.model.layers:
+        layer.self_attn.kv_b_proj = change(layer.self_attn.kv_b_proj)
+    made = StaticCache(config=model.config, max_cache_len=16) if cache == "static" else None
+    assert_cache_changes_nothing(model, tokens(batch, 12), cache=made)
+    assert paths[-1][0] is AttentionPath.EXPANDED
+
+
+@pytest.mark.parametrize("batch", [1, 10])
+def test_offloaded_weights_stay_absorbed(batch, paths):
+    model = cpu_offload(make_mla(), execution_device=torch.device("cpu"))
+    assert_cache_changes_nothing(model, tokens(batch, 12))
+    assert paths[-1][0] is AttentionPath.ABSORBED
 
 
 def test_what_is_a_matrix():
