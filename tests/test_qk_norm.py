@@ -171,6 +171,8 @@ def test_convert_train_eval_and_push(kind, preset, save_source, calibration_file
     assert main([*evaluate, str(tmp_path / "report"), *sizes, "--caches", "dynamic,latent-int8"]) == 0
     assert main(["export", str(out), str(tmp_path / "deepseek")]) == 2
     assert "normalised (qk-norm)" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite", "--serve", "transformers"]) == 2
+    assert "normalised (qk-norm)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "olmo2"])
