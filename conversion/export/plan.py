@@ -103,15 +103,15 @@ def check_architecture(config: LatentConfigMixin, remedy: str) -> None:
     Raises:
         ValueError: For what DeepSeek's attention and block do not have, whatever the weights are.
     """
-    if config.num_rope_key_heads != 1:
-        raise ValueError(
-            f"num_rope_key_heads={config.num_rope_key_heads}: the model has a rotary key for each key/value head, and "
-            f"DeepSeek's attention has one for all heads. Convert with one: `{remedy}`."
-        )
     if config.attention_projections == NORMALISED_PROJECTIONS:
         raise ValueError(
             f"model_type={config.model_type!r}: queries and keys are normalised (qk-norm), which DeepSeek's attention "
             f"cannot express. {AS_IT_IS}."
+        )
+    if config.num_rope_key_heads != 1:
+        raise ValueError(
+            f"num_rope_key_heads={config.num_rope_key_heads}: the model has a rotary key for each key/value head, and "
+            f"DeepSeek's attention has one for all heads. Convert with one: `{remedy}`."
         )
     for field in ("attention_bias", "mlp_bias"):
         if getattr(config, field, False):
