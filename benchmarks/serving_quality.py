@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--chunks", default="8192,256", help="Tokens that vLLM reads at once.")
     parser.add_argument("--dtype", default="bfloat16", help="Of vLLM's weights and activations.")
     parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs of vLLM.")
-    parser.add_argument("--kernel-rank", type=int, help="Of a model of ours: what its latent is padded to, 256 or 512.")
+    parser.add_argument("--kernel-rank", type=int, help="What the latent of a model of ours is padded to.")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--tiny", action="store_true")

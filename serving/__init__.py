@@ -5,18 +5,26 @@ vLLM finds [`register`] by the entry point `vllm.general_plugins`. Attention and
 layers but latent attention's projections; sizes that its kernels do not take are filled up with zeros.
 """
 
+import logging
+
+logger = logging.getLogger(__name__)
+
 # Names of our models in transformers, and in `models.py` of those for vLLM.
 MODELS = ("MLALlamaForCausalLM", "MLAQwen3ForCausalLM", "MLAOlmo2ForCausalLM")
 
 
 def register() -> None:
-    """Tell vLLM of our models. It calls this in each of its processes."""
-    from vllm import ModelRegistry
-    from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
+    """Tell vLLM of our models. It calls this in each of its processes, whatever it serves."""
+    try:
+        from vllm import ModelRegistry
+        from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
+
+        from .config import LatentConfigConvertor
+    except ImportError as error:  # must not keep vLLM from other models
+        logger.warning("This vLLM cannot serve models of mha2mla, which knows versions 0.25 to 0.32: %s", error)
+        return
 
     from mha2mla.modeling import FAMILIES  # which registers their configs with transformers
-
-    from .config import LatentConfigConvertor
 
     for model_type, model in FAMILIES.items():
         if model.__name__ in MODELS:

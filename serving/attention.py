@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from vllm.config import get_current_vllm_config
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
@@ -20,48 +19,9 @@ from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLi
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from mha2mla.modeling import LatentShape
-from mha2mla.modeling.latent_attention import default_rope_frequencies
 
-from .padding import grow, pad_entries, pad_headwise_queries, pad_output, pad_queries, pad_up_projection
-
-
-class LayerRotary(nn.Module):
-    """
-    RoPE with frequencies of a layer's own, out of the table of transformers, whose pairs (j, j + r'/2) it turns.
-    In torch, as vLLM's rotary operations have one table for all layers.
-
-    Raises:
-        ValueError: If the frequencies change with the length of a text, and texts get that long.
-    """
-
-    inv_freq: torch.Tensor
-
-    def __init__(self, config: Any, shape: LatentShape, num_pairs: int, max_model_len: int):
-        super().__init__()
-        rope = config.rope_parameters
-        limits = dict(dynamic=config.max_position_embeddings, longrope=rope.get("original_max_position_embeddings"))
-        limit = limits.get(rope["rope_type"], max_model_len)
-        if max_model_len > limit:
-            raise ValueError(
-                f"rope_type={rope['rope_type']!r} has other rotary frequencies for texts of more than {limit} tokens, "
-                f"and what is cached would be wrong: serve with --max-model-len {limit}, or use transformers."
-            )
-        table = LlamaRotaryEmbedding(config)
-        self.frequencies, self.factor = table.inv_freq, table.attention_scaling
-        self.register_buffer("inv_freq", torch.zeros(num_pairs, dtype=torch.float32), persistent=False)
-        self.choose(default_rope_frequencies(shape, config.head_dim))
-
-    def choose(self, rope_frequencies: torch.Tensor) -> None:
-        """Turn pair j by the frequency of index `rope_frequencies[0, j]`, [1, r/2]; pairs behind stand still."""
-        chosen = self.frequencies[rope_frequencies[0].to(self.frequencies.device)]
-        self.inv_freq.copy_(grow(chosen, len(self.inv_freq), 0))
-
-    def forward(self, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """x [T, heads, r'] turned by its positions [T]; computed in fp32, in the type of x."""
-        angles = positions[:, None, None].float() * self.inv_freq  # [T, 1, r'/2]
-        cos, sin = angles.cos() * self.factor, angles.sin() * self.factor
-        first, second = x.float().chunk(2, dim=-1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+from .padding import pad_entries, pad_headwise_queries, pad_output, pad_queries, pad_up_projection
+from .rotary import LayerRotary
 
 
 class LatentAttention(nn.Module):
@@ -133,7 +93,7 @@ class LatentAttention(nn.Module):
             torch.cat((q_nope, self.rotary(positions, q_rope)), dim=-1),
             latents.contiguous(),
             self.rotary(positions, rope_keys.unsqueeze(1)),
-            output_shape=(len(hidden_states), self.num_heads * self.target.v_head_dim),
+            output_shape=(hidden_states.shape[0], self.num_heads * self.target.v_head_dim),
         )
         return self.o_proj(output)[0]
 

@@ -1,12 +1,15 @@
-"""The vLLM plugin's weights: padded to the sizes of kernels they are the same attention."""
+"""What of the vLLM plugin needs no vLLM: weights padded to the sizes of kernels, and rotary frequencies of a layer."""
 
+import sys
 from dataclasses import asdict
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from mha2mla.modeling import FAMILIES, MLALlamaConfig, MLALlamaForCausalLM, MLAQwen3Config
-from mha2mla.serving import MODELS
+from mha2mla.modeling.latent_attention import rotate, select_frequencies
+from mha2mla.serving import MODELS, register
 from mha2mla.serving.padding import (
     grow,
     pad_entries,
@@ -16,7 +19,9 @@ from mha2mla.serving.padding import (
     pad_up_projection,
     spread_pairs,
 )
+from mha2mla.serving.rotary import LayerRotary
 from mha2mla.serving.sizes import kernel_shape, use_kernel_sizes
+from pico import ROPES
 
 SIZES = dict(
     vocab_size=32,
@@ -109,6 +114,34 @@ def test_what_does_not_fit_is_refused(fields):
     (field,) = fields
     with pytest.raises(ValueError, match="quantised" if field == "quantization_config" else f"{field}="):
         kernel_shape(MLAQwen3Config(**SIZES | fields), (256, 512))
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_rotary_of_a_layer(rope):
+    config = MLALlamaConfig(**SIZES, max_position_embeddings=32, rope_parameters=ROPES[rope])
+    chosen = torch.tensor([[5, 0, 2]])
+    rotary = LayerRotary(config, config.latent_shape, num_pairs=8, max_model_len=16)
+    rotary.choose(chosen)
+    x, positions = torch.randn(10, 4, 6), torch.arange(3, 13)
+    turned = rotary(positions, spread_pairs(x, 16, -1))
+
+    tables = LlamaRotaryEmbedding(config)(x, positions[None])
+    expected = rotate(x.transpose(0, 1)[None], *select_frequencies(*tables, chosen))[0].transpose(0, 1)
+    torch.testing.assert_close(turned, spread_pairs(expected, 16, -1))
+
+
+@pytest.mark.parametrize(("rope", "limit"), [("dynamic", 32), ("longrope", 16)])
+def test_other_frequencies_for_long_texts_are_refused(rope, limit):
+    config = MLALlamaConfig(**SIZES, max_position_embeddings=32, rope_parameters=ROPES[rope])
+    LayerRotary(config, config.latent_shape, num_pairs=8, max_model_len=limit)
+    with pytest.raises(ValueError, match=f"--max-model-len {limit}"):
+        LayerRotary(config, config.latent_shape, num_pairs=8, max_model_len=limit + 1)
+
+
+def test_a_strange_vllm_is_left_alone(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    register()
+    assert "cannot serve" in caplog.text
 
 
 def test_every_model_is_one_of_ours():
