@@ -24,6 +24,7 @@ from pathlib import Path
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # CUDA has been touched when workers start
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
