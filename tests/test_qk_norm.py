@@ -16,6 +16,7 @@ from mha2mla.conversion.job import ConversionJob
 from mha2mla.conversion.presets import preset_classes
 from mha2mla.conversion.presets.calibrated.refine import trainable_tensors
 from mha2mla.conversion.presets.paper.closed_form import convert_attention
+from mha2mla.evaluation.speed.dimensions import DIMENSIONS
 from pico import StateDict, assemble, attention_of, make_mla, make_source, rotation_of, tokens
 
 KINDS = ("qwen3", "qwen3-bias", "olmo2")
