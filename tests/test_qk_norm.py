@@ -16,7 +16,7 @@ from mha2mla.conversion.job import ConversionJob
 from mha2mla.conversion.presets import preset_classes
 from mha2mla.conversion.presets.calibrated.refine import trainable_tensors
 from mha2mla.conversion.presets.paper.closed_form import convert_attention
-from pico import StateDict, assemble, attention_of, make_mla, make_source, rotation_of, tokens
+from pico import StateDict, assemble, attention_of, exact_model, make_mla, make_source, rotation_of, tokens
 
 KINDS = ("qwen3", "qwen3-bias", "olmo2")
 FORMS = ("mla_qwen3", "mla_olmo2")
@@ -128,6 +128,20 @@ def test_refinement_trains_what_follows_the_norms():
     source = make_source("qwen3")
     layer = convert_attention(attention_of(source, 0), torch.zeros(2, 1).long(), 9, "joint", rotation_of(source, 0))
     assert trainable_tensors(layer).keys() == {"q_nope", "q_rope", "latent", "k_rope", "k_up", "v_up", "o"}
+
+
+def test_olmo2_in_16_bits_rotates_as_its_source_does():
+    source = make_source("olmo2").bfloat16()
+    x = torch.randn(1, 6, 48).bfloat16()
+    table = source.model.rotary_emb(x, torch.arange(6)[None] + 10_000)
+    assert table[0].dtype == torch.float32
+    converted = exact_model(make_source("olmo2"), "per-head").bfloat16()
+    with torch.no_grad():
+        kwargs = dict(position_embeddings=table, attention_mask=None)
+        expected = source.model.layers[0].self_attn(x, **kwargs)[0]
+        got = converted.model.layers[0].self_attn(x, **kwargs)[0]
+    assert got.dtype == torch.bfloat16
+    assert (got - expected).norm() <= 0.02 * expected.norm()
 
 
 @pytest.mark.parametrize("form", FORMS)
