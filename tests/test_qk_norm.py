@@ -199,11 +199,3 @@ def test_convert_train_eval_and_push(kind, preset, save_source, calibration_file
     assert "normalised (qk-norm)" in capsys.readouterr().err
     assert main([*arguments, "--overwrite", "--serve", "transformers"]) == 2
     assert "normalised (qk-norm)" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("kind", ["qwen3", "olmo2"])
-def test_bench_has_the_dimensions(kind, tmp_path, monkeypatch):
-    assert {sizes["model_type"] for sizes in DIMENSIONS.values()} >= {kind}
-    monkeypatch.setitem(DIMENSIONS, "pico", DIMENSIONS["pico"] | {"model_type": kind})
-    command = "bench --random pico --kv-lora-rank 8 --qk-rope-head-dim 4 --contexts 16 --steps 1"
-    assert main([*command.split(), "--caches", "dynamic,latent-int4", "--output", str(tmp_path)]) == 0
