@@ -68,6 +68,7 @@ class NormalisedHeads:
 
 def normalise(heads: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
     """RMS norm of heads [..., heads, T, d]: of each with gain [d], or of all together with gain [heads, d]."""
+    heads = heads.float()  # also under autocast
     dims = -1 if gain.dim() == 1 else (-3, -1)
     scale = (heads.square().mean(dims, keepdim=True) + eps).rsqrt()
     return heads * scale * (gain if gain.dim() == 1 else gain[:, None])

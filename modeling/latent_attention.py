@@ -51,12 +51,12 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
         cos, sin (`torch.Tensor`): [B, n, T, r] from [`select_frequencies`].
 
     Returns:
-        The rotated x, [B, heads, T, r], in the type of x (OLMo 2's table is in fp32).
+        The rotated x, [B, heads, T, r].
     """
     grouped = x.unflatten(1, (cos.shape[1], -1))  # [B, n, heads/n, T, r]
     first, second = grouped.chunk(2, dim=-1)
     rotated_half = torch.cat((-second, first), dim=-1)
-    return (grouped * cos.unsqueeze(2) + rotated_half * sin.unsqueeze(2)).flatten(1, 2).to(x.dtype)
+    return (grouped * cos.unsqueeze(2) + rotated_half * sin.unsqueeze(2)).flatten(1, 2)
 
 
 def repeat_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:

@@ -107,7 +107,8 @@ class MultiHeadLatentAttention(nn.Module):
         cos, sin = select_frequencies(*position_embeddings, self.rope_frequencies)
         q_nope, q_rope = self.make_queries(hidden_states)
         latents, rope_keys = self.make_entries(hidden_states)
-        q_rope, rope_keys = rotate(q_rope, cos, sin), rotate(rope_keys, cos, sin)
+        # OLMo 2 rotates in fp32, whatever the model's type is.
+        q_rope, rope_keys = (rotate(part, cos, sin).to(hidden_states.dtype) for part in (q_rope, rope_keys))
 
         # Store.
         path = AttentionPath.EXPANDED

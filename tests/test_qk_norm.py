@@ -13,11 +13,11 @@ from mha2mla.conversion.architectures import architecture_of
 from mha2mla.conversion.attention_weights import NormalisedHeads, normalise
 from mha2mla.conversion.cache_plan import CacheSizes
 from mha2mla.conversion.job import ConversionJob
+from mha2mla.conversion.layerwise import embed, run_layers
 from mha2mla.conversion.presets import preset_classes
-from mha2mla.conversion.presets.calibrated.refine import trainable_tensors
+from mha2mla.conversion.presets.calibrated.refine import RefineSettings, trainable_tensors
 from mha2mla.conversion.presets.paper.closed_form import convert_attention
-from mha2mla.evaluation.speed.dimensions import DIMENSIONS
-from pico import StateDict, assemble, attention_of, make_mla, make_source, rotation_of, tokens
+from pico import StateDict, assemble, attention_of, exact_model, make_mla, make_source, rotation_of, tokens
 
 KINDS = ("qwen3", "qwen3-bias", "olmo2")
 FORMS = ("mla_qwen3", "mla_olmo2")
@@ -125,10 +125,36 @@ def test_weights_of_keys_are_on_the_scale_of_normalised_keys():
         torch.testing.assert_close(made, normalised, rtol=0.1, atol=0)
 
 
-def test_refinement_trains_what_follows_the_norms():
-    source = make_source("qwen3")
-    layer = convert_attention(attention_of(source, 0), torch.zeros(2, 1).long(), 9, "joint", rotation_of(source, 0))
-    assert trainable_tensors(layer).keys() == {"q_nope", "q_rope", "latent", "k_rope", "k_up", "v_up", "o"}
+@pytest.mark.parametrize("kind", KINDS)
+def test_refinement_moves_what_is_before_and_after_the_norms(kind, tmp_path):
+    source = make_source(kind)
+    architecture = architecture_of(source.config)
+    job = ConversionJob(architecture, StateDict(source.state_dict()), tokens(4, 16), "cpu", 0, tmp_path)
+    preset = Calibrated(refine_steps=1, score_samples=2)
+    plan = preset.choose(job, preset.plans(architecture, CacheSizes(kv_lora_rank=9, qk_rope_head_dim=4)))
+    visit = next(run_layers(job, ""))
+    before, _ = preset.closed_form(visit, preset.open_state(job).load(0, "cpu"), plan)
+    after = trainable_tensors(preset.steps.refine(before, visit, embed(job), RefineSettings(1, 2, 0.1), 0))
+    expected = {"q_nope", "q_rope", "latent", "k_rope", "k_up", "v_up", "o"}
+    expected |= {f"normalised.{name}" for name in ("q", "k", "v", "q_gain", "k_gain")}
+    if kind == "qwen3-bias":
+        expected |= {"o_bias"} | {f"normalised.{name}_bias" for name in "qkv"}
+    assert after.keys() == expected
+    assert all(not torch.equal(after[name], tensor) for name, tensor in trainable_tensors(before).items())
+
+
+def test_olmo2_in_16_bits_rotates_as_its_source_does():
+    source = make_source("olmo2").bfloat16()
+    x = torch.randn(1, 6, 48).bfloat16()
+    table = source.model.rotary_emb(x, torch.arange(6)[None] + 10_000)
+    assert table[0].dtype == torch.float32
+    converted = exact_model(make_source("olmo2"), "per-head").bfloat16()
+    with torch.no_grad():
+        kwargs = dict(position_embeddings=table, attention_mask=None)
+        expected = source.model.layers[0].self_attn(x, **kwargs)[0]
+        got = converted.model.layers[0].self_attn(x, **kwargs)[0]
+    assert got.dtype == torch.bfloat16
+    assert (got - expected).norm() <= 0.02 * expected.norm()
 
 
 @pytest.mark.parametrize("form", FORMS)

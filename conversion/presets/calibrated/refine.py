@@ -7,7 +7,7 @@ model's. Nothing is differentiated but this one layer.
 """
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ import torch
 from mha2mla.common.robust_error import robust_error
 from mha2mla.conversion.attention_weights import LatentAttention
 from mha2mla.conversion.layerwise import LayerVisit, attend
+
+HEADS = "normalised."  # before the names of what makes normalised heads
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,24 @@ def has_fast_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
-def trainable_tensors(layer: LatentAttention) -> dict[str, Any]:
-    """The layer's weights and biases by name; not its frequencies, and not what makes normalised heads."""
-    fixed = ("rope_frequencies", "normalised")
-    tensors = {f.name: getattr(layer, f.name) for f in fields(layer) if f.name not in fixed}
-    return {name: tensor for name, tensor in tensors.items() if tensor is not None and tensor.numel() > 0}
+def trainable_tensors(layer: LatentAttention) -> dict[str, torch.Tensor]:
+    """The layer's weights and biases by name, those that make normalised heads as `normalised.NAME`; not its
+    frequencies."""
+    tensors = dict(vars(layer))
+    if layer.normalised is not None:
+        tensors |= {f"{HEADS}{name}": value for name, value in vars(layer.normalised).items()}
+    found = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor) and value.numel() > 0}
+    del found["rope_frequencies"]
+    return found
+
+
+def with_tensors(layer: LatentAttention, tensors: dict[str, torch.Tensor]) -> LatentAttention:
+    """The layer with other tensors, named as [`trainable_tensors`] does."""
+    own: dict[str, Any] = {name: tensor for name, tensor in tensors.items() if not name.startswith(HEADS)}
+    if layer.normalised is not None:
+        heads = {name.removeprefix(HEADS): tensor for name, tensor in tensors.items() if name not in own}
+        own["normalised"] = replace(layer.normalised, **heads)  # type: ignore[arg-type]  # eps is no tensor
+    return replace(layer, **own)
 
 
 def rate_factor(step: int, settings: RefineSettings) -> float:
@@ -94,8 +109,8 @@ def refine_layer(
         optimizer.zero_grad()
         x = visit.attention_input(before)
         with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bf16(device)):
-            attention = attend(replace(layer, **weights), x, visit.position_embeddings)
+            attention = attend(with_tensors(layer, weights), x, visit.position_embeddings)
             output = visit.layer_output(before, attention)
         robust_error(output, wanted).backward()
         optimizer.step()
-    return replace(layer, **{name: w.detach() for name, w in weights.items()})
+    return with_tensors(layer, {name: w.detach() for name, w in weights.items()})
