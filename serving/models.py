@@ -22,12 +22,16 @@ class LatentModel(LlamaModel):
 class MLALlamaForCausalLM(LlamaForCausalLM):
     """Llama and what converts to it: Mistral, Qwen2 and others."""
 
-    supports_lora = False  # adapters have the checkpoint's sizes
     hf_to_vllm_mapper = LatentModel.hf_to_vllm_mapper
     packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
     layer, attention = LlamaDecoderLayer, LatentAttention
 
     def _init_model(self, vllm_config: Any, prefix: str = "", **_: Any) -> LatentModel:
+        if vllm_config.lora_config is not None:
+            raise ValueError(
+                "Adapters have the checkpoint's sizes, and its weights are padded here: serve a merged model "
+                "(mha2mla train --merge), without --enable-lora."
+            )
         layer = partial(self.layer, attn_layer_type=self.attention)
         return LatentModel(vllm_config=vllm_config, prefix=prefix, layer_type=layer)
 
