@@ -110,7 +110,8 @@ def run_vllm(args: argparse.Namespace, kind: str, chunk: int, ids: torch.Tensor)
         **options,
     )
     parameters = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
-    outputs = llm.generate([{"prompt_token_ids": block.tolist()} for block in ids], parameters)
+    # Without vLLM's progress bar, which divides by the time that a switched-off one does not count.
+    outputs = llm.generate([{"prompt_token_ids": block.tolist()} for block in ids], parameters, use_tqdm=False)
     total = 0.0
     for block, output in zip(ids.tolist(), outputs, strict=True):
         total -= sum(entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], block[1:], strict=True))
@@ -119,7 +120,9 @@ def run_vllm(args: argparse.Namespace, kind: str, chunk: int, ids: torch.Tensor)
     if kind == "auto" and chunk == args.chunks[0]:
         greedy = SamplingParams(max_tokens=args.new, temperature=0.0, ignore_eos=True)
         prompts = [{"prompt_token_ids": prompt} for prompt in prompts_of(ids, args.prompts)]
-        texts, again = ([list(out.outputs[0].token_ids) for out in llm.generate(prompts, greedy)] for _ in range(2))
+        texts, again = (
+            [list(out.outputs[0].token_ids) for out in llm.generate(prompts, greedy, use_tqdm=False)] for _ in range(2)
+        )
         row["same_from_cached_prefix"] = sum(a == b for a, b in zip(texts, again, strict=True)) / len(texts)
         Path(f"{args.output}.greedy").write_text(json.dumps(texts))
     add_row(args.output, row)

@@ -9,9 +9,6 @@ import logging
 
 logger = logging.getLogger(__name__)
 
-# Names of our models in transformers, and in `models.py` of those for vLLM.
-MODELS = ("MLALlamaForCausalLM", "MLAQwen3ForCausalLM", "MLAOlmo2ForCausalLM")
-
 
 def register() -> None:
     """Tell vLLM of our models. It calls this in each of its processes, whatever it serves."""
@@ -27,6 +24,5 @@ def register() -> None:
     from mha2mla.modeling import FAMILIES  # which registers their configs with transformers
 
     for model_type, model in FAMILIES.items():
-        if model.__name__ in MODELS:
-            ModelRegistry.register_model(model.__name__, f"{__name__}.models:{model.__name__}")
-            MODEL_ARCH_CONFIG_CONVERTORS[model_type] = LatentConfigConvertor
+        ModelRegistry.register_model(model.__name__, f"{__name__}.models:{model.__name__}")
+        MODEL_ARCH_CONFIG_CONVERTORS[model_type] = LatentConfigConvertor

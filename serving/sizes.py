@@ -20,7 +20,7 @@ def kernel_shape(config: LatentConfigMixin, ranks: tuple[int, ...]) -> LatentSha
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             "The checkpoint's weights are quantised, and padding needs them as they were: serve the model from before "
-            "that, and let vLLM quantise it (--quantization fp8)."
+            "that."
         )
     if config.num_rope_key_heads != 1:
         raise ValueError(

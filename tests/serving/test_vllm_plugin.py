@@ -13,16 +13,19 @@ import torch
 import mha2mla
 from engines import Server, greedy, prompt_logprobs, random_model, vllm_server
 from mha2mla.conversion.export.check import TEXT
-from mha2mla.modeling import MLAOlmo2ForCausalLM, MLAQwen3ForCausalLM
+from mha2mla.modeling import MLAMixtralForCausalLM, MLAOlmo2ForCausalLM, MLAQwen3ForCausalLM, MLAQwen3MoeForCausalLM
 from pico import byte_pair_tokenizer
 
 NEW = 16
 TOLERANCE = 1e-3  # of a log-probability, fp32 against fp32
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
 # Each with other rotary frequencies in every layer.
 MODELS: dict[str, dict] = {
     "qwen2": dict(attention_bias=True, tie_word_embeddings=True),
     "qwen3": dict(family=MLAQwen3ForCausalLM),
     "olmo2": dict(family=MLAOlmo2ForCausalLM, num_nope_key_heads=2),
+    "mixtral": dict(family=MLAMixtralForCausalLM, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": dict(family=MLAQwen3MoeForCausalLM, **EXPERTS, mlp_only_layers=[0], norm_topk_prob=True),
 }
 OPTIONS = {"olmo2": ("--tensor-parallel-size", "2")}
 
