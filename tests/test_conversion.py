@@ -193,7 +193,7 @@ BAD_SOURCES = {
         "text_config: it is a model of more",
     ),
     "softcap": ({"model_type": "gemma2"}, "attn_logit_softcapping=50.0: its scores are capped"),
-    "windows": ({"model_type": "gemma3_text"}, "sliding_window=4096: most of its layers"),
+    "windows": ({"model_type": "gemma3_text", "rope_parameters": None}, "sliding_window=4096: most of its layers"),
     "sinks": ({"model_type": "gpt_oss"}, "each head has an attention sink"),
     "hybrid": ({"model_type": "qwen3_next", "head_dim": 16}, "layer_types has 'linear_attention'"),
     "other experts": ({"model_type": "qwen2_moe"}, "num_experts=60: its experts are of another kind"),

