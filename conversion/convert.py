@@ -66,6 +66,11 @@ def convert(
     check_output(output, options.overwrite)
     check_device(options.device)
     with local_checkpoint(source, revision, gguf_file) as folder:
+        if (folder / "adapter_config.json").is_file():
+            raise ValueError(
+                f"{source} holds an adapter (adapter_config.json), which transformers would load with its base model. "
+                "Merge it first (peft's merge_and_unload) and give what that saves."
+            )
         config = load_config(str(folder), "source")
         architecture, tensors = architecture_of(config), open_checkpoint(folder, config)
         architecture.check_tensors(tensors)

@@ -105,3 +105,34 @@ def test_a_truncated_file_is_refused(save_source, tmp_path, capsys):
         weights.write_bytes(weights.read_bytes()[:size] if size else b"")
         assert convert(source, tmp_path / "out") == 2
         assert "download it again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "parameters, message",
+    [
+        ({"rope_type": "default", "rope_theta": 0.0}, "0, infinity or NaN"),
+        ({"rope_type": "default", "rope_theta": -5.0}, "0, infinity or NaN"),
+        ({"rope_type": "linear", "rope_theta": 1e4, "factor": 0.0}, "0, infinity or NaN"),
+        ({"rope_type": "linear", "rope_theta": 1e4, "factor": float("nan")}, "0, infinity or NaN"),
+        ({"rope_type": "spiral", "rope_theta": 1e4}, "make no rotary table"),
+        (
+            {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 16}
+            | {"short_factor": [1.0], "long_factor": [1.0] * 6},
+            "short_factor has 1 factors for 6 rotary pairs",
+        ),
+    ],
+)
+def test_rotary_tables_that_are_none_are_refused(parameters, message, save_source, tmp_path, capsys):
+    source = save_source()
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"rope_parameters": parameters}))
+    assert convert(source, tmp_path / "out") == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_in_the_folder_is_not_passed_over(save_source, tmp_path, capsys):
+    source = save_source()
+    (source / "adapter_config.json").write_text('{"base_model_name_or_path": "own/base", "peft_type": "LORA"}')
+    assert convert(source, tmp_path / "out") == 2
+    assert "holds an adapter" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from .refusals import (
     refuse_odd_heads,
     refuse_partial_rotation,
     refuse_quantised_weights,
+    refuse_rotary_tables,
     refuse_sliding_window,
 )
 
@@ -54,6 +55,7 @@ class Architecture:
         refuse_sliding_window,
         refuse_quantised_weights,
         refuse_odd_heads,
+        refuse_rotary_tables,
     )
 
     def __init__(self, config: PreTrainedConfig):

@@ -3,11 +3,12 @@
 from typing import NoReturn
 
 from transformers import PreTrainedConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from mha2mla.modeling import FAMILIES
 
 from ..checkpoint import TensorSource
-from ..rotary import head_dim
+from ..rotary import head_dim, num_rotary_pairs
 
 # What else a config may say, and why that cannot be converted; the first that holds is told.
 UNSUPPORTED_FIELDS = {
@@ -99,6 +100,23 @@ def refuse_odd_heads(config: PreTrainedConfig) -> None:
             f"rope_parameters.partial_rotary_factor={factor} rotates {int(head_dim(config) * factor)} dims of a head, "
             "which must be even."
         )
+
+
+def refuse_rotary_tables(config: PreTrainedConfig) -> None:
+    """Of which transformers makes infinite frequencies, or other ones than it says, with a line in the log at most."""
+    parameters, pairs = config.rope_parameters, num_rotary_pairs(config)
+    for field in ("short_factor", "long_factor"):
+        factors = parameters.get(field)
+        if factors is not None and len(factors) != pairs:
+            raise ValueError(f"rope_parameters.{field} has {len(factors)} factors for {pairs} rotary pairs of a head.")
+    try:
+        frequencies = LlamaRotaryEmbedding(config).inv_freq
+    except Exception as error:  # whatever malformed parameters make of transformers and torch
+        raise ValueError(
+            f"rope_parameters={parameters} make no rotary table ({error!r}). Mend config.json."
+        ) from error
+    if not (frequencies.isfinite() & (frequencies > 0)).all():
+        raise ValueError(f"rope_parameters={parameters} make frequencies of 0, infinity or NaN. Mend config.json.")
 
 
 def refuse_normalised_heads(tensors: TensorSource, prefix: str) -> None:
