@@ -152,11 +152,14 @@ def gguf_changes(
                 f"{name} says {architecture}.{field}={value!r:.60}, which transformers' loader of GGUF files ignores. "
                 "Convert the safetensors checkpoint that the file was made from."
             )
-    counts = own.get("attention.head_count_kv")
-    if isinstance(counts, list) and len(set(counts)) > 1:
-        raise ValueError(
-            f"{name} has layers of different attention.head_count_kv ({counts}), which cannot be converted."
-        )
+    for field, value in own.items():
+        if isinstance(value, list):
+            if len(set(value)) > 1:
+                raise ValueError(f"{name} has layers of different {field} ({value}), which cannot be converted.")
+            own[field] = value[0] if value else 0
+    for field in ("embedding_length", "attention.head_count"):
+        if not own.get(field):
+            raise ValueError(f"{name} does not say {architecture}.{field}. Is it complete, and a language model?")
     unknown = [tensor for tensor in tensors if not KNOWN_TENSORS.fullmatch(tensor)]
     if architecture != "qwen2":  # the only family here whose config implies biases
         unknown += [tensor for tensor in tensors if tensor.endswith(".bias") and tensor not in unknown]
@@ -165,15 +168,20 @@ def gguf_changes(
             f"{name} holds {unknown[0]} (and {len(unknown) - 1} more like it), which transformers' loader of GGUF "
             "files ignores. Convert the safetensors checkpoint that the file was made from."
         )
-    head_dim = own.get("rope.dimension_count") or own["embedding_length"] // own["attention.head_count"]
+    width = own["embedding_length"] // own["attention.head_count"]  # of a head, where the file does not say it
+    head_dim = own.get("rope.dimension_count") or width
     for field in ("attention.key_length", "attention.value_length"):
-        if own.get(field, head_dim) != head_dim:
+        if own.get(field, width) != head_dim:
             raise ValueError(
-                f"{name} says {architecture}.{field}={own[field]}, but rotates {head_dim} dims: transformers' loader "
-                "does not read heads of which a part is rotated. Convert the safetensors checkpoint."
+                f"{name} has {architecture}.{field}={own.get(field, width)}, but rotates {head_dim} dims: "
+                "transformers' loader does not read heads of which a part is rotated. Convert the safetensors "
+                "checkpoint."
             )
+    factors = tensors.get("rope_freqs.weight")
+    if factors is not None and len(factors) != head_dim // 2:
+        raise ValueError(f"{name} has {len(factors)} factors in rope_freqs.weight for {head_dim // 2} frequencies.")
     changes: dict[str, Any] = {}
-    rope = rope_scaling(own, tensors.get("rope_freqs.weight"), name)
+    rope = rope_scaling(own, factors, name)
     if rope is not None:
         changes["rope_parameters"] = {"rope_theta": float(own.get("rope.freq_base", 10000.0)), **rope}
     return changes
@@ -189,7 +197,7 @@ def rope_scaling(own: dict[str, Any], factors: torch.Tensor | None, name: str) -
                 f"{name} scales its rotary frequencies twice, by rope_freqs.weight and rope.scaling.{kind}."
             )
         return llama3_scaling(factors, float(own.get("rope.freq_base", 10000.0)), name)
-    if kind == "none" or factor == 1.0:
+    if kind == "none" or (kind in ("linear", "yarn") and factor == 1.0):
         return None
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}

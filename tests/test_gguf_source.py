@@ -40,9 +40,10 @@ def llama3_factors(factor: float) -> tuple[torch.Tensor, dict]:
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_llama3_scaling_is_read_from_the_factors(factor):
     factors, rope = llama3_factors(factor)
-    assert gguf_changes(FIELDS, TENSORS | {"rope_freqs.weight": factors}) == {"rope_parameters": rope}
+    fields = FIELDS | {"llama.embedding_length": 512, "llama.rope.dimension_count": 128}
+    assert gguf_changes(fields, TENSORS | {"rope_freqs.weight": factors}) == {"rope_parameters": rope}
     with pytest.raises(ValueError, match="not of Llama"):
-        gguf_changes(FIELDS, TENSORS | {"rope_freqs.weight": factors.sqrt()})
+        gguf_changes(fields, TENSORS | {"rope_freqs.weight": factors.sqrt()})
 
 
 def test_linear_and_yarn_scaling_go_into_the_config():
@@ -65,7 +66,12 @@ def test_linear_and_yarn_scaling_go_into_the_config():
         ({"llama.logit_scale": 0.5}, {}, "llama.logit_scale=0.5"),
         ({"llama.expert_count": 8}, {}, "llama.expert_count"),
         ({"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 2.0}, {}, "'longrope'"),
+        ({"llama.rope.scaling.type": "longrope"}, {}, "'longrope'"),
         ({"llama.rope.scaling.yarn_log_multiplier": 0.1}, {}, "yarn_log_multiplier"),
+        ({"llama.rope.dimension_count": 8}, {}, "but rotates 8 dims"),
+        ({"llama.feed_forward_length": [64, 32]}, {}, "different feed_forward_length"),
+        ({"llama.attention.head_count": 0}, {}, "does not say llama.attention.head_count"),
+        ({}, {"rope_freqs.weight": torch.ones(3)}, "3 factors in rope_freqs.weight for 6 frequencies"),
         ({"llama.attention.key_length": 16}, {}, "attention.key_length=16"),
         ({"llama.attention.head_count_kv": [1, 2]}, {}, "head_count_kv"),
         ({"split.count": 3}, {}, "gguf-split --merge"),
