@@ -25,7 +25,10 @@ class CalibrationText:
     )
     subset: str | None = field(default=None, metadata={"help": "Configuration of the data set, if any."})
     split: str = field(default="train", metadata={"help": "Split of a data set from the Hub."})
-    column: str = field(default="text", metadata={"help": "Column that holds the text."})
+    column: str | None = field(
+        default=None,
+        metadata={"help": "Column of the text, or of the messages of a chat; by default text, or else messages."},
+    )
     samples: int = field(default=64, metadata={"help": "Blocks of calibration text."})
     length: int = field(default=512, metadata={"help": "Tokens of a block."})
     seed: int = field(default=0, metadata={"help": "Seed of the choice of calibration text."})

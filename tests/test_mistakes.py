@@ -74,6 +74,13 @@ def test_mistakes_end_in_a_sentence(command, message, inputs, monkeypatch, capsy
     assert {path: path.read_bytes() for path in inputs.rglob("*") if path.is_file()} == before
 
 
+def test_a_file_of_chats_needs_no_column(inputs, tmp_path):
+    chat = {"messages": [{"role": "user", "content": "w4 w5 w6 w7"}, {"role": "assistant", "content": "w8 w9"}]}
+    (tmp_path / "chats.jsonl").write_text(20 * (json.dumps(chat) + "\n"))
+    command = ["convert", str(inputs / "source"), str(tmp_path / "out"), "--preset", "paper", *SIZES]
+    assert main([*command, "--data", str(tmp_path / "chats.jsonl"), "--samples", "2", "--length", "8"]) == 0
+
+
 def without(source: Path, folder: Path, name: str, **more: torch.Tensor) -> Path:
     """A checkpoint without one of its tensors, and with others."""
     shutil.copytree(source, folder)
