@@ -164,4 +164,16 @@ def load_model(
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise ValueError(f"{role}: {name} lacks the weights {missing[0]}{more}. Is the checkpoint complete?")
+    check_rope_frequencies(model, name, role)
     return model
+
+
+def check_rope_frequencies(model: PreTrainedModel, name: str, role: str) -> None:
+    """Raise a `ValueError` if a layer of one of our models rotates with a frequency that there is not. Indices are
+    weights of the checkpoint, and a wrong one ends in an error of the device that says nothing."""
+    for key, indices in model.named_buffers():
+        if key.endswith(".rope_frequencies"):
+            most = head_dim(model.config) // 2
+            wrong = indices[(indices < 0) | (indices >= most)].tolist()
+            if wrong:
+                raise ValueError(f"{role}: {key} of {name} has {wrong[0]}, and there are frequencies 0 to {most - 1}.")

@@ -71,7 +71,8 @@ def dequantise_gguf(source: str, gguf_file: str, folder: Path, revision: str | N
         if not on_hub(source):
             raise ValueError(f"There is no file {local}.")
         local = Path(hf_hub_download(source, gguf_file, revision=revision))
-    changes = gguf_changes(*read_gguf(local), name=gguf_file)
+    fields, tensors = read_gguf(local)
+    changes = gguf_changes(fields, tensors, name=gguf_file)
     logger.info("De-quantising %s", gguf_file)
     kwargs = {"gguf_file": gguf_file, **({} if revision is None else {"revision": revision})}
     try:
@@ -87,6 +88,7 @@ def dequantise_gguf(source: str, gguf_file: str, folder: Path, revision: str | N
     model.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
     set_special_tokens(tokenizer, model.config)
+    set_chat_templates(tokenizer, fields)
     tokenizer.save_pretrained(folder)
 
 
@@ -96,6 +98,15 @@ def set_special_tokens(tokenizer, config: PreTrainedConfig) -> None:
         number = getattr(config, f"{name}_token_id", None)
         if isinstance(number, int):
             setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(number))
+
+
+def set_chat_templates(tokenizer, fields: dict[str, Any]) -> None:
+    """transformers reads the default template only; those with names, for tools or retrieval, stand beside it."""
+    prefix = "tokenizer.chat_template."
+    named = {key.removeprefix(prefix): text for key, text in fields.items() if key.startswith(prefix)}
+    if named:
+        default = {"default": tokenizer.chat_template} if tokenizer.chat_template else {}
+        tokenizer.chat_template = default | named
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor | None]]:

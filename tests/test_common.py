@@ -9,7 +9,7 @@ from conftest import pico_tokenizer
 from mha2mla.common.files import read_json_lines, read_json_object, read_yaml
 from mha2mla.common.loading import copy_notices, head_dim, is_hub_name, load_config, load_model, load_tokenizer, on_hub
 from mha2mla.common.records import RECORD_NAME, copy_record, read_record, recorded_preset
-from pico import SOURCES, make_source
+from pico import SOURCES, make_mla, make_source
 
 
 @pytest.mark.parametrize(
@@ -87,3 +87,11 @@ def test_loading_errors_are_one_sentence(tmp_path):
 def test_one_head_dim_for_every_source():
     dims = {kind: head_dim(config) for kind, config in SOURCES.items()}
     assert dims == {kind: 16 if kind in ("head-dim", "qwen3") else 12 for kind in SOURCES}
+
+
+def test_a_model_with_frequencies_that_there_are_not_is_refused(tmp_path):
+    model = make_mla()
+    model.model.layers[1].self_attn.rope_frequencies[0, 1] = 6
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.rope_frequencies of .* has 6, .* 0 to 5"):
+        load_model(str(tmp_path))

@@ -122,7 +122,7 @@ def test_damaged_files_are_refused_in_one_sentence(tmp_path):
             read_gguf(path)
 
 
-def write_gguf(path, model, rope_factors=None, tokenizer=True) -> None:
+def write_gguf(path, model, rope_factors=None, tokenizer=True, templates=()) -> None:
     """A file as llama.cpp's converter writes it: rows of queries and keys interleaved."""
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
@@ -143,6 +143,7 @@ def write_gguf(path, model, rope_factors=None, tokenizer=True) -> None:
         writer.add_token_merges(["a b", "ab c", "x y"])
         writer.add_bos_token_id(0)
         writer.add_eos_token_id(1)
+        writer.add_chat_template(templates)
     renamed = {
         "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
         "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
@@ -183,6 +184,14 @@ def test_a_file_of_llama_31_keeps_its_scaling(tmp_path):
     with torch.no_grad():
         wanted, got = scaled(ids).logits, loaded(ids).logits
     assert math.isclose((wanted - got).abs().max().item(), 0, abs_tol=1e-5)
+
+
+def test_named_chat_templates_are_kept(tmp_path):
+    path = tmp_path / "model.gguf"
+    write_gguf(path, make_source("gqa"), templates=[{"name": n, "template": f"{n}!"} for n in ("default", "tool_use")])
+    dequantise_gguf(str(tmp_path), "model.gguf", tmp_path / "out")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert loaded.chat_template == {"default": "default!", "tool_use": "tool_use!"}
 
 
 def test_a_gguf_tokenizer_gets_the_special_tokens_of_the_file(monkeypatch, tmp_path):
