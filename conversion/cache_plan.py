@@ -55,6 +55,11 @@ class CachePlan:
     frequencies: tuple[int, ...] | None = None
 
     @property
+    def is_plain(self) -> bool:
+        """Whether frequencies, if all layers share them, are the highest of the source: the table of every engine."""
+        return self.frequencies in (None, tuple(range(self.qk_rope_head_dim // 2)))
+
+    @property
     def rope_width(self) -> int:
         """Values per token and layer that rotary keys take, n*r."""
         return self.num_rope_key_heads * self.qk_rope_head_dim

@@ -14,6 +14,7 @@ from .layerwise import LayerVisit, advance, embed, language_loss, run_layers
 logger = logging.getLogger(__name__)
 
 NUM_SEARCH_BLOCKS = 4  # of the calibration text, on which plans are compared
+TIE = 0.01  # nats a token that so little text cannot tell apart
 
 
 @torch.no_grad()
@@ -21,7 +22,7 @@ def lowest_loss(
     job: ConversionJob, plans: Sequence[CachePlan], layers_of: Callable[[LayerVisit], Iterable[LatentAttention]]
 ) -> CachePlan:
     """
-    The plan with the lowest loss on calibration text.
+    The plan with the lowest loss on calibration text; of plans that it cannot tell apart, one that every engine takes.
 
     All plans are carried through the model side by side, so that the source's layers are read once. All layers share
     the plan: a serving engine holds the cache in pages of one size.
@@ -41,4 +42,7 @@ def lowest_loss(
     losses = [language_loss(job, stream) for stream in streams]
     for plan, loss in zip(plans, losses, strict=True):
         logger.info("  %s: loss %.4f", plan, loss)
-    return plans[losses.index(min(losses))]
+    best = min(losses)
+    ranked = sorted(zip(losses, plans, strict=True), key=lambda pair: pair[0])
+    plain = [plan for loss, plan in ranked if plan.is_plain and loss <= best + TIE]
+    return plain[0] if plain else ranked[0][1]

@@ -17,6 +17,7 @@ from mha2mla.conversion import ConversionConfig, Paper, convert
 from mha2mla.conversion.architectures import architecture_of
 from mha2mla.conversion.cache_plan import CacheSizes, unrotated_rows
 from mha2mla.conversion.rotary import head_dim, num_rotary_pairs
+from mha2mla.conversion.search import TIE
 from mha2mla.modeling import MLALlamaForCausalLM
 from pico import SOURCES, tokens
 
@@ -276,12 +277,12 @@ def test_calibrated_is_the_default_and_splits_the_budget_itself(kind, save_sourc
     config = model.config
     assert config.num_rope_key_heads == 1
     assert config.latent_cache_dim == record["cache_width"] == round(0.3125 * record["source_cache_width"])
-    # Every candidate's loss was measured, and the lowest was taken.
+    # Every candidate's loss was measured, and the lowest was taken, or a plain list that is as good.
     losses = {r.args[0]: r.args[1] for r in caplog.records if "loss" in r.msg}
     chosen = next(r.args[0] for r in caplog.records if "Chosen" in r.msg)
     assert chosen.qk_rope_head_dim == config.qk_rope_head_dim
     if losses:
-        assert losses[chosen] == min(losses.values())
+        assert losses[chosen] <= min(losses.values()) + (TIE if chosen.is_plain else 0)
     # All layers rotate with what was chosen, each frequency once.
     for layer in model.model.layers:
         assert layer.self_attn.rope_frequencies.tolist() == [list(chosen.frequencies)]
