@@ -1,4 +1,4 @@
-"""Every GPU figure of docs/performance.md in one run: the decode kernel, a 7B step, the largest batch, the int4 cache.
+"""The GPU figures of docs/dev/performance.md in one run: decode kernel, 7B step, largest batch, int4 cache.
 
     python benchmarks/decode_gpu.py                   # on one GPU; about ten minutes
     python benchmarks/decode_gpu.py --only kernel,step

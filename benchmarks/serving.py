@@ -178,7 +178,7 @@ def add_row(output: Path, row: dict) -> None:
 
 
 def print_table(rows: list[dict]) -> None:
-    """The table of docs/serving.md."""
+    """The table of docs/dev/serving.md."""
     print("| model | cache | tokens that fit | requests | first token (s) | ms a step | tokens/s |")
     print("|---|---|---|---|---|---|---|")
     for row in rows:

@@ -12,7 +12,7 @@ from .loading import load_tokenizer
 from .text_sources import TextSource, check_source, clean_documents, find_sources, is_chat, load_source, reading
 
 # Short pieces bring many documents into few blocks. At equal cost they convert better than long ones, also where a
-# model is measured over longer contexts (docs/conversion.md).
+# model is measured over longer contexts (docs/dev/conversion.md).
 PIECE_LENGTH = 128
 SHUFFLE_BUFFER = 40_000  # pieces
 CHARACTERS_PER_TOKEN = 4  # roughly, in English

@@ -5,7 +5,7 @@ import functools
 import torch
 
 # Measured on SmolLM2-135M-Instruct at -68.75 %: the best power lies between 0.5 (noise spread evenly over the weights)
-# and 1.0 (docs/performance.md).
+# and 1.0 (docs/dev/performance.md).
 IMPORTANCE_POWER = 0.7
 # Ranges tried for a group in 4 bits, as shares of its own: to clip a little often costs less than coarser steps.
 CLIPPING = (1.0, 0.93, 0.86)

@@ -120,7 +120,7 @@ if triton is not None:
                 shares = tl.dot(q_rest, tl.permute(rest, (0, 2, 1)), shares, input_precision=PRECISION)
 
             # Neighbours first: Triton then gives a thread all shares of a score, and reads the values late. By halves,
-            # and with one maximum and sum a row, the kernel took a fifth longer (docs/performance.md).
+            # and with one maximum and sum a row, the kernel took a fifth longer (docs/dev/performance.md).
             shares = tl.permute(tl.reshape(shares, [GROUPS // 2, 2, BLOCK_M, BLOCK_N]), (0, 2, 3, 1))
             one, two = tl.split(shares)
             scores = tl.sum(one + two, 0)

@@ -31,7 +31,7 @@ from .steps import DEFAULT_STEPS
 logger = logging.getLogger(__name__)
 
 # Of a cache, for the rotary keys: tried where the split is not given. The closed form would always like more, and
-# refinement, which mends what is lost by rotation better than what is lost by rank, does not: docs/conversion.md.
+# refinement, which mends what is lost by rotation better than what is lost by rank, does not: docs/dev/conversion.md.
 ROPE_SHARES = (0.27, 0.34)
 NUM_LISTS = 4  # lists of frequencies compared for each split
 
