@@ -2,16 +2,17 @@
 
     python benchmarks/cache_picture.py docs/cache.svg
 
-Every figure is read from the pages in docs/dev: conversions from `recovery.jsonl`, quantised caches of the original from
-the first table of section (c) of `results.md`, which says how they were measured.
+Every figure is read from the pages in docs/dev: conversions from `recovery.jsonl`, the original's quantised caches from the
+first table of section (c) of `results.md`, which says how they were measured.
 """
 
 import argparse
 import re
 from pathlib import Path
 
-from mha2mla.evaluation.measures.multiple_choice import paired_difference
 from recovery_table import ORIGINAL, points_lost, read_results
+
+from mha2mla.evaluation.measures.multiple_choice import paired_difference
 
 PAGES = Path(__file__).parents[1] / "docs" / "dev"
 ORIGINAL_BYTES = 23_040  # SmolLM2-135M in 16 bits: 30 layers x 384 values x 2
