@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 # Another release to test against: make clean test TRANSFORMERS='transformers==5.17.*'
 TRANSFORMERS ?= transformers
 
-.PHONY: demo test serve-test clean
+.PHONY: demo test serve-test docs clean
 
 demo: .venv-demo/ready
 	.venv-demo/bin/python docs/examples/demo.py
@@ -25,6 +25,10 @@ serve-test: .venv-test/ready .venv-serve/ready
 	rm -rf build
 	.venv-test/bin/pip install --quiet --no-deps --force-reinstall .
 	SERVE_PYTHON=$(CURDIR)/.venv-serve/bin/python .venv-test/bin/python -m pytest -q tests/serving
+
+# The documentation site, in site/; a link that leads nowhere is an error. To look at it: .venv-docs/bin/mkdocs serve
+docs: .venv-docs/ready
+	NO_MKDOCS_2_WARNING=1 PATH="$(CURDIR)/.venv-docs/bin:$$PATH" mkdocs build --strict --quiet
 
 .venv-demo/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-demo
@@ -45,5 +49,10 @@ serve-test: .venv-test/ready .venv-serve/ready
 	.venv-serve/bin/pip install --quiet --no-deps --require-hashes --requirement tests/serving/requirements.txt
 	touch $@
 
+.venv-docs/ready: docs/requirements.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet --requirement docs/requirements.txt
+	touch $@
+
 clean:
-	rm -rf .venv-demo .venv-test .venv-serve .cache out build dist src/*.egg-info
+	rm -rf .venv-demo .venv-test .venv-serve .venv-docs site .cache out build dist src/*.egg-info
