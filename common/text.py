@@ -1,15 +1,28 @@
 """Text as blocks of tokens, to calibrate and to measure on."""
 
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from .loading import load_tokenizer
-from .text_sources import TextSource, check_source, clean_documents, find_sources, is_chat, load_source, reading
+from .text_sources import (
+    Column,
+    TextSource,
+    check_source,
+    clean_documents,
+    find_sources,
+    load_source,
+    reading,
+    render_chats,
+)
+
+logger = logging.getLogger(__name__)
 
 # Short pieces bring many documents into few blocks. At equal cost they convert better than long ones, also where a
 # model is measured over longer contexts (docs/dev/conversion.md).
@@ -17,34 +30,77 @@ PIECE_LENGTH = 128
 SHUFFLE_BUFFER = 40_000  # pieces
 CHARACTERS_PER_TOKEN = 4  # roughly, in English
 
+PROSE_ONLY = (
+    "The tokenizer has a chat template, and the calibration text holds no chats: an instruct model's answers then "
+    "lose far more than its prose. docs/examples/calibration.yaml mixes both."
+)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """
+    Part of a document.
+
+    Attributes:
+        ids (`list[int]`): Its tokens.
+        whole (`bool`): A chat, which begins where its template begins and must not begin anywhere else.
+    """
+
+    ids: list[int]
+    whole: bool = False
+
+
+def tokenize_piece(text: str, tokenizer: PreTrainedTokenizerBase) -> Piece:
+    """A piece of plain text, closed by an end-of-sequence token."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return Piece(tokenizer(text, add_special_tokens=False)["input_ids"] + end)
+
+
+def split_chat(chat: Sequence[dict[str, Any]], size: int) -> list[list[dict[str, Any]]]:
+    """
+    A chat as several, each of so many characters or a little more: cut in front of messages of the user, so that no
+    turn is torn and every answer follows its question. All begin with the chat's system message, if it has one.
+    """
+    head = [message for message in chat[:1] if message["role"] == "system"]
+    parts: list[list[dict[str, Any]]] = [[]]
+    characters = 0
+    for message in chat[len(head) :]:
+        if message["role"] == "user" and characters >= size:
+            parts.append([])
+            characters = 0
+        parts[-1].append(message)
+        characters += len(str(message.get("content") or ""))
+    return [[*head, *part] for part in parts]
+
 
 def iterate_pieces(
-    source: TextSource, tokenizer: PreTrainedTokenizerBase, seed: int | None = 0, piece_length: int = PIECE_LENGTH
-) -> Iterator[str | list[int]]:
+    source: TextSource,
+    column: Column,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int | None = 0,
+    piece_length: int = PIECE_LENGTH,
+) -> Iterator[Piece]:
     """
     Pieces of the documents of a source, streamed, in an order drawn from `seed`, or, with None, in the order they lie
     in.
 
     Documents are cut into pieces before they are shuffled, so that a block of text comes from anywhere in a document
-    and a long document counts by its length. A chat stays whole: parts of a template mean nothing.
+    and a long document counts by its length.
 
     Args:
+        column (`Column`): What [`check_source`] says of the source.
         piece_length (`int`): Tokens of a piece, roughly.
-
-    Yields:
-        Text, or the token ids of a chat.
 
     Raises:
         ValueError: If the source cannot be read; with the line of the file, where it is known.
     """
-    column = check_source(source, tokenizer)
     dataset = load_source(source, streaming=True)
     size = CHARACTERS_PER_TOKEN * piece_length
 
-    def cut(batch: dict[str, list]) -> dict[str, list[str] | list[list[int]]]:
-        documents = clean_documents(batch[column], source, column)
-        if documents and is_chat(documents[0]):
-            return {"piece": tokenizer.apply_chat_template(documents, tokenize=True, return_dict=True)["input_ids"]}
+    def cut(batch: dict[str, list]) -> dict[str, list]:
+        documents = clean_documents(batch[column.name], source, column.name)
+        if column.chats:
+            return {"piece": [part for chat in documents for part in split_chat(chat, size)]}
         return {"piece": [text[i : i + size] for text in documents for i in range(0, len(text), size)]}
 
     with reading(source):
@@ -53,33 +109,32 @@ def iterate_pieces(
         if seed is not None:
             pieces = pieces.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
         for row in pieces:
-            yield row["piece"]
+            if column.chats:
+                yield Piece(render_chats([row["piece"]], tokenizer)[0], whole=True)
+            else:
+                yield tokenize_piece(row["piece"], tokenizer)
 
 
-def mix_pieces(
-    sources: list[TextSource], tokenizer: PreTrainedTokenizerBase, seed: int | None, piece_length: int
-) -> Iterator[str | list[int]]:
-    """Pieces of several sources, each drawn with the probability of its weight, until one is used up; without a seed
-    one source after another."""
-    streams = [iterate_pieces(source, tokenizer, seed, piece_length) for source in sources]
-    if seed is None or len(sources) == 1:
-        yield from chain.from_iterable(streams)
-        return
-    weights = np.array([source.weight for source in sources], dtype=float)
-    generator = np.random.default_rng(seed)
+def mix_pieces(streams: Sequence[Iterator[Piece]], weights: Sequence[float]) -> Iterator[Piece]:
+    """Pieces of several sources until one is used up: the next is of the source whose share of the tokens is furthest
+    behind its weight."""
+    spent = [0] * len(streams)
     while True:
-        piece = next(streams[generator.choice(len(streams), p=weights / weights.sum())], None)
+        behind = min(range(len(streams)), key=lambda i: spent[i] / weights[i])
+        piece = next(streams[behind], None)
         if piece is None:
             return
+        spent[behind] += len(piece.ids)
         yield piece
 
 
-def pack_blocks(
-    texts: Iterable[str | list[int]], tokenizer: PreTrainedTokenizerBase, num_blocks: int, length: int
-) -> torch.Tensor:
+def pack_blocks(pieces: Iterable[Piece], num_blocks: int, length: int) -> torch.Tensor:
     """
-    Texts one after another, cut into blocks. Each is tokenised and closed by an end-of-sequence token; what is
-    tokenised already is taken as it is.
+    Pieces one after another, cut into blocks.
+
+    Plain text that reaches over a block's end goes on in the next block. A chat begins again there, so that no block
+    begins in the midst of a turn and an answer always follows its question; what of it is longer than a block is
+    dropped.
 
     Returns:
         Token ids, [num_blocks, length].
@@ -89,11 +144,12 @@ def pack_blocks(
     """
     needed = num_blocks * length
     stream: list[int] = []
-    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for text in texts:
-        if isinstance(text, str):
-            text = tokenizer(text, add_special_tokens=False)["input_ids"] + separator
-        stream += text
+    for piece in pieces:
+        ids = piece.ids
+        if piece.whole:
+            room = -len(stream) % length
+            ids = ids[:length] if len(ids) <= room else ids[:room] + ids[:length]
+        stream += ids
         if len(stream) >= needed:
             return torch.tensor(stream[:needed]).view(num_blocks, length)
     raise ValueError(
@@ -115,13 +171,22 @@ def load_blocks(
 ) -> torch.Tensor:
     """
     Token blocks [num_blocks, length] of what a user names as text (see [`find_sources`]), with the tokenizer of a
-    checkpoint: of short pieces from all over the text, or, without a seed, of pieces of a block's length in the order
-    of the text.
+    checkpoint: of short pieces from all over the text, sources mixed by weight, or, without a seed, of pieces of a
+    block's length in the order of the text.
 
     Raises:
         ValueError: If the text cannot be read, or is too short.
     """
     tokenizer = load_tokenizer(str(tokenizer_folder), "tokenizer", trust_remote_code)
+    sources = find_sources(data, column, subset, split)
+    columns = [check_source(source, tokenizer) for source in sources]
+    if tokenizer.chat_template is not None and not any(column.chats for column in columns):
+        logger.warning(PROSE_ONLY)
     piece_length = length if seed is None else PIECE_LENGTH
-    pieces = mix_pieces(find_sources(data, column, subset, split), tokenizer, seed, piece_length)
-    return pack_blocks(pieces, tokenizer, num_blocks, length)
+    streams = [
+        iterate_pieces(source, column, tokenizer, seed, piece_length)
+        for source, column in zip(sources, columns, strict=True)
+    ]
+    if seed is None:
+        return pack_blocks(chain.from_iterable(streams), num_blocks, length)
+    return pack_blocks(mix_pieces(streams, [source.weight for source in sources]), num_blocks, length)

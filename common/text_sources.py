@@ -4,14 +4,15 @@ A recipe is a YAML list of sources with weights. A document is a text, or a chat
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from glob import glob
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from .files import read_json_lines, read_yaml
@@ -29,6 +30,13 @@ LOOKED_AT = 100  # rows among which a source must have a document
 
 class TextError(ValueError):
     """What is wrong with a text, said for its user."""
+
+
+class Column(NamedTuple):
+    """Where the documents of a source are, and whether they are chats."""
+
+    name: str
+    chats: bool
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,19 @@ class TextSource:
 def is_chat(document: Any) -> bool:
     """Whether a document is a list of messages rather than text."""
     return isinstance(document, list) and all(isinstance(message, dict) and "role" in message for message in document)
+
+
+def render_chats(chats: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """
+    Token ids of chats as the tokenizer's template writes them, which brings its own special tokens.
+
+    Raises:
+        ValueError: If the template refuses a chat, as some do where user and assistant do not take turns.
+    """
+    try:
+        return tokenizer.apply_chat_template(list(chats), tokenize=True, return_dict=True)["input_ids"]
+    except TemplateError as error:
+        raise TextError(f"The tokenizer's chat template refuses a chat: {error}") from error
 
 
 def read_recipe(path: Path) -> list[TextSource]:
@@ -167,12 +188,9 @@ def find_column(source: TextSource, names: list[str]) -> str:
     )
 
 
-def check_source(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> str:
+def check_source(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> Column:
     """
     Look at the first document, before the whole set is read and long before a model is.
-
-    Returns:
-        The column of the documents.
 
     Raises:
         ValueError: If there is none, or it has no such column, or it is a chat and the tokenizer has no template.
@@ -185,9 +203,10 @@ def check_source(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> str:
     documents = clean_documents([row.get(column) for row in rows], source, column)
     if not documents:
         raise TextError(f"{source}: column {column!r} is empty in the first {len(rows)} rows.")
-    if is_chat(documents[0]) and tokenizer.chat_template is None:
+    chats = is_chat(documents[0])
+    if chats and tokenizer.chat_template is None:
         raise TextError(f"{source}: column {column!r} holds messages, and the tokenizer has no chat template.")
-    return column
+    return Column(column, chats)
 
 
 def clean_documents(values: list[Any], source: TextSource, column: str) -> list[Any]:

@@ -21,13 +21,19 @@ class CalibrationText:
 
     data: str | None = field(
         default=None,
-        metadata={"help": "Calibration text: a `datasets` name, or a .txt, .jsonl, .jsonl.gz or .parquet file."},
+        metadata={
+            "help": "Calibration text: a recipe (its name, or a .yaml file: a mixture with weights), OWNER/NAME of a "
+            "data set on the Hub, or .txt, .jsonl, .json or .parquet files, compressed or not; patterns name several."
+        },
     )
     subset: str | None = field(default=None, metadata={"help": "Configuration of the data set, if any."})
     split: str = field(default="train", metadata={"help": "Split of a data set from the Hub."})
     column: str | None = field(
         default=None,
-        metadata={"help": "Column of the text, or of the messages of a chat; by default text, or else messages."},
+        metadata={
+            "help": "Column of the text, or of the messages of a chat; by default text, or messages where there is no "
+            "text. A recipe has its own."
+        },
     )
     samples: int = field(default=64, metadata={"help": "Blocks of calibration text."})
     length: int = field(default=512, metadata={"help": "Tokens of a block."})

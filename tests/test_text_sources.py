@@ -2,12 +2,14 @@
 
 import gzip
 import json
+import logging
+from pathlib import Path
 
 import pytest
 from conftest import pico_tokenizer
 
-from mha2mla.common.text import load_blocks, mix_pieces
-from mha2mla.common.text_sources import TextSource, check_source, find_sources
+from mha2mla.common.text import PROSE_ONLY, Piece, load_blocks, mix_pieces, pack_blocks, split_chat
+from mha2mla.common.text_sources import TextSource, check_source, find_sources, read_recipe, render_chats
 from mha2mla.training import DataArguments
 from mha2mla.training.data import load_rows
 
@@ -37,7 +39,7 @@ CHATS = [
 
 def test_a_column_of_chats_is_found_and_chats_stay_whole(tokenizer, tmp_path):
     data = write_lines(tmp_path / "chats.jsonl", CHATS)
-    assert check_source(*find_sources(data), pico_tokenizer()) == "messages"
+    assert check_source(*find_sources(data), pico_tokenizer()) == ("messages", True)
     blocks = load_blocks(tokenizer, data, 10, 3)  # a block is a chat: nothing closes it but its template
     assert sorted(blocks.tolist())[0][1:] == [sorted(blocks.tolist())[0][0] + 1, 90]
     assert all(second == first + 1 and last == 90 for first, second, last in blocks.tolist())
@@ -45,16 +47,56 @@ def test_a_column_of_chats_is_found_and_chats_stay_whole(tokenizer, tmp_path):
     assert {tuple(row["input_ids"]) for row in rows} >= {tuple(block) for block in blocks.tolist()}
 
 
-def test_a_recipe_mixes_calibration_text_by_weight(tmp_path):
-    for name, word in (("a", "w10"), ("b", "w20")):
-        write_lines(tmp_path / f"{name}.jsonl", [{"text": word}] * 1000)
+def test_a_recipe_mixes_prose_and_chats_by_tokens(tokenizer, tmp_path, caplog):
+    write_lines(tmp_path / "prose.jsonl", [{"text": "w10"}] * 1000)  # 2 tokens each, a chat has 3
+    write_lines(tmp_path / "chats.jsonl", CHATS * 20)
     recipe = tmp_path / "mix.yaml"
-    recipe.write_text(f"- {{data: {tmp_path}/a.jsonl, weight: 3}}\n- {{data: {tmp_path}/b.jsonl, weight: 1}}\n")
-    pieces = list(mix_pieces(find_sources(str(recipe)), pico_tokenizer(), 0, 128))
-    assert 0.70 < pieces.count("w10") / len(pieces) < 0.80 and len(pieces) > 1000
-    assert pieces == list(mix_pieces(find_sources(str(recipe)), pico_tokenizer(), 0, 128))
-    in_order = list(mix_pieces(find_sources(str(recipe)), pico_tokenizer(), None, 128))
-    assert in_order == ["w10"] * 1000 + ["w20"] * 1000
+    recipe.write_text(
+        f"- {{data: {tmp_path}/prose.jsonl, weight: 3}}\n- {{data: {tmp_path}/chats.jsonl, weight: 1}}\n"
+    )
+    blocks = load_blocks(tokenizer, str(recipe), 2, 300)
+    prose = (blocks == 10).sum() + (blocks == pico_tokenizer().eos_token_id).sum()
+    assert 0.72 < prose / blocks.numel() < 0.78
+    assert blocks.equal(load_blocks(tokenizer, str(recipe), 2, 300)) and "no chats" not in caplog.text
+    in_order = load_blocks(tokenizer, str(recipe), 2, 1000, seed=None)
+    assert in_order.flatten().tolist() == [10, 2] * 1000
+
+
+def test_a_source_that_is_used_up_ends_a_mixture():
+    streams = [iter([Piece([i] * n)] * 4) for i, n in ((1, 2), (2, 4))]
+    assert [piece.ids[0] for piece in mix_pieces(streams, [1, 1])] == [1, 2, 1, 1, 2, 1]
+
+
+def test_a_chat_begins_again_rather_than_being_torn():
+    chats = [Piece([i] * n, whole=True) for i, n in ((1, 3), (2, 3), (3, 6), (4, 1))]
+    assert pack_blocks(chats, 3, 4).tolist() == [[1, 1, 1, 2], [2, 2, 2, 3], [3, 3, 3, 3]]
+
+
+def test_a_long_chat_is_cut_in_front_of_the_user():
+    system, *turns = ({"role": role, "content": "w" * 8} for role in ("system", *["user", "assistant"] * 3))
+    assert split_chat([system, *turns], 20) == [[system, *turns[:4]], [system, *turns[4:]]]
+    assert split_chat(turns, 1) == [turns[:2], turns[2:4], turns[4:]]
+    assert split_chat(turns, 1000) == [turns]
+
+
+def test_an_instruct_model_on_prose_alone_is_said_once(tokenizer, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "mha2mla"):
+        load_blocks(tokenizer, write_lines(tmp_path / "prose.jsonl", GOOD), 2, 8)
+        load_blocks(tokenizer, write_lines(tmp_path / "chats.jsonl", CHATS), 2, 8)
+    assert [record.getMessage() for record in caplog.records] == [PROSE_ONLY]
+
+
+def test_a_template_that_refuses_a_chat_is_said():
+    tokenizer = pico_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ValueError, match="template refuses a chat: roles must alternate"):
+        render_chats([CHATS[0]["messages"]], tokenizer)
+
+
+def test_the_shipped_mixture_is_read():
+    sources = read_recipe(Path(__file__).parents[1] / "docs" / "examples" / "calibration.yaml")
+    assert all(source.builder is None for source in sources)  # names on the Hub
+    assert sum(source.weight for source in sources) == 1
 
 
 def test_rows_without_text_are_passed_over(tokenizer, tmp_path):

@@ -113,7 +113,7 @@ def load_rows(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, seed
     def pack(documents: Rows, source: TextSource, short_length: int | None = None) -> Rows:
         with reading(source):
             return pack_source(
-                documents, source, columns[source], tokenizer, arguments.length, short_length, arguments.num_proc
+                documents, source, columns[source].name, tokenizer, arguments.length, short_length, arguments.num_proc
             )
 
     train, held_out = [], [pack(load_source(source, streaming=False), source) for source in eval_sources]

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
-from mha2mla.common.text_sources import is_chat
+from mha2mla.common.text_sources import is_chat, render_chats
 
 IGNORED = -100  # a label that does not count
 
@@ -18,8 +18,7 @@ def tokenize(documents: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> li
     as the tokenizer's template writes it, which brings its own. Empty documents are left out.
     """
     if documents and is_chat(documents[0]):
-        encoded = tokenizer.apply_chat_template(list(documents), tokenize=True, return_dict=True)["input_ids"]
-        return [ids for ids in encoded if ids]
+        return [ids for ids in render_chats(documents, tokenizer) if ids]
     encoded = tokenizer([text for text in documents if text])["input_ids"] if any(documents) else []
     end = tokenizer.eos_token_id
     return [ids if end is None or ids[-1:] == [end] else [*ids, end] for ids in encoded]

@@ -21,7 +21,7 @@ from pydoc_data.topics import topics
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from mha2mla.common.text import pack_blocks
+from mha2mla.common.text import pack_blocks, tokenize_piece
 from mha2mla.conversion import Calibrated, ConversionConfig, Paper, convert
 from mha2mla.conversion.export import ExportConfig, export
 from mha2mla.conversion.gguf_source import dequantise_gguf
@@ -107,7 +107,8 @@ def main() -> None:
     start = time.time()
     source = fetch_source(args.cache)
     calibration, held_out = write_texts(args.cache)
-    blocks = pack_blocks(held_out, AutoTokenizer.from_pretrained(source), num_blocks=12, length=512)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    blocks = pack_blocks((tokenize_piece(text, tokenizer) for text in held_out), num_blocks=12, length=512)
 
     rows = [measure("original", source, blocks)]
     text = dict(data=str(calibration), samples=24, length=512, overwrite=True)
