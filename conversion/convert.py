@@ -86,14 +86,8 @@ def convert(
             logger.info(advice)
 
         def config_of(plan: CachePlan) -> LatentConfigMixin:
-            return architecture.mla_config(
-                kv_lora_rank=plan.kv_lora_rank,
-                qk_rope_head_dim=plan.qk_rope_head_dim,
-                num_rope_key_heads=plan.num_rope_key_heads,
-                **preset.mla_fields(config, plan),
-                attention_bias=architecture.has_attention_bias(tensors),
-                dtype=dtype,
-            )
+            bias = architecture.has_attention_bias(tensors)
+            return preset.mla_config(architecture, plan, attention_bias=bias, dtype=dtype)
 
         if engine is not None:
             check_servable(config_of(plans[0]), preset.common_frequencies, engine)

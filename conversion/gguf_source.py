@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import is_gguf_available
 
 from mha2mla.common.loading import on_hub
@@ -64,8 +64,7 @@ def dequantise_gguf(source: str, gguf_file: str, folder: Path, revision: str | N
     Raises:
         ValueError: If the file is damaged, or holds what transformers' loader would ignore.
     """
-    if not is_gguf_available():
-        raise ValueError(f"Reading {gguf_file} needs the package gguf: pip install 'mha2mla[gguf]'.")
+    check_gguf_package(gguf_file)
     local = Path(source) / gguf_file
     if not local.is_file():
         if not on_hub(source):
@@ -90,6 +89,24 @@ def dequantise_gguf(source: str, gguf_file: str, folder: Path, revision: str | N
     set_special_tokens(tokenizer, model.config)
     set_chat_templates(tokenizer, fields)
     tokenizer.save_pretrained(folder)
+
+
+def gguf_config(path: Path) -> PreTrainedConfig:
+    """The config of a GGUF file, as [`dequantise_gguf`] would save it; no weights are read. Its errors."""
+    check_gguf_package(path.name)
+    changes = gguf_changes(*read_gguf(path), name=path.name)
+    try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:  # whatever a file of wrong sizes makes of the loader
+        raise ValueError(f"{path} cannot be loaded ({error}): is it complete, and a language model?") from error
+    for field, value in changes.items():
+        setattr(config, field, value)
+    return config
+
+
+def check_gguf_package(gguf_file: str) -> None:
+    if not is_gguf_available():
+        raise ValueError(f"Reading {gguf_file} needs the package gguf: pip install 'mha2mla[gguf]'.")
 
 
 def set_special_tokens(tokenizer, config: PreTrainedConfig) -> None:

@@ -5,12 +5,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from transformers import PreTrainedConfig
 
 from mha2mla.common.companions import COMPANION_PATTERNS
-from mha2mla.common.loading import on_hub
+from mha2mla.common.loading import load_config, on_hub
 from mha2mla.common.scratch import scratch_folder
 
-from .gguf_source import dequantise_gguf
+from .gguf_source import dequantise_gguf, gguf_config
 
 
 @contextmanager
@@ -35,3 +36,11 @@ def local_checkpoint(source: str, revision: str | None = None, gguf_file: str | 
         patterns = ["config.json", "adapter_config.json", "README.md", "*.safetensors", "*.safetensors.index.json"]
         patterns += COMPANION_PATTERNS
         yield Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+
+
+def source_config(source: str, revision: str | None = None) -> PreTrainedConfig:
+    """The config of a checkpoint given as to [`local_checkpoint`]; of one on the Hub nothing else is downloaded."""
+    path = Path(source)
+    if path.is_file() and path.suffix == ".gguf":
+        return gguf_config(path)
+    return load_config(source, "source", revision=revision)

@@ -1,6 +1,5 @@
 """What transformers' loader of GGUF files would pass over in silence."""
 
-import json
 import math
 
 import gguf
@@ -8,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import pico_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from mha2mla.conversion import gguf_source
-from mha2mla.conversion.gguf_source import dequantise_gguf, gguf_changes, read_gguf
+from mha2mla.conversion.gguf_source import dequantise_gguf, gguf_changes, gguf_config, read_gguf
 from pico import make_source
 
 FIELDS = {
@@ -26,6 +25,9 @@ FIELDS = {
 }
 NAMES = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
 TENSORS = dict.fromkeys(["token_embd.weight", "output_norm.weight", *(f"blk.0.{name}.weight" for name in NAMES)])
+
+
+READ_BY_PLAN = ("vocab_size", "hidden_size", "num_hidden_layers", "num_key_value_heads", "max_position_embeddings")
 
 
 def llama3_factors(factor: float) -> tuple[torch.Tensor, dict]:
@@ -178,7 +180,10 @@ def test_a_file_of_llama_31_keeps_its_scaling(tmp_path):
     plain = 500000.0 ** -(torch.arange(pairs) / pairs)
     write_gguf(tmp_path / "model.gguf", original, plain / scaled.model.rotary_emb.inv_freq)
     dequantise_gguf(str(tmp_path), "model.gguf", tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["rope_parameters"]["rope_type"] == "llama3"
+    saved = AutoConfig.from_pretrained(tmp_path / "out")
+    assert saved.rope_parameters["rope_type"] == "llama3"
+    alone = gguf_config(tmp_path / "model.gguf")  # without the weights
+    assert all(getattr(alone, name) == getattr(saved, name) for name in ("rope_parameters", *READ_BY_PLAN))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     ids = torch.randint(3, 90, (1, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -1,6 +1,6 @@
 """Inference engines that run DeepSeek checkpoints, and what each of them takes (docs/serving.md)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from mha2mla.common.kernel_sizes import KERNEL_HEAD_DIM, KERNEL_ROPE_DIM
@@ -137,30 +137,42 @@ def engines_for(plan: ExportPlan, config: LatentConfigMixin) -> str:
     return ", ".join(titles) or "none, for which --pad is"
 
 
+def fitting_engines(config: LatentConfigMixin, has_table: Callable[[Engine], bool]) -> list[tuple[Engine, int | None]]:
+    """
+    The engines that will run a stock export of a model with these sizes, each with the latent that the export must be
+    padded to; None where it need not be.
+
+    Args:
+        has_table (`Callable`): Whether an engine has a rotary table of the model's frequencies.
+
+    Raises:
+        ValueError: If no engine can, whatever the sizes are.
+    """
+    check_architecture(config, "--rope-layout shared")
+    small = config.head_dim <= KERNEL_HEAD_DIM and config.qk_rope_head_dim <= KERNEL_ROPE_DIM
+    kernel_heads = (config.qk_rope_head_dim, config.head_dim) == (KERNEL_ROPE_DIM, KERNEL_HEAD_DIM)
+    found: list[tuple[Engine, int | None]] = []
+    for engine in ENGINES.values():
+        fits = small and config.kv_lora_rank <= engine.kernel_ranks[0] if engine.kernel_ranks else True
+        if not fits or (has_experts(config) and not engine.kernel_ranks) or not has_table(engine):
+            continue
+        rank = padded_rank(engine, config.kv_lora_rank) if engine.kernel_ranks else None
+        found.append((engine, None if kernel_heads and rank == config.kv_lora_rank else rank))
+    return found
+
+
+def describe_engines(found: Iterable[tuple[Engine, int | None]]) -> str:
+    """For a person: what [`fitting_engines`] gives."""
+    return ", ".join(
+        engine.title if rank is None else f"{engine.title} (export with --pad {rank}: {rank + KERNEL_ROPE_DIM} values)"
+        for engine, rank in found
+    )
+
+
 def engines_of(config: LatentConfigMixin, frequencies: Sequence[int]) -> str:
     """For a person: which engines will run a stock export of a model with these sizes and rotary frequencies."""
     try:
-        check_architecture(config, "--rope-layout shared")
+        found = fitting_engines(config, lambda engine: expressible_lists(config, engine)(frequencies))
     except ValueError as reason:
         return f"none. {reason}"
-    small = config.head_dim <= KERNEL_HEAD_DIM and config.qk_rope_head_dim <= KERNEL_ROPE_DIM
-    there = []
-    for engine in ENGINES.values():
-        fits = small and config.kv_lora_rank <= engine.kernel_ranks[0] if engine.kernel_ranks else True
-        if not fits or (has_experts(config) and not engine.kernel_ranks):
-            continue
-        if not expressible_lists(config, engine)(frequencies):
-            continue
-        if not engine.kernel_ranks:
-            there.append(engine.title)
-            continue
-        rank = padded_rank(engine, config.kv_lora_rank)
-        exact = (rank, KERNEL_ROPE_DIM, KERNEL_HEAD_DIM) == (
-            config.kv_lora_rank,
-            config.qk_rope_head_dim,
-            config.head_dim,
-        )
-        there.append(
-            engine.title if exact else f"{engine.title} (export with --pad {rank}: {rank + KERNEL_ROPE_DIM} values)"
-        )
-    return ", ".join(there) or "none. They have no rotary table of these frequencies."
+    return describe_engines(found) or "none. They have no rotary table of these frequencies."

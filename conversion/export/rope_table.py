@@ -9,6 +9,7 @@ alone: a second run of frequencies. Slots that no frequency needs get zero weigh
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -111,7 +112,10 @@ def fit_table(
     order = sorted(frequencies, key=lambda index: places[index].item())
     at = [places[index].item() for index in order]
     fits = []
-    for stride in range(1, len(places) + 1):
+    # All gaps but the one at the step are multiples of the stride, which the second smallest therefore bounds.
+    gaps = sorted(b - a for a, b in pairwise(at))
+    most = len(places) if len(gaps) < 2 else min(len(places), int(gaps[1] + TOLERANCE))
+    for stride in range(1, most + 1):
         for size in range(len(at) + 1) if allow_step else [len(at)]:  # of the first run
             first = grid(at[:size], stride)
             second = grid([place - at[size] for place in at[size:]], stride) if size < len(at) else []

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 from mha2mla.common.options import check_choices
+from mha2mla.modeling.latent_config import LatentConfigMixin
 
 from ..architectures import Architecture
 from ..attention_weights import LatentAttention
@@ -69,6 +70,17 @@ class Preset(ABC):
     def mla_fields(self, source: PreTrainedConfig, plan: CachePlan) -> dict[str, Any]:
         """The fields of the converted model's config that the plan does not have: `qk_nope_head_dim` and
         `num_nope_key_heads`."""
+
+    def mla_config(self, source: Architecture, plan: CachePlan, **others: Any) -> LatentConfigMixin:
+        """The converted model's config; `others` are the fields that follow neither from the source's nor the plan:
+        `attention_bias`, `dtype`."""
+        return source.mla_config(
+            kv_lora_rank=plan.kv_lora_rank,
+            qk_rope_head_dim=plan.qk_rope_head_dim,
+            num_rope_key_heads=plan.num_rope_key_heads,
+            **self.mla_fields(source.config, plan),
+            **others,
+        )
 
     @abstractmethod
     def card_rows(self) -> dict[str, str]:

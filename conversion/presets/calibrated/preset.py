@@ -111,8 +111,8 @@ class Calibrated(Preset):
             )
 
         def rope_dims(width: int) -> list[int]:
-            tried = {round(share * width / rope_keys / 2) * 2 for share in ROPE_SHARES}
-            return sorted(rope for rope in tried if 2 <= rope <= most_rope) or [2]
+            wanted = (round(share * width / rope_keys / 2) * 2 for share in ROPE_SHARES)
+            return sorted({min(max(2, rope), most_rope) for rope in wanted})
 
         def ranks(key_rows: int, value_rows: int, hidden_size: int) -> range:
             return range(1, min(key_rows + value_rows, source.latent_inputs) + 1)

@@ -1,0 +1,95 @@
+"""Show what each cache size would cost and bring, from the model's config alone: no weights are read.
+
+    mha2mla plan meta-llama/Llama-3.1-8B
+    mha2mla plan ./my-llama --gpu l40s
+    mha2mla plan my-llama.Q4_K_M.gguf --memory 24
+
+For the paper's three ratios and the sizes that kernels of inference engines are made for: bytes of cache, tokens in a
+GPU's memory beside the weights, and the engines that take an export. What cannot be had is listed with the reason.
+"""
+
+import shlex
+from dataclasses import dataclass, field
+
+from mha2mla.conversion.source import source_config
+from mha2mla.conversion.survey import GPU_MEMORY, MEMORY_SHARE, Offer, Survey, survey_caches
+
+from .parsing import Positionals, parse
+
+POSITIONALS: Positionals = {"source": dict(help="Local folder, .gguf file, or name on the Hub.")}
+DEFAULT_GPU = "h100"
+# docs/results.md (b). Nothing is known of another model before it is measured.
+QUALITY = (
+    "Quality: SmolLM2-135M-Instruct lost, after recovery on 78M tokens, over seven multiple-choice sets 0.46 ± 0.37 "
+    "and 0.80 ± 0.38 points at 31.25 % (two runs), 0.99 ± 0.42 at 18.75 % and 1.93 ± 0.46 at 12.5 % (docs/results.md). "
+    "Other models lose more or less: `mha2mla eval` measures it."
+)
+
+
+@dataclass
+class PlanArguments:
+    """The model, and where it is to run."""
+
+    gpu: str | None = field(
+        default=None,
+        metadata={"choices": tuple(GPU_MEMORY), "help": f"GPU that is to hold weights and cache; else {DEFAULT_GPU}."},
+    )
+    memory: float | None = field(default=None, metadata={"help": "Memory of another GPU, in GiB."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a model on the Hub."})
+
+    def __post_init__(self):
+        if self.gpu is not None and self.memory is not None:
+            raise ValueError("Give --gpu or --memory, not both.")
+        if self.memory is not None and not self.memory > 0:
+            raise ValueError(f"memory={self.memory:g} must be above 0 GiB.")
+
+    @property
+    def memory_bytes(self) -> int:
+        return int(self.memory * 2**30) if self.memory is not None else GPU_MEMORY[self.gpu or DEFAULT_GPU] * 2**20
+
+    @property
+    def device(self) -> str:
+        """For a person."""
+        return f"{self.memory:g} GiB" if self.memory is not None else (self.gpu or DEFAULT_GPU).upper()
+
+
+def main(argv: list[str]) -> None:
+    options, given = parse(argv, "mha2mla plan", PlanArguments, description=__doc__, positionals=POSITIONALS)
+    config = source_config(given.source, options.revision)
+    survey = survey_caches(config)
+    print("\n\n".join(describe(given.source, survey, options, config.max_position_embeddings)))
+
+
+def describe(source: str, survey: Survey, options: PlanArguments, context: int) -> list[str]:
+    """Paragraphs for a person."""
+    from mha2mla.evaluation.report.table import Table
+
+    original, offers = survey.original, survey.offers
+    header = ["cache", "latent + rotary", "values", "share", "bytes/token bf16", "fp8"]
+    header += [f"GB at {context:,}", f"tokens in {options.device} bf16", "fp8"]
+
+    def cells(offer: Offer) -> list[str]:
+        bf16, fp8 = offer.bytes_per_token(2), offer.bytes_per_token(1)
+        fits = [f"{offer.tokens_in(options.memory_bytes, size):,}" for size in (2, 1)]
+        share = f"{100 * offer.width / original.width:.2f} %"
+        gigabytes = f"{context * bf16 / 1e9:.2f}"
+        return [offer.title, offer.sizes or "-", f"{offer.width:,}", share, f"{bf16:,}", f"{fp8:,}", gigabytes, *fits]
+
+    title = f"Cache of {source}: values per token and layer, and GB in bf16 for a text of {context:,} tokens"
+    table = Table(title, header, [cells(offer) for offer in (original, *offers)])
+    heaviest = max(offer.weight_bytes for offer in (original, *offers))
+    beside = (
+        f"Tokens: {MEMORY_SHARE:.0%} of the memory less the weights in bf16 ({original.weight_bytes / 1e9:.2f} GB; at "
+        f"most {heaviest / 1e9:.2f} GB converted), over the bytes of a token. A padded export caches the values that "
+        "its line below says instead. fp8 caches are vLLM's; on Hopper vLLM 0.25.1 has none for 256 + 64."
+    )
+    takers: dict[str, list[str]] = {}
+    for offer in offers:
+        takers.setdefault(offer.engines, []).append(offer.title)
+    engines = ["Engines that take an export:", *(f"  {', '.join(titles)}: {e}" for e, titles in takers.items())]
+    refused = ["Not to be had:", *(f"  {title}: {reason}" for title, reason in survey.refused.items())]
+    parts = [table.markdown(), beside]
+    if offers:
+        command = shlex.join(["mha2mla", "convert", source, "CONVERTED", *offers[0].options, "--data", "TEXT"])
+        parts += ["\n".join(engines), QUALITY, f"Next: {command}"]
+    return [*parts, *(["\n".join(refused)] if survey.refused else [])]

@@ -1,0 +1,167 @@
+"""What each size of the cache would cost and bring, from a model's config alone."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedConfig
+
+from mha2mla.common.kernel_sizes import KERNEL_ROPE_DIM
+from mha2mla.modeling import LatentConfigMixin
+
+from .architectures import Architecture, architecture_of
+from .cache_plan import CachePlan, CacheSizes
+from .export.engines import ENGINES, Engine, describe_engines, expressible_lists, fitting_engines
+from .output import empty_model
+from .presets.calibrated import Calibrated
+from .presets.calibrated.frequency_lists import two_runs
+from .rotary import num_rotary_pairs
+from .weights_check import expected_tensors
+
+PAPER_RATIOS = (0.3125, 0.1875, 0.125)
+# Of GPUs, in MiB, as nvidia-smi tells it.
+GPU_MEMORY = {
+    "h100": 81559,
+    "h200": 143771,
+    "a100": 81920,
+    "a100-40gb": 40960,
+    "b200": 183359,
+    "l40s": 46068,
+    "l4": 23034,
+    "rtx-4090": 24564,
+}
+# Of it, for weights and cache; the rest is for activations and the engine itself.
+MEMORY_SHARE = 0.9
+SERVED_BYTES = 2  # of a weight, in bfloat16
+
+
+@dataclass(frozen=True)
+class Offer:
+    """
+    A cache that the model can have.
+
+    Attributes:
+        title (`str`): What it is called: "original", "31.25 %", "512 + 64".
+        sizes (`str`): Of latent and rotary key.
+        width (`int`): Values per token and layer.
+        num_layers (`int`): Layers.
+        num_parameters (`int`): Of the model that has the cache.
+        engines (`str`): Which engines take an export, for a person; empty for the original.
+        options (`tuple[str, ...]`): Of `mha2mla convert`, that ask for it.
+    """
+
+    title: str
+    sizes: str
+    width: int
+    num_layers: int
+    num_parameters: int
+    engines: str = ""
+    options: tuple[str, ...] = ()
+
+    def bytes_per_token(self, element_size: int) -> int:
+        """Of the cache, with `element_size` bytes a value."""
+        return self.width * self.num_layers * element_size
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the model, in bfloat16."""
+        return SERVED_BYTES * self.num_parameters
+
+    def tokens_in(self, memory: int, element_size: int) -> int:
+        """Tokens whose cache fits beside the weights into a GPU of `memory` bytes; 0 where the weights do not. vLLM
+        0.25.1 has room for 1 to 3 % less on an H100 (docs/serving.md)."""
+        room = int(MEMORY_SHARE * memory) - self.weight_bytes
+        return max(0, room) // self.bytes_per_token(element_size)
+
+
+class EmptyTensors(dict[str, torch.Tensor]):
+    """The tensors that a model of a config has, by name and without memory: a `TensorSource`."""
+
+    def get(self, name: str) -> torch.Tensor:  # type: ignore[override]  # one that is missing is an error
+        return self[name]
+
+    def with_prefix(self, prefix: str) -> dict[str, torch.Tensor]:
+        return {name.removeprefix(prefix): tensor for name, tensor in self.items() if name.startswith(prefix)}
+
+
+@dataclass(frozen=True)
+class Survey:
+    """
+    Attributes:
+        original (`Offer`): The model as it is.
+        offers (`list[Offer]`): What the preset `calibrated` can make of it.
+        refused (`dict[str, str]`): Why other sizes cannot be had, by their titles.
+    """
+
+    original: Offer
+    offers: list[Offer]
+    refused: dict[str, str]
+
+
+def survey_caches(config: PreTrainedConfig) -> Survey:
+    """
+    The paper's three ratios, and the sizes that kernels of inference engines are made for.
+
+    Args:
+        config (`PreTrainedConfig`): Of the source.
+
+    Raises:
+        ValueError: If a model of such a config cannot be converted, with the field and the remedy.
+    """
+    source = architecture_of(config)
+    tensors, tied = expected_tensors(config)
+    weights = EmptyTensors(tensors)
+    num_parameters = sum(tensor.numel() for name, tensor in tensors.items() if name not in tied)
+    width = 2 * config.num_key_value_heads * source.head_dim
+    original = Offer("original", "", width, config.num_hidden_layers, num_parameters)
+    offers, refused = [], {}
+    for title, sizes in sizes_to_show():
+        try:
+            offers.append(make_offer(source, title, sizes, source.has_attention_bias(weights)))
+        except ValueError as reason:
+            refused[title] = str(reason)
+    return Survey(original, offers, refused)
+
+
+def sizes_to_show() -> Iterator[tuple[str, CacheSizes]]:
+    for ratio in PAPER_RATIOS:
+        yield f"{100 * ratio:g} %", CacheSizes(cache_ratio=ratio)
+    for rank in ENGINES["vllm"].kernel_ranks:
+        sizes = CacheSizes(kv_lora_rank=rank, qk_rope_head_dim=KERNEL_ROPE_DIM)
+        yield f"{rank} + {KERNEL_ROPE_DIM}", sizes
+
+
+def make_offer(source: Architecture, title: str, sizes: CacheSizes, attention_bias: bool) -> Offer:
+    """A `ValueError` if the source cannot have such a cache, or if it is no smaller than its own."""
+    preset = Calibrated(rope_layout="shared", rope_frequencies="common")
+    source_width = 2 * source.config.num_key_value_heads * source.head_dim
+    if sizes.kv_lora_rank is not None and sizes.kv_lora_rank + KERNEL_ROPE_DIM >= source_width:
+        raise ValueError(f"The source caches {source_width} values per token and layer: there is nothing to gain.")
+    plans = preset.plans(source, sizes)
+    configs = [preset.mla_config(source, plan, attention_bias=attention_bias) for plan in plans]
+    split = " or ".join(f"{plan.kv_lora_rank} + {plan.qk_rope_head_dim}" for plan in plans)
+    num_parameters = empty_model(configs[0]).num_parameters()
+    engines = engines_of_all(source, plans, configs)
+    given = {f"--{name.replace('_', '-')}": value for name, value in vars(sizes).items() if value is not None}
+    options = tuple(str(word) for pair in given.items() for word in pair)
+    return Offer(title, split, plans[0].width, plans[0].num_layers, num_parameters, engines, options)
+
+
+def engines_of_all(source: Architecture, plans: list[CachePlan], configs: list[LatentConfigMixin]) -> str:
+    """For a person: the engines that take each of the plans, whichever of those that some engine takes will be chosen
+    by measurement."""
+    num_pairs = num_rotary_pairs(source.config)
+    found = []
+    for plan, config in zip(plans, configs, strict=True):
+
+        def has_table(engine: Engine, plan: CachePlan = plan, config: LatentConfigMixin = config) -> bool:
+            lists = two_runs(plan.qk_rope_head_dim // 2, num_pairs)
+            return any(map(expressible_lists(config, engine), lists))
+
+        try:
+            found.append(fitting_engines(config, has_table))
+        except ValueError as reason:
+            return f"none. {reason}"
+    found = [takers for takers in found if takers] or [[]]
+    common = [pair for pair in found[0] if all(pair in takers for takers in found)]
+    return describe_engines(common) or "none. They have no rotary table of so many frequencies."

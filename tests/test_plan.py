@@ -1,0 +1,103 @@
+"""`mha2mla plan`: what a cache would cost and bring, from the config alone."""
+
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig, MistralConfig
+
+from mha2mla.cli.main import main
+from mha2mla.cli.plan import QUALITY
+from mha2mla.conversion.cache_plan import CacheSizes
+from mha2mla.conversion.survey import GPU_MEMORY, survey_caches
+from pico import SOURCES
+
+LLAMA3_8B = LlamaConfig(
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    vocab_size=128256,
+    max_position_embeddings=8192,
+)
+
+
+def test_tokens_are_what_vllm_had_room_for():
+    survey = survey_caches(LLAMA3_8B)
+    found = {offer.title: offer for offer in (survey.original, *survey.offers)}
+    assert survey.original.num_parameters == 8_030_261_248
+    measured = {  # docs/serving.md: vLLM 0.25.1, one H100
+        ("original", 2): 457_840,
+        ("original", 1): 915_984,
+        ("512 + 64", 2): 1_594_560,
+        ("512 + 64", 1): 3_211_520,
+        ("256 + 64", 2): 2_892_976,
+    }
+    for (title, size), tokens in measured.items():
+        assert found[title].tokens_in(GPU_MEMORY["h100"] * 2**20, size) == pytest.approx(tokens, rel=0.035)
+    assert found["512 + 64"].bytes_per_token(1) == 576 * 32
+    assert found["512 + 64"].engines == "transformers, vLLM on a GPU, vLLM on a CPU, SGLang, llama.cpp"
+    assert found["31.25 %"].sizes == "512 + 128"  # the rotary key has no more dims than a head
+    assert found["31.25 %"].engines == "transformers, llama.cpp"
+    assert survey.original.tokens_in(2**30, 1) == 0  # the weights alone are more
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_every_architecture_has_a_plan(kind):
+    survey = survey_caches(SOURCES[kind])
+    width = survey.original.width
+    assert [round(width * ratio) for ratio in (0.3125, 0.1875)] == [o.width for o in survey.offers][:2]
+    assert set(survey.refused) >= {"512 + 64", "256 + 64"}
+    config = SOURCES[kind]
+    biased = config.model_type in ("qwen2", "seed_oss") or getattr(config, "attention_bias", False)
+    foreign = biased or config.model_type.startswith(("qwen3", "olmo2", "arcee"))
+    assert all(offer.engines.startswith("none. ") == foreign for offer in survey.offers)
+
+
+def test_options_ask_for_the_offer():
+    survey = survey_caches(LLAMA3_8B)
+    assert [offer.options for offer in survey.offers[2:4]] == [
+        ("--cache-ratio", "0.125"),
+        ("--kv-lora-rank", "512", "--qk-rope-head-dim", "64"),
+    ]
+    assert {"cache_ratio", "kv_lora_rank", "qk_rope_head_dim"} == set(vars(CacheSizes()))
+
+
+def test_table_of_a_folder_without_weights(tmp_path, capsys):
+    LLAMA3_8B.save_pretrained(tmp_path)
+    assert main(["plan", str(tmp_path), "--gpu", "l40s"]) == 0
+    printed = capsys.readouterr().out
+    assert "| 512 + 64 |" in printed and "tokens in L40S bf16" in printed and "131,072" in printed
+    assert f"Next: mha2mla convert {tmp_path} CONVERTED --cache-ratio 0.3125 --data TEXT" in printed
+    assert main(["plan", str(tmp_path), "--memory", "12"]) == 0
+    assert "tokens in 12 GiB bf16" in capsys.readouterr().out
+
+
+def test_a_ratio_has_a_rotary_key_of_sane_size():
+    """Few heads and much cache: the share of rotary keys is more than a head has dims, and all of them are rotated."""
+    assert [o.sizes for o in survey_caches(LLAMA3_8B).offers[:3]] == [
+        "512 + 128",
+        "280 + 104 or 256 + 128",
+        "186 + 70 or 168 + 88",
+    ]
+
+
+def test_mistakes(tmp_path, capsys):
+    MistralConfig(sliding_window=1024).save_pretrained(tmp_path / "window")
+    for argv, message in (
+        ([str(tmp_path / "window")], "sliding_window=1024"),
+        ([str(tmp_path / "nothing")], "there is no folder"),
+        ([str(tmp_path / "window"), "--gpu", "h100", "--memory", "3"], "Give --gpu or --memory, not both"),
+        ([str(tmp_path / "window"), "--memory", "0"], "memory=0 must be above 0"),
+    ):
+        assert main(["plan", *argv]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_quality_is_as_measured():
+    """Every figure that is told stands in the results."""
+    pages = "".join(
+        page.read_text(encoding="utf-8") for page in Path(__file__).parents[1].joinpath("docs").rglob("*.md")
+    )
+    for figure in ("0.46 ± 0.37", "0.80 ± 0.38", "0.99 ± 0.42", "1.93 ± 0.46"):
+        assert figure in QUALITY and figure in pages
