@@ -2,8 +2,8 @@
 
     python benchmarks/cache_picture.py docs/cache.svg
 
-Every figure is read from the pages in docs/dev: conversions from `recovery.jsonl`, the original's quantised caches from the
-first table of section (c) of `results.md`, which says how they were measured.
+Every figure is read from the pages in docs/dev: conversions from `recovery.jsonl`, the original's quantised caches from
+the first table of section (c) of `results.md`, which says how they were measured.
 """
 
 import argparse
