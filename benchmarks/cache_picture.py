@@ -2,8 +2,8 @@
 
     python benchmarks/cache_picture.py docs/cache.svg
 
-Every figure is read from the pages in docs/dev: conversions from `recovery.jsonl`, the original's quantised caches from
-the first table of section (c) of `results.md`, which says how they were measured.
+Every figure is read from the pages in docs/dev: conversions from `recovery.jsonl`, quantised caches of the original
+from the first table of section (c) of `results.md`, which says how they were measured.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def main() -> None:
     sizes = [BYTES[row["run"]["model"].split("-")[1]] for row in trained]
     caches = quantised_caches((PAGES / "results.md").read_text(encoding="utf-8"))
 
-    grey = "#7a7a7a"  # to be read on white and on black
+    grey = "#808080"  # to be read on white and on black
     rcParams.update(
         {"svg.fonttype": "none", "svg.hashsalt": "mha2mla", "font.family": "sans-serif", "text.color": grey}
         | {f"{part}color": grey for part in ("axes.edge", "axes.label", "xtick.", "ytick.")}
