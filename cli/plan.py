@@ -21,8 +21,8 @@ DEFAULT_GPU = "h100"
 # docs/results.md (b). Nothing is known of another model before it is measured.
 QUALITY = (
     "Quality: SmolLM2-135M-Instruct lost, after recovery on 78M tokens, over seven multiple-choice sets 0.46 ± 0.37 "
-    "and 0.80 ± 0.38 points at 31.25 % (two runs), 0.99 ± 0.42 at 18.75 % and 1.93 ± 0.46 at 12.5 % (docs/results.md). "
-    "Other models lose more or less: `mha2mla eval` measures it."
+    "and 0.80 ± 0.38 points at 31.25 % (two runs), 0.99 ± 0.42 at 18.75 % and 1.93 ± 0.46 at 12.5 % "
+    "(docs/results.md). Other models lose more or less: `mha2mla eval` measures it."
 )
 
 

@@ -75,29 +75,39 @@ def mix_pieces(
 
 
 def pack_blocks(
-    texts: Iterable[str | list[int]], tokenizer: PreTrainedTokenizerBase, num_blocks: int, length: int
+    texts: Iterable[str | list[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    num_blocks: int,
+    length: int,
+    num_more: int = 0,
 ) -> torch.Tensor:
     """
     Texts one after another, cut into blocks. Each is tokenised and closed by an end-of-sequence token; what is
     tokenised already is taken as it is.
 
+    Args:
+        num_more (`int`): Blocks to add behind the `num_blocks`, as far as the text goes.
+
     Returns:
-        Token ids, [num_blocks, length].
+        Token ids, [num_blocks to num_blocks + num_more, length].
 
     Raises:
         ValueError: If the text is too short.
     """
-    needed = num_blocks * length
+    most = (num_blocks + num_more) * length
     stream: list[int] = []
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for text in texts:
         if isinstance(text, str):
             text = tokenizer(text, add_special_tokens=False)["input_ids"] + separator
         stream += text
-        if len(stream) >= needed:
-            return torch.tensor(stream[:needed]).view(num_blocks, length)
+        if len(stream) >= most:
+            break
+    found = min(len(stream), most) // length
+    if found >= num_blocks:
+        return torch.tensor(stream[: found * length]).view(found, length)
     raise ValueError(
-        f"The text gives {len(stream) // length} blocks of {length} tokens, {num_blocks} are asked for. Lower "
+        f"The text gives {found} blocks of {length} tokens, {num_blocks} are asked for. Lower "
         "--samples or --length, or give more text."
     )
 
@@ -112,11 +122,12 @@ def load_blocks(
     split: str = "train",
     seed: int | None = 0,
     trust_remote_code: bool = False,
+    num_more: int = 0,
 ) -> torch.Tensor:
     """
     Token blocks [num_blocks, length] of what a user names as text (see [`find_sources`]), with the tokenizer of a
     checkpoint: of short pieces from all over the text, or, without a seed, of pieces of a block's length in the order
-    of the text.
+    of the text. Behind them come up to `num_more`, as far as the text goes.
 
     Raises:
         ValueError: If the text cannot be read, or is too short.
@@ -124,4 +135,4 @@ def load_blocks(
     tokenizer = load_tokenizer(str(tokenizer_folder), "tokenizer", trust_remote_code)
     piece_length = length if seed is None else PIECE_LENGTH
     pieces = mix_pieces(find_sources(data, column, subset, split), tokenizer, seed, piece_length)
-    return pack_blocks(pieces, tokenizer, num_blocks, length)
+    return pack_blocks(pieces, tokenizer, num_blocks, length, num_more)
