@@ -128,7 +128,7 @@ def mix_pieces(streams: Sequence[Iterator[Piece]], weights: Sequence[float]) -> 
         yield piece
 
 
-def pack_blocks(pieces: Iterable[Piece], num_blocks: int, length: int) -> torch.Tensor:
+def pack_blocks(pieces: Iterable[Piece], num_blocks: int, length: int, num_more: int = 0) -> torch.Tensor:
     """
     Pieces one after another, cut into blocks.
 
@@ -136,13 +136,16 @@ def pack_blocks(pieces: Iterable[Piece], num_blocks: int, length: int) -> torch.
     begins in the midst of a turn and an answer always follows its question; what of it is longer than a block is
     dropped.
 
+    Args:
+        num_more (`int`): Blocks to add behind the `num_blocks`, as far as the text goes.
+
     Returns:
-        Token ids, [num_blocks, length].
+        Token ids, [num_blocks to num_blocks + num_more, length].
 
     Raises:
         ValueError: If the text is too short.
     """
-    needed = num_blocks * length
+    most = (num_blocks + num_more) * length
     stream: list[int] = []
     for piece in pieces:
         ids = piece.ids
@@ -150,10 +153,13 @@ def pack_blocks(pieces: Iterable[Piece], num_blocks: int, length: int) -> torch.
             room = -len(stream) % length
             ids = ids[:length] if len(ids) <= room else ids[:room] + ids[:length]
         stream += ids
-        if len(stream) >= needed:
-            return torch.tensor(stream[:needed]).view(num_blocks, length)
+        if len(stream) >= most:
+            break
+    found = min(len(stream), most) // length
+    if found >= num_blocks:
+        return torch.tensor(stream[: found * length]).view(found, length)
     raise ValueError(
-        f"The text gives {len(stream) // length} blocks of {length} tokens, {num_blocks} are asked for. Lower "
+        f"The text gives {found} blocks of {length} tokens, {num_blocks} are asked for. Lower "
         "--samples or --length, or give more text."
     )
 
@@ -168,11 +174,12 @@ def load_blocks(
     split: str = "train",
     seed: int | None = 0,
     trust_remote_code: bool = False,
+    num_more: int = 0,
 ) -> torch.Tensor:
     """
     Token blocks [num_blocks, length] of what a user names as text (see [`find_sources`]), with the tokenizer of a
     checkpoint: of short pieces from all over the text, sources mixed by weight, or, without a seed, of pieces of a
-    block's length in the order of the text.
+    block's length in the order of the text. Behind them come up to `num_more`, as far as the text goes.
 
     Raises:
         ValueError: If the text cannot be read, or is too short.
@@ -188,5 +195,6 @@ def load_blocks(
         for source, column in zip(sources, columns, strict=True)
     ]
     if seed is None:
-        return pack_blocks(chain.from_iterable(streams), num_blocks, length)
-    return pack_blocks(mix_pieces(streams, [source.weight for source in sources]), num_blocks, length)
+        return pack_blocks(chain.from_iterable(streams), num_blocks, length, num_more)
+    weights = [source.weight for source in sources]
+    return pack_blocks(mix_pieces(streams, weights), num_blocks, length, num_more)

@@ -20,16 +20,25 @@ from .architectures import architecture_of
 from .cache_plan import CachePlan
 from .checkpoint import atomic_folder, check_output, shard_bytes
 from .config import ConversionConfig
-from .export.engines import ENGINES, advise_sizes, check_servable, engines_of, expressible_lists, kernel_sizes
+from .export.engines import (
+    ENGINES,
+    advise_sizes,
+    check_servable,
+    engines_for_frequencies,
+    expressible_lists,
+    kernel_sizes,
+)
 from .fused import open_checkpoint
 from .job import ConversionJob
 from .model_card import write_model_card
 from .output import write_companions, write_weights
 from .source import local_checkpoint
+from .summary import summary
 from .weights_check import check_weights
 
 logger = logging.getLogger(__name__)
 
+HELD_OUT_BLOCKS = 8  # of the same text as the calibration's, to measure the result on
 PACKAGES = ("mha2mla", "torch", "transformers", "safetensors")
 
 
@@ -91,7 +100,7 @@ def convert(
 
         if engine is not None:
             check_servable(config_of(plans[0]), preset.common_frequencies, engine)
-        blocks = load_text(folder, options, trust_remote_code)
+        blocks, held_out = load_text(folder, options, trust_remote_code)
         with (
             atomic_folder(output, options.overwrite) as partial,
             scratch_folder("mha2mla-conversion-") as scratch,
@@ -105,12 +114,13 @@ def convert(
                 scratch,
                 engine=None if engine is None else engine.title,
                 expressible=expressible_lists(config_of(plans[0]), engine or ENGINES["transformers"]),
+                held_out=held_out,
             )
             plan = preset.choose(job, plans)
             logger.info("Chosen: %s", plan)
             mla_config = config_of(plan)
             if plan.frequencies is not None:
-                logger.info("Engines for an export: %s", engines_of(mla_config, plan.frequencies))
+                logger.info("Engines for an export: %s", engines_for_frequencies(mla_config, plan.frequencies)[1])
             write_companions(
                 partial, folder, mla_config, trust_remote_code
             )  # the tokenizer is proved before the long work
@@ -126,6 +136,7 @@ def convert(
                 "num_rope_key_heads": plan.num_rope_key_heads,
                 "cache_width": plan.width,
                 "source_cache_width": plan.source_width,
+                "held_out_loss": job.losses,
                 "seconds": round(time.perf_counter() - start, 1),
                 "versions": versions(*PACKAGES) | {"python": platform.python_version()},
                 "layers": records,
@@ -133,16 +144,20 @@ def convert(
             (partial / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n")
             is_repo = not Path(source).exists()
             write_model_card(partial / "README.md", source, is_repo, output.name, options, plan, revision)
-    logger.info("Wrote %s", output)
+    original = None if gguf_file is not None or source.endswith(".gguf") else source
+    logger.info(summary(original, output, options, plan, mla_config, job.losses, dtype.itemsize))
     return output
 
 
-def load_text(folder: Path, options: ConversionConfig, trust_remote_code: bool) -> torch.Tensor | None:
-    """Calibration blocks [samples, length], if the preset has any use for text."""
+def load_text(
+    folder: Path, options: ConversionConfig, trust_remote_code: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Calibration blocks [samples, length], if the preset has any use for text, and blocks [at most HELD_OUT_BLOCKS,
+    length] to measure the result on, if there is so much."""
     if options.preset.use_of_text is None:
-        return None
+        return None, None
     assert options.data is not None
-    return load_blocks(
+    blocks = load_blocks(
         folder,
         options.data,
         options.samples,
@@ -152,4 +167,7 @@ def load_text(folder: Path, options: ConversionConfig, trust_remote_code: bool) 
         options.split,
         options.seed,
         trust_remote_code,
+        HELD_OUT_BLOCKS,
     )
+    held_out = blocks[options.samples :]
+    return blocks[: options.samples], held_out if len(held_out) > 0 else None

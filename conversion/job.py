@@ -1,7 +1,7 @@
 """What a conversion works on, carried through it as one thing."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,6 +25,10 @@ class ConversionJob:
         engine (`str`, *optional*): Title of the inference engine that the model must suit.
         expressible (`Callable`): Whether that engine, or else any that runs DeepSeek's models, has a rotary table of
             some of the source's frequencies, which are given by their indices.
+        held_out (`torch.Tensor`, *optional*): Token ids of text of the same kind that nothing is fitted to,
+            [blocks, T].
+        losses (`dict[str, float]`): Of the "source" and of the "converted" model on that text, mean cross-entropy per
+            token in nats; left here by a preset that carries text through both.
     """
 
     architecture: Architecture
@@ -35,6 +39,8 @@ class ConversionJob:
     scratch: Path
     engine: str | None = None
     expressible: Callable[[Sequence[int]], bool] = lambda frequencies: True
+    held_out: torch.Tensor | None = None
+    losses: dict[str, float] = field(default_factory=dict)
 
     @property
     def config(self) -> PreTrainedConfig:

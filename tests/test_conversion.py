@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mha2mla.cli.main import main
+from mha2mla.common.text import load_blocks
 from mha2mla.conversion import ConversionConfig, Paper, convert
 from mha2mla.conversion.architectures import architecture_of
 from mha2mla.conversion.cache_plan import CacheSizes, unrotated_rows
@@ -398,3 +401,39 @@ def test_options_of_a_preset_are_its_own():
 def test_calibrated_needs_text(save_source, tmp_path, capsys):
     assert run(save_source(), tmp_path / "out", "--cache-ratio", 0.5, preset="calibrated") == 2
     assert "give --data" in capsys.readouterr().err
+
+
+def test_it_ends_with_what_it_did_and_what_comes_next(save_source, calibration_file, tmp_path, caplog):
+    source, out = save_source("gqa"), tmp_path / "a model"
+    options = ("--cache-ratio", 0.3, "--data", calibration_file, "--column", "text", *CALIBRATED)
+    with caplog.at_level("INFO", logger="mha2mla"):
+        assert main(["convert", *map(str, (source, out, *options))]) == 0
+    cache, loss, engines, wrote, following, *commands = caplog.records[-1].getMessage().splitlines()
+    assert cache.startswith("Cache: 48 -> 14 numbers") and engines.startswith("Engines for an export: transformers")
+    assert (wrote, following) == (f"Wrote {out}", "Next:")
+    assert [shlex.split(command)[:2] for command in commands] == [
+        ["mha2mla", "chat"],
+        ["mha2mla", "train"],
+        ["mha2mla", "export"],  # for no engine with kernels, as padding would make the cache larger than the source's
+    ]
+    # The losses are those of the models themselves, on text behind the calibration's.
+    text = load_blocks(source, str(calibration_file), 6, 16, seed=0, num_more=8)
+    held_out = text[6:]
+    assert 0 < len(held_out) <= 8
+    for folder, value in zip((source, out), re.findall(r"\d\.\d{3}(?= |$)", loss), strict=True):
+        with torch.no_grad():
+            expected = AutoModelForCausalLM.from_pretrained(folder)(held_out, labels=held_out).loss
+        assert abs(float(value) - expected.item()) < 2e-3
+    # The commands run as they stand.
+    train, export = (shlex.split(command)[1:] for command in commands[1:])
+    short = ["--length", "16", "--max-steps", "1", "--report_to", "none", "--use_cpu"]
+    assert main([*train, *short]) == 0 and (tmp_path / "a model-recovered" / "config.json").is_file()
+    assert main(export) == 0 and (tmp_path / "a model-served" / "config.json").is_file()
+
+
+def test_without_more_text_no_loss_is_told(save_source, calibration_file, tmp_path, caplog):
+    options = ("--cache-ratio", 0.3, "--data", calibration_file, "--samples", 63, "--length", 16, "--refine-steps", 0)
+    with caplog.at_level("INFO", logger="mha2mla"):
+        assert main(["convert", *map(str, (save_source("gqa"), tmp_path / "out", *options))]) == 0
+    assert "Loss: " not in caplog.text
+    assert json.loads((tmp_path / "out" / "conversion.json").read_text())["held_out_loss"] == {}

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mha2mla.cli.main import main
 from mha2mla.conversion.cache_plan import CacheSizes
 from mha2mla.conversion.export import export
-from mha2mla.conversion.export.engines import ENGINES, advise_sizes, engines_of, kernel_sizes
+from mha2mla.conversion.export.engines import ENGINES, advise_sizes, engines_for_frequencies, kernel_sizes
 from mha2mla.modeling import MLALlamaConfig
 from pico import make_source
 
@@ -96,11 +96,16 @@ def test_engines_by_size(rank, rope, head_dim, frequencies, expected):
     )
     padded = {name: (pad and f" (export with --pad {pad}: {pad + 64} values)") or "" for name, pad in expected.items()}
     named = [ANY[0], *(name + padding for name, padding in padded.items()), ANY[1]]
-    assert engines_of(config, list(frequencies)) == ", ".join(named)
+    assert engines_for_frequencies(config, list(frequencies))[1] == ", ".join(named)
 
 
 def test_a_model_that_no_engine_can_run_says_why():
-    assert re.match("none. attention_bias=True", engines_of(MLALlamaConfig(attention_bias=True), [0, 1]))
+    found, reason = engines_for_frequencies(MLALlamaConfig(attention_bias=True), [0, 1])
+    assert found == [] and reason.startswith("none. attention_bias=True")
+    assert engines_for_frequencies(MLALlamaConfig(), None) == (
+        [],
+        "none. Layers have rotary frequencies of their own.",
+    )
 
 
 @pytest.mark.parametrize("scaling", [{}, {"rope": "llama3", "original_max_position_embeddings": 512}])

@@ -169,10 +169,15 @@ def describe_engines(found: Iterable[tuple[Engine, int | None]]) -> str:
     )
 
 
-def engines_of(config: LatentConfigMixin, frequencies: Sequence[int]) -> str:
-    """For a person: which engines will run a stock export of a model with these sizes and rotary frequencies."""
+def engines_for_frequencies(
+    config: LatentConfigMixin, frequencies: Sequence[int] | None
+) -> tuple[list[tuple[Engine, int | None]], str]:
+    """What [`fitting_engines`] gives for a model whose layers all rotate with these frequencies (None: each with its
+    own), and for a person the same in words, or why there are none."""
+    if frequencies is None:
+        return [], "none. Layers have rotary frequencies of their own."
     try:
         found = fitting_engines(config, lambda engine: expressible_lists(config, engine)(frequencies))
     except ValueError as reason:
-        return f"none. {reason}"
-    return describe_engines(found) or "none. They have no rotary table of these frequencies."
+        return [], f"none. {reason}"
+    return found, describe_engines(found) or "none. They have no rotary table of these frequencies."

@@ -17,7 +17,7 @@ from mha2mla.conversion.architectures import Architecture
 from mha2mla.conversion.attention_weights import LatentAttention
 from mha2mla.conversion.cache_plan import CachePlan, CacheSizes, plan_caches
 from mha2mla.conversion.job import ConversionJob
-from mha2mla.conversion.layerwise import LayerVisit, advance, embed, run_layers
+from mha2mla.conversion.layerwise import LayerVisit, advance, embed, language_loss, run_layers
 from mha2mla.conversion.presets.base import ConvertedLayer, Preset
 from mha2mla.conversion.rotary import head_dim, num_rotary_pairs
 from mha2mla.conversion.search import lowest_loss
@@ -165,18 +165,28 @@ class Calibrated(Preset):
         return found or candidates(lambda frequencies: True)
 
     def layers(self, job: ConversionJob, plan: CachePlan) -> Iterator[ConvertedLayer]:
+        assert job.blocks is not None
         state = self.open_state(job)
         settings = RefineSettings(self.refine_steps, self.refine_batch_size, self.refine_learning_rate)
-        stream = embed(job)
-        for visit in run_layers(job, "Converting"):
+        count = len(job.blocks)  # what is behind them is carried along, and nothing is fitted to it
+        text = job.blocks if job.held_out is None else torch.cat((job.blocks, job.held_out))
+        carried = replace(job, blocks=text)
+        stream = embed(carried)
+        outputs = stream
+        for visit in run_layers(carried, "Converting"):
             start = time.perf_counter()
             layer, metrics = self.closed_form(visit, state.load(visit.index, job.device), plan)
             if settings.steps > 0:
-                layer = self.steps.refine(layer, visit, stream, settings, job.seed + visit.index)
+                layer = self.steps.refine(layer, visit, stream[:count], settings, job.seed + visit.index)
             advance(visit, layer, stream)
-            metrics["output_error"] = output_error(visit, stream)
+            metrics["output_error"] = output_error(visit, stream[:count])
             metrics["seconds"] = time.perf_counter() - start
+            outputs = visit.outputs
             yield ConvertedLayer(layer, metrics)
+        if job.held_out is not None:
+            held_out = replace(job, blocks=job.held_out)
+            job.losses["source"] = language_loss(held_out, outputs[count:])
+            job.losses["converted"] = language_loss(held_out, stream[count:])
 
     def open_state(self, job: ConversionJob) -> CalibrationState:
         assert job.blocks is not None
@@ -230,5 +240,5 @@ def block_input(visit: LayerVisit, index: int) -> torch.Tensor:
 def output_error(visit: LayerVisit, stream: list[torch.Tensor]) -> float:
     """How far the converted model's residual stream is from the original's after this layer, as refinement has it."""
     device = visit.frequencies.device
-    pairs = zip(stream, visit.outputs, strict=True)
+    pairs = zip(stream, visit.outputs, strict=False)  # of the text that is fitted to, which comes first
     return torch.stack([robust_error(got.to(device), wanted.to(device)) for got, wanted in pairs]).mean().item()

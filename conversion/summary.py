@@ -1,0 +1,73 @@
+"""What a conversion ends with: what it did to the cache and to the model, and the commands that come next."""
+
+import math
+import shlex
+from pathlib import Path
+
+from mha2mla.common.kernel_sizes import KERNEL_ROPE_DIM
+from mha2mla.modeling.latent_config import LatentConfigMixin
+
+from .cache_plan import CachePlan
+from .config import ConversionConfig
+from .export.engines import ENGINES, Engine, engines_for_frequencies
+
+PLUGIN = "  # after pip install 'mha2mla[vllm]'"
+
+
+def summary(
+    original: str | None,
+    output: Path,
+    options: ConversionConfig,
+    plan: CachePlan,
+    config: LatentConfigMixin,
+    losses: dict[str, float],
+    element_size: int,
+) -> str:
+    """
+    For a person.
+
+    Args:
+        original (`str`, *optional*): The source, where transformers loads it by its name: no GGUF file.
+        config (`LatentConfigMixin`): Of the converted model.
+        losses (`dict[str, float]`): Of the "source" and of the "converted" model, see [`ConversionJob`]; empty where
+            they were not measured.
+        element_size (`int`): Bytes of a value in the cache.
+    """
+    lines = [plan.describe(element_size)]
+    if losses:
+        before, after = losses["source"], losses["converted"]
+        lines.append(
+            f"Loss: {before:.3f} -> {after:.3f} nats per token (perplexity {math.exp(before):,.1f} -> "
+            f"{math.exp(after):,.1f}) on text of the same data that nothing was fitted to"
+        )
+    found, engines = engines_for_frequencies(config, plan.frequencies)
+    lines.append(f"Engines for an export: {engines}")
+    commands = [*compare_and_recover(original, output, options), *serve(output, found, plan, config)]
+    return "\n".join([*lines, f"Wrote {output}", "Next:", *(f"  {command}" for command in commands)])
+
+
+def compare_and_recover(original: str | None, output: Path, options: ConversionConfig) -> list[str]:
+    """Commands that show the model beside its source, and that train it back to it."""
+    commands = [] if original is None else [["mha2mla", "chat", original, str(output)]]
+    if options.data is not None:
+        named = {"--teacher": original, "--data": options.data, "--column": options.column, "--subset": options.subset}
+        named["--split"] = None if options.split == "train" else options.split
+        given = [word for name, value in named.items() if value is not None for word in (name, value)]
+        commands.append(["mha2mla", "train", "--model", str(output), *given, "--output", f"{output}-recovered"])
+    return [shlex.join(command) for command in commands]
+
+
+def serve(
+    output: Path, found: list[tuple[Engine, int | None]], plan: CachePlan, config: LatentConfigMixin
+) -> list[str]:
+    """Commands that export and serve the model: padded for vLLM, where that is still less than the source's cache."""
+    if not found:
+        fits = config.num_rope_key_heads == 1 and plan.kv_lora_rank <= ENGINES["vllm"].kernel_ranks[0]
+        return [f"{shlex.join(['vllm', 'serve', str(output)])}{PLUGIN}"] if fits else []
+    served = f"{output}-served"
+    export, vllm = ["mha2mla", "export", str(output), served], ENGINES["vllm"]
+    rank = dict(found).get(vllm)
+    if vllm not in dict(found) or (rank is not None and rank + KERNEL_ROPE_DIM >= plan.source_width):
+        return [shlex.join(export)]
+    padding = [] if rank is None else ["--pad", str(rank)]
+    return [shlex.join([*export, *padding]), shlex.join(["vllm", "serve", served])]
