@@ -28,7 +28,7 @@ serve-test: .venv-test/ready .venv-serve/ready
 
 # The documentation site, in site/; a link that leads nowhere is an error. To look at it: .venv-docs/bin/mkdocs serve
 docs: .venv-docs/ready
-	NO_MKDOCS_2_WARNING=1 PATH="$(CURDIR)/.venv-docs/bin:$$PATH" mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 PATH="$(CURDIR)/.venv-docs/bin:$$PATH" mkdocs build --strict
 
 .venv-demo/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-demo

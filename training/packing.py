@@ -42,7 +42,7 @@ def pack_documents(
         short_length (`int`, *optional*): In every second row documents are cut into pieces of so many tokens.
 
     Returns:
-        `input_ids`, [rows][length], and `lengths`, [rows][pieces]: sizes of the pieces of each row, in order.
+        `input_ids`, a list of `length` ids for each row, and `lengths`, the sizes of each row's pieces, in order.
     """
     input_ids: list[list[int]] = []
     lengths: list[list[int]] = []
