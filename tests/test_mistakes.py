@@ -61,7 +61,7 @@ TRAIN += ("--report_to", "none", "--output", "out")
         ((*TRAIN, "--eval_fraction", "0.99"), "eval_fraction=0.99 of the 12 documents of text.jsonl"),
         ((*TRAIN, "--config", "rates.yaml"), "learning_rate: [1, 2] does not fit"),
         ((*TRAIN, "--output", ""), "output_dir is empty"),
-        ((*TRAIN, "--output", "../inputs0/mla"), "is the model, which would be lost"),
+        ((*TRAIN, "--output", "source/../mla"), "is the model, which would be lost"),
         ((*TRAIN, "--output", "source", "--teacher", "source"), "is the teacher, which would be lost"),
     ],
 )
