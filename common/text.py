@@ -12,11 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 from .loading import load_tokenizer
 from .text_sources import (
-    Column,
     TextSource,
     check_source,
     clean_documents,
     find_sources,
+    is_chat,
     load_source,
     reading,
     render_chats,
@@ -75,7 +75,7 @@ def split_chat(chat: Sequence[dict[str, Any]], size: int) -> list[list[dict[str,
 
 def iterate_pieces(
     source: TextSource,
-    column: Column,
+    column: str,
     tokenizer: PreTrainedTokenizerBase,
     seed: int | None = 0,
     piece_length: int = PIECE_LENGTH,
@@ -88,7 +88,7 @@ def iterate_pieces(
     and a long document counts by its length.
 
     Args:
-        column (`Column`): What [`check_source`] says of the source.
+        column (`str`): Where the documents are.
         piece_length (`int`): Tokens of a piece, roughly.
 
     Raises:
@@ -98,8 +98,8 @@ def iterate_pieces(
     size = CHARACTERS_PER_TOKEN * piece_length
 
     def cut(batch: dict[str, list]) -> dict[str, list]:
-        documents = clean_documents(batch[column.name], source, column.name)
-        if column.chats:
+        documents = clean_documents(batch[column], source, column)
+        if documents and is_chat(documents[0]):
             return {"piece": [part for chat in documents for part in split_chat(chat, size)]}
         return {"piece": [text[i : i + size] for text in documents for i in range(0, len(text), size)]}
 
@@ -109,10 +109,10 @@ def iterate_pieces(
         if seed is not None:
             pieces = pieces.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
         for row in pieces:
-            if column.chats:
-                yield Piece(render_chats([row["piece"]], tokenizer)[0], whole=True)
-            else:
+            if isinstance(row["piece"], str):
                 yield tokenize_piece(row["piece"], tokenizer)
+            else:
+                yield Piece(render_chats([row["piece"]], tokenizer)[0], whole=True)
 
 
 def mix_pieces(streams: Sequence[Iterator[Piece]], weights: Sequence[float]) -> Iterator[Piece]:
@@ -191,7 +191,7 @@ def load_blocks(
         logger.warning(PROSE_ONLY)
     piece_length = length if seed is None else PIECE_LENGTH
     streams = [
-        iterate_pieces(source, column, tokenizer, seed, piece_length)
+        iterate_pieces(source, column.name, tokenizer, seed, piece_length)
         for source, column in zip(sources, columns, strict=True)
     ]
     if seed is None:
