@@ -117,4 +117,4 @@ def cache_line(answer: "Answer", original: "Answer") -> str:
     if answer is original:
         return line
     share = answer.cache_bytes / answer.cache_tokens / (original.cache_bytes / original.cache_tokens)
-    return f"{line} ({share:.2%} a token)"
+    return f"{line} ({100 * share:.2f} % a token)"
