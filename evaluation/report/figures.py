@@ -11,7 +11,7 @@ matplotlib.use("Agg")  # files only, no screen
 
 from matplotlib import pyplot
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import LogFormatter, PercentFormatter
 
 from mha2mla.evaluation.results import ORIGINAL, ModelResult, Results
 
@@ -60,6 +60,9 @@ def plot_against_cache(
             axes.axhline(m.value, color="black", linestyle="--", linewidth=1)
             axes.plot([m.cache], [m.value], "k*", markersize=10, label=f"original ({m.cache:,.0f} {unit})")
     axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear", title=title)
+    if log:  # plain numbers, not powers
+        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter())
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     return figure
@@ -131,7 +134,7 @@ def against_cache(results: Results) -> Iterator[tuple[str, Figure]]:
 
     points = measured_points(results, accuracy)
     if points:
-        title = f"Mean of {len(choices)} tasks against cache size"
+        title = f"{choices[0] if len(choices) == 1 else f'Mean of {len(choices)} tasks'} against cache size"
         yield "accuracy", plot(points, "accuracy in %", title, log=False)
     for name in tasks_with(results, ("perplexity",), "perplexity"):
 
