@@ -77,6 +77,7 @@ def main(argv: list[str]) -> None:
 
     from mha2mla.evaluation.caches import CacheKind
     from mha2mla.evaluation.report.card import write_cards
+    from mha2mla.evaluation.report.headline import results_in_words
     from mha2mla.evaluation.report.hub_results import Benchmark, check_benchmarks, write_hub_results
     from mha2mla.evaluation.report.page import PAGE_NAME
     from mha2mla.evaluation.report.tables import make_tables
@@ -102,5 +103,5 @@ def main(argv: list[str]) -> None:
     if options.cards:
         write_cards(results)
     write_hub_results(results, benchmarks)
-    print("\n\n".join(table.markdown() for table in make_tables(results)))
+    print("\n\n".join([*(table.markdown() for table in make_tables(results)), *results_in_words(results)]))
     print(f"\nWrote {options.output / PAGE_NAME}")

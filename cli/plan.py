@@ -78,10 +78,11 @@ def describe(source: str, survey: Survey, options: PlanArguments, context: int) 
     title = f"Cache of {source}: values per token and layer, and GB in bf16 for a text of {context:,} tokens"
     table = Table(title, header, [cells(offer) for offer in (original, *offers)])
     heaviest = max(offer.weight_bytes for offer in (original, *offers))
+    gigabytes = f"{original.weight_bytes / 1e9:.2f} GB; at most {heaviest / 1e9:.2f} GB converted"
     beside = (
-        f"Tokens: {MEMORY_SHARE:.0%} of the memory less the weights in bf16 ({original.weight_bytes / 1e9:.2f} GB; at "
-        f"most {heaviest / 1e9:.2f} GB converted), over the bytes of a token. A padded export caches the values that "
-        "its line below says instead. fp8 caches are vLLM's; on Hopper vLLM 0.25.1 has none for 256 + 64."
+        f"Tokens: {100 * MEMORY_SHARE:.0f} % of the memory less the weights in bf16 ({gigabytes}), over the bytes of "
+        "a token. A padded export caches the values that its line below says instead. fp8 caches are vLLM's; on "
+        "Hopper vLLM 0.25.1 has none for 256 + 64."
     )
     takers: dict[str, list[str]] = {}
     for offer in offers:

@@ -114,6 +114,7 @@ def evaluate_models(
     set_seed(settings.seed)
     original: PreTrainedModel | None = None
     original_row: ModelResult | None = None
+    seconds_of: dict[str, float] = {}  # of each task, when it was last measured
     for path in paths:
         model = load_model(path, trust_remote_code=trust_remote_code, dtype=settings.dtype).to(device).eval()
         tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
@@ -135,11 +136,14 @@ def evaluate_models(
                 if is_done(row, task, digest):
                     logger.info("%s, %s: done before", row.label, task.name)
                     continue
-                logger.info("%s, %s (task %d of %d)", row.label, task.name, number, len(tasks))
+                place = f"model {paths.index(path) + 1} of {len(paths)}, task {number} of {len(tasks)}"
+                before = f", {seconds_of[task.name]:.0f} s before" if task.name in seconds_of else ""
+                logger.info("%s, %s (%s%s)", row.label, task.name, place, before)
                 start = time.perf_counter()
                 numbers = measure_task(task, model, tokenizer, original or model, settings, batch_size, kind)
                 seconds = round(time.perf_counter() - start, 2)
                 row.tasks[task.name] = {"kind": task.kind, "digest": digest, "numbers": numbers, "seconds": seconds}
+                seconds_of[task.name] = seconds
                 row.tasks[task.name]["run"] = len(results.runs) - 1
                 results.save(output)
             results.save(output)

@@ -1,6 +1,7 @@
 """The eval command from end to end, on a pico model and its conversions."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -94,6 +95,15 @@ def test_tables_page_and_results(models, sets, tmp_path, capsys):
     # Mean accuracy, perplexity, a heat map for each model, perplexity by position; three of the conversion.
     assert page.count("data:image/png;base64,") == 5 + 3
     assert "http" not in page
+    # It is titled by the model, and opens with the result; so do the tables end on the terminal.
+    assert f"<h1>{Path(models[0]).name}, converted to latent attention</h1><p class=result>half: 50.00 % less" in page
+    (result,) = [line for line in printed.splitlines() if line.startswith("half: ")]
+    average = re.search(r"half \|.*?\| +(-?[\d.]+) ±", printed[printed.index("Difference from the original") :])
+    before, after = (model["tasks"]["texts"]["numbers"]["perplexity"] for model in (original, half))
+    words = r"half: 50\.00 % less cache, (\S+) ± \S+ points (lost|gained), perplexity (\S+) % \(texts\)\."
+    lost = re.fullmatch(words, result)
+    assert float(lost[1]) * (-1 if lost[2] == "lost" else 1) == pytest.approx(float(average[1]), abs=0.051)
+    assert float(lost[3]) == pytest.approx(100 * (after / before - 1), abs=0.051)
     assert "Multiple choice, accuracy in %" in (tmp_path / "results" / "table.md").read_text()
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from huggingface_hub.utils import tqdm
 from transformers import AutoTokenizer, PreTrainedConfig
 
 from .experts import causal_model
@@ -46,13 +47,18 @@ def check_ids(folder: Path, config: PreTrainedConfig) -> torch.Tensor:
 
 @torch.no_grad()
 def streamed_logits(
-    config: PreTrainedConfig, tensors: TensorSource, ids: torch.Tensor, latent_norm_eps: float | None = None
+    config: PreTrainedConfig,
+    tensors: TensorSource,
+    ids: torch.Tensor,
+    title: str,
+    latent_norm_eps: float | None = None,
 ) -> torch.Tensor:
     """
     Logits [T, vocabulary] of token ids [T], fp32, by the class that transformers has for the config. Memory holds one
     layer at a time.
 
     Args:
+        title (`str`): Of the progress bar.
         latent_norm_eps (`float`, *optional*): For engines whose latents' norm has another eps than transformers'.
     """
     with torch.device("meta"):
@@ -60,7 +66,7 @@ def streamed_logits(
     positions = torch.arange(len(ids))[None]
     position_embeddings = type(model.model.rotary_emb)(config)(torch.empty(0), positions)
     hidden = tensors.get("model.embed_tokens.weight")[ids].float()[None]  # [1, T, D]
-    for index, layer in enumerate(model.model.layers):
+    for index, layer in enumerate(tqdm(model.model.layers, desc=title, unit="layer")):
         state = tensors.with_prefix(f"model.layers.{index}.")
         layer.load_state_dict(
             {name: t.float() if t.is_floating_point() else t for name, t in state.items()}, assign=True

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import torch
+from huggingface_hub.utils import tqdm
 
 from mha2mla.common.companions import copy_companions
 from mha2mla.common.tokenizer import write_tokenizer
@@ -32,6 +33,8 @@ from .plan import load_model_config, plan_export
 from .record import EXPORT_RECORD_NAME, write_record
 
 logger = logging.getLogger(__name__)
+
+RUNNING, CHECKING = "Running the model", "Checking what was written"  # on a short text
 
 
 def export(
@@ -89,10 +92,11 @@ def export_deepseek(folder: Path, model: str, output: Path, options: ExportConfi
     logger.info(plan.describe(config, 2))
     logger.info("Engines that take these sizes: %s", engines_for(plan, config))
     ids = check_ids(folder, config)
-    ours = streamed_logits(config, reader, ids)
+    ours = streamed_logits(config, reader, ids, RUNNING)
     with atomic_folder(output, options.overwrite, EXPORT_RECORD_NAME) as partial:
         writer = CheckpointWriter(partial, shard_bytes(options.max_shard_size))
-        for name, tensor in stock_tensors(reader, config, plan, gauge, getattr(torch, dtype)):
+        tensors = stock_tensors(reader, config, plan, gauge, getattr(torch, dtype))
+        for name, tensor in tqdm(tensors, desc="Writing", unit="tensor", total=len(stock_names(stock))):
             writer.add(name, tensor)
         writer.finish()
         exported = open_checkpoint(partial, stock)
@@ -101,7 +105,7 @@ def export_deepseek(folder: Path, model: str, output: Path, options: ExportConfi
         stock.save_pretrained(partial)
         copy_companions(folder, partial)
         write_tokenizer(folder, partial)
-        agreement = compare_logits(ours, streamed_logits(reference_config(stock), exported, ids))
+        agreement = compare_logits(ours, streamed_logits(reference_config(stock), exported, ids, CHECKING))
         logger.info("Check: %s", agreement.describe())
         check_agreement(agreement, dtype)
         write_export_card(partial / "README.md", output.name, folder, model, config, plan, agreement, dtype)
@@ -131,15 +135,15 @@ def export_ours(folder: Path, model: str, output: Path, options: ExportConfig) -
     ours = our_config(config, layout, rope, getattr(torch, dtype))
     logger.info("Cache: %d values per token and layer in use", ours.latent_cache_dim)
     ids = check_ids(folder, config)
-    stock = streamed_logits(config, reader, ids)
+    stock = streamed_logits(config, reader, ids, RUNNING)
     with atomic_folder(output, options.overwrite, EXPORT_RECORD_NAME) as partial:
         writer = CheckpointWriter(partial, shard_bytes(options.max_shard_size))
-        for name, tensor in our_tensors(reader, config, ours, layout, rope):
+        for name, tensor in tqdm(our_tensors(reader, config, ours, layout, rope), desc="Writing", unit="tensor"):
             writer.add(name, tensor.to(ours.dtype).contiguous() if tensor.is_floating_point() else tensor)
         writer.finish()
         check_complete(writer, ours)
         write_companions(partial, folder, ours)
-        agreement = compare_logits(stock, streamed_logits(ours, CheckpointReader(partial), ids))
+        agreement = compare_logits(stock, streamed_logits(ours, CheckpointReader(partial), ids, CHECKING))
         logger.info("Check: %s", agreement.describe())
         check_agreement(agreement, dtype)
         write_way_back_card(partial / "README.md", output.name, folder, model, ours)
@@ -164,9 +168,11 @@ def export_gguf(folder: Path, model: str, output: Path, options: ExportConfig) -
     stock = stock_config(config, plan, gauge, torch.float32)
     logger.info(plan.describe(config, 2))
     ids = check_ids(folder, config)
-    ours = streamed_logits(config, reader, ids)
+    ours = streamed_logits(config, reader, ids, RUNNING)
     with atomic_file(output) as partial:
         write_gguf(partial, folder, model, reader, config, stock, plan, gauge, dtype)
-        agreement = compare_logits(ours, streamed_logits(stock, GGUFTensors(partial, stock), ids, gauge.norm_eps))
+        agreement = compare_logits(
+            ours, streamed_logits(stock, GGUFTensors(partial, stock), ids, CHECKING, gauge.norm_eps)
+        )
         logger.info("Check: %s", agreement.describe())
         check_agreement(agreement, dtype)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub.utils import tqdm
 from transformers import DeepseekV3Config
 from transformers.utils import is_gguf_available
 
@@ -168,7 +169,8 @@ def write_gguf(
     writer = GGUFWriter(path, "deepseek2", use_temp_file=True)
     add_metadata(writer, stock, plan, dtype, model)
     add_vocabulary(writer, folder, stock.vocab_size)
-    for name, tensor in stock_tensors(reader, config, plan, gauge, torch.float32):
+    tensors = stock_tensors(reader, config, plan, gauge, torch.float32)
+    for name, tensor in tqdm(tensors, desc="Writing", unit="tensor", total=len(stock_names(stock))):
         parts = split_up_projection(name, tensor, plan) if "kv_b_proj" in name else {name: tensor}
         for part, values in parts.items():
             data, kind = encode(part, values, dtype)

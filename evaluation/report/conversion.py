@@ -10,6 +10,7 @@ from typing import Any
 
 from matplotlib import pyplot
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 from mha2mla.common.records import RECORD_NAME, read_record
 
@@ -53,6 +54,7 @@ def plot_layers(record: dict, names: dict[str, str], title: str, log: bool) -> F
     for name, label in names.items():
         axes.plot([layer[name] for layer in record["layers"]], marker="o", markersize=3, label=label)
     axes.set(xlabel="layer", title=title)
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
     if log:
         axes.set_yscale("log")
     axes.grid(alpha=0.3)
@@ -63,11 +65,14 @@ def plot_layers(record: dict, names: dict[str, str], title: str, log: bool) -> F
 def conversion_figures(record: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
     """The figures by name; those by layer only where the preset measured them."""
     energy = {"key_energy_kept": "un-rotated keys", "value_energy_kept": "values"}
-    stages = {"unrotation_error": "un-rotation (scores)", "output_error": "residual stream after the layer"}
+    stages = {
+        "unrotation_error": "scores, after the keys were un-rotated",
+        "output_error": "all that the converted layers pass on so far",
+    }
     figures = {
         "rope_frequencies": plot_frequencies(record),
-        "latent_energy": plot_layers(record, energy, "Energy that the latent keeps", log=False),
-        "loss_by_stage": plot_layers(record, stages, "Relative squared error by stage", log=True),
+        "latent_energy": plot_layers(record, energy, "Share of their energy that the latent keeps", log=False),
+        "loss_by_stage": plot_layers(record, stages, "Relative squared error, layer by layer", log=True),
     }
     yield from ((name, figure) for name, figure in figures.items() if figure is not None)
 

@@ -11,10 +11,18 @@ matplotlib.use("Agg")  # files only, no screen
 
 from matplotlib import pyplot
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter, PercentFormatter
 
 from mha2mla.evaluation.results import ORIGINAL, ModelResult, Results
 
 from .tables import CHOICE_KINDS, average_accuracy, task_numbers, tasks_with
+
+# Presets in the words of a legend; one that is not here has its own name.
+PRESETS = {
+    "calibrated": "converted (calibrated)",
+    "paper": "converted as in the paper MHA2MLA",
+    "other": "no record of a conversion",
+}
 
 
 @dataclass(frozen=True)
@@ -44,12 +52,17 @@ def plot_against_cache(
     for preset in dict.fromkeys(m.preset for m in measured if m.preset != ORIGINAL):
         points = sorted((m for m in measured if m.preset == preset), key=lambda m: m.cache)
         sizes, values = [m.cache for m in points], [m.value for m in points]
-        axes.errorbar(sizes, values, [m.stderr for m in points], marker="o", capsize=3, label=preset)
+        axes.errorbar(
+            sizes, values, [m.stderr for m in points], marker="o", capsize=3, label=PRESETS.get(preset, preset)
+        )
     for m in measured:
         if m.preset == ORIGINAL:
             axes.axhline(m.value, color="black", linestyle="--", linewidth=1)
-            axes.plot([m.cache], [m.value], "k*", markersize=10, label=f"original ({m.cache:g} {unit})")
+            axes.plot([m.cache], [m.value], "k*", markersize=10, label=f"original ({m.cache:,.0f} {unit})")
     axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear", title=title)
+    if log:  # plain numbers, not powers
+        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter())
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     return figure
@@ -90,7 +103,7 @@ def plot_retrieval(model: ModelResult, name: str) -> Figure:
     axes.set_xticks(range(len(lengths)), [f"{length:g}" for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
     axes.set(xlabel="length (tokens)", ylabel="depth", title=f"{name}: {model.label}")
-    figure.colorbar(drawn, label="retrieved")
+    figure.colorbar(drawn, label="retrieved", format=PercentFormatter(1))
     return figure
 
 
@@ -114,10 +127,15 @@ def against_cache(results: Results) -> Iterator[tuple[str, Figure]]:
         return plot_against_cache(points, "bytes of cache per token (measured)", ylabel, title, log, "bytes")
 
     choices = tasks_with(results, CHOICE_KINDS, "accuracy")
-    points = measured_points(results, lambda model: average_accuracy(model, choices))
+
+    def accuracy(model: ModelResult) -> tuple[float, float] | None:
+        numbers = average_accuracy(model, choices)
+        return None if numbers is None else (100 * numbers[0], 100 * numbers[1])
+
+    points = measured_points(results, accuracy)
     if points:
-        title = f"Mean of {len(choices)} tasks against cache size"
-        yield "accuracy", plot(points, "accuracy", title, log=False)
+        title = f"{choices[0] if len(choices) == 1 else f'Mean of {len(choices)} tasks'} against cache size"
+        yield "accuracy", plot(points, "accuracy in %", title, log=False)
     for name in tasks_with(results, ("perplexity",), "perplexity"):
 
         def perplexity(model: ModelResult, name: str = name) -> tuple[float, float] | None:

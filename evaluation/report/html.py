@@ -4,8 +4,13 @@ import base64
 import html
 from collections.abc import Iterable
 
-STYLE = "body{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}img{max-width:100%}"
-STYLE += "table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.2em .6em;text-align:right}"
+STYLE = (
+    "body{font:16px/1.5 sans-serif;max-width:100em;margin:2em auto;padding:0 1em}img{max-width:100%}"
+    ".result{font-size:1.3em;font-weight:bold}"
+    ".pictures{display:flex;flex-wrap:wrap;gap:0 1em}.pictures p{margin:.5em 0;flex:1 1 30em;max-width:60em}"
+    "table{border-collapse:collapse;display:block;overflow-x:auto}"
+    "td,th{border:1px solid #ccc;padding:.2em .6em;text-align:right}pre{overflow-x:auto}"
+)
 
 
 def html_picture(name: str, png: bytes) -> str:

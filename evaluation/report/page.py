@@ -1,11 +1,13 @@
 """The files that show an evaluation: tables in markdown, and a page with pictures."""
 
+import html
 from pathlib import Path
 
 from mha2mla.evaluation.results import Results
 
 from .conversion import conversion_section, find_records
 from .figures import encode_png, make_figures
+from .headline import page_title, results_in_words
 from .html import html_page, html_picture, html_table
 from .table import Table
 from .tables import make_tables
@@ -24,7 +26,7 @@ def made_by(results: Results) -> str:
 def write_page(folder: Path, results: Results) -> list[Table]:
     """Write the markdown file and the HTML page beside the results file; gives the tables."""
     tables = make_tables(results)
-    text = "\n\n".join(table.markdown() for table in tables)
+    text = "\n\n".join([*results_in_words(results), *(table.markdown() for table in tables)])
     (folder / MARKDOWN_NAME).write_text(f"{text}\n\n{made_by(results)}\n", encoding="utf-8")
     pictures = [html_picture(name, encode_png(figure)) for name, figure in make_figures(results)]
     parts = [f"<h2>{table.title}</h2>{html_table(table.header, table.rows)}" for table in tables]
@@ -32,6 +34,8 @@ def write_page(folder: Path, results: Results) -> list[Table]:
     conversions = [conversion_section(Path(path).name, record) for path, record in records.items()]
     command, environment = results.runs[-1]["command"], results.runs[-1]["environment"]
     notes = html_table(("made by", ""), [("command", command), *((k, str(v)) for k, v in environment.items())])
-    body = "".join((*pictures, *parts, *conversions, "<h2>Run</h2>", notes))
-    (folder / PAGE_NAME).write_text(html_page("Evaluation", body), encoding="utf-8")
+    opening = [f"<p class=result>{html.escape(sentence)}</p>" for sentence in results_in_words(results)]
+    shown = f"<div class=pictures>{''.join(pictures)}</div>"
+    body = "".join((*opening, shown, *parts, *conversions, "<h2>Run</h2>", notes))
+    (folder / PAGE_NAME).write_text(html_page(page_title(results), body), encoding="utf-8")
     return tables

@@ -34,7 +34,7 @@ def tasks_with(results: Results, kinds: Sequence[str], key: str) -> list[str]:
 
 def model_cells(results: Results, model: ModelResult) -> list[str]:
     """Name, cache per token, and how much smaller it is than the original's."""
-    original = next((m for m in results.models if m.preset == ORIGINAL), None)
+    original = find_original_row(results)
     if original is None or model is original:
         change = "-"
     else:
@@ -89,32 +89,47 @@ def accuracy_tables(results: Results) -> Iterator[Table]:
         yield make_table(results, "Completed exactly by greedy decoding, in %", columns)
 
 
+def find_original_row(results: Results) -> ModelResult | None:
+    return next((m for m in results.models if m.preset == ORIGINAL), None)
+
+
+def compared_tasks(results: Results) -> list[str]:
+    """Tasks of which it is known item by item who was right."""
+    return tasks_with(results, ("choice",), "right_norm")
+
+
+def paired(model: ModelResult, original: ModelResult, name: str) -> tuple[float, float] | None:
+    """Accuracy by length of a model less that of the original on the same items, and its standard error."""
+    of_model, reference = (task_numbers(m, name).get("right_norm") for m in (model, original))
+    if model is original or of_model is None or reference is None:
+        return None
+    if model.tasks[name]["digest"] != original.tasks[name]["digest"]:  # other items, in a continued run
+        return None
+    return paired_difference(of_model, reference)
+
+
+def average_paired(model: ModelResult, original: ModelResult, names: Sequence[str]) -> tuple[float, float] | None:
+    """Mean of [`paired`] over tasks and its standard error; None unless all of them can be compared."""
+    known = [pair for pair in (paired(model, original, name) for name in names) if pair is not None]
+    if not known or len(known) < len(names):
+        return None
+    values, errors = zip(*known, strict=True)
+    return mean(values), math.hypot(*errors) / len(errors)
+
+
 def difference_tables(results: Results) -> Iterator[Table]:
     """What each model gained or lost against the original on the same items, in points of accuracy by length."""
-    original = next((m for m in results.models if m.preset == ORIGINAL), None)
-    names = tasks_with(results, ("choice",), "right_norm")
+    original, names = find_original_row(results), compared_tasks(results)
     if original is None or not names or len(results.models) < 2:
         return
 
-    def difference(model: ModelResult, name: str) -> tuple[float, float] | None:
-        of_model, reference = (task_numbers(m, name).get("right_norm") for m in (model, original))
-        if model is original or of_model is None or reference is None:
-            return None
-        if model.tasks[name]["digest"] != original.tasks[name]["digest"]:  # other items, in a continued run
-            return None
-        return paired_difference(of_model, reference)
-
     def average(model: ModelResult) -> str:
-        measured = [difference(model, name) for name in names]
-        known = [pair for pair in measured if pair is not None]
-        if len(known) < len(names):
-            return show(None)
-        values, errors = zip(*known, strict=True)
-        return show(mean(values), math.hypot(*errors) / len(errors), factor=100)
+        value, stderr = average_paired(model, original, names) or (None, None)
+        return show(value, stderr, factor=100)
 
     def cell(name: str) -> Callable[[ModelResult], str]:
         def of(model: ModelResult) -> str:
-            value, stderr = difference(model, name) or (None, None)
+            value, stderr = paired(model, original, name) or (None, None)
             return show(value, stderr, factor=100)
 
         return of

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
 from mha2mla.common.device import check_device
@@ -46,7 +47,9 @@ def measure_speeds(
     """
     speeds: list[Speed] = []
     shares = []
+    bar = tqdm(total=len(makers) * len(batch_sizes) * len(contexts) * len(caches), desc="Speed", unit="measurement")
     for name, make in makers.items():
+        bar.set_postfix_str(f"loading {name}")
         model = make()
         config = model.config
         suited = [kind for kind in caches if kind.suits(config)]
@@ -56,12 +59,16 @@ def measure_speeds(
         for batch in batch_sizes:
             for context in contexts:
                 for kind in suited:
+                    bar.set_postfix_str(f"{name}, {kind.name}, batch {batch}, context {context}")
                     speeds.append(measure_speed(model, name, kind, batch, context, steps, prefill=prefill))
+                    bar.update()
+                bar.update(len(caches) - len(suited))
                 if isinstance(config, LatentConfigMixin):
                     reached = attention_bandwidth(config, batch, context, model.dtype, device)
                     shares.append(dict(model=name, batch=batch, context=context, bytes_per_s=reached))
         del model  # the next one may need its memory
         gc.collect()
+    bar.close()
     return speeds, shares
 
 
