@@ -22,6 +22,10 @@ def kernel_shape(config: LatentConfigMixin, ranks: tuple[int, ...]) -> LatentSha
             "The checkpoint's weights are quantised, and padding needs them as they were: serve the model from before "
             "that."
         )
+    if not getattr(config, "gated_mlp", True):
+        raise ValueError(
+            "gated_mlp=False: vLLM's Llama has a gated MLP, and the model's (Arcee's) is none; run it in transformers."
+        )
     if config.num_rope_key_heads != 1:
         raise ValueError(
             f"num_rope_key_heads={config.num_rope_key_heads}: vLLM's latent attention has one rotary key for all "

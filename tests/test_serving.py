@@ -119,6 +119,11 @@ def test_what_does_not_fit_is_refused(fields):
         kernel_shape(MLAQwen3Config(**SIZES | fields), (256, 512))
 
 
+def test_an_mlp_without_gate_is_refused():
+    with pytest.raises(ValueError, match="gated_mlp=False"):
+        kernel_shape(MLALlamaConfig(**SIZES, gated_mlp=False), (256, 512))
+
+
 @pytest.mark.parametrize("rope", ROPES)
 def test_rotary_of_a_layer(rope):
     config = MLALlamaConfig(**SIZES, max_position_embeddings=32, rope_parameters=ROPES[rope])
