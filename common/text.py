@@ -31,8 +31,8 @@ SHUFFLE_BUFFER = 40_000  # pieces
 CHARACTERS_PER_TOKEN = 4  # roughly, in English
 
 PROSE_ONLY = (
-    "The tokenizer has a chat template, and the calibration text holds no chats: an instruct model's answers then "
-    "lose far more than its prose. docs/examples/calibration.yaml mixes both."
+    "The tokenizer has a chat template, and the calibration text holds no chats: an instruct model should be "
+    "calibrated on chats like its users' too. docs/examples/calibration.yaml mixes both."
 )
 
 
