@@ -140,10 +140,12 @@ def find_sources(
     Raises:
         ValueError: If it is neither a recipe, nor files of a known kind, nor a name on the Hub.
     """
-    if Path(data).suffix in (".yaml", ".yml"):
-        return read_recipe(Path(data))
-    if data in RECIPES:
-        return read_recipe(RECIPES[data])
+    recipe = Path(data) if Path(data).suffix in (".yaml", ".yml") else RECIPES.get(data)
+    if recipe is not None:
+        for name, value, left_out in (("column", column, None), ("subset", subset, None), ("split", split, "train")):
+            if value != left_out:
+                raise ValueError(f"{name}={value!r}: each source of the recipe {data} says its own. Leave it out.")
+        return read_recipe(recipe)
     source = TextSource(data, subset, split, column)
     if source.builder is None and any(Path(file).is_file() for file in glob(data)):
         raise ValueError(f"{data}: files of text must end in {', '.join(FILE_BUILDERS)} (or with .gz after it).")

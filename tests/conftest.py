@@ -2,6 +2,9 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # every test is offline; a forgotten download fails at once
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+# One thread, here and in the processes that tests start: pico models are faster so, two test workers share two cores,
+# and what two processes compute is then the same to the last bit.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import socket
 import subprocess
@@ -18,8 +21,6 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the import of the model family defines the decode kernel
 
 from pico import VOCAB, make_source
-
-torch.set_num_threads(1)  # pico models are faster so, and two test workers share two cores
 
 
 def pico_tokenizer() -> PreTrainedTokenizerFast:

@@ -150,3 +150,11 @@ def test_what_a_name_means(tmp_path):
             find_sources(name)
     with pytest.raises(ValueError, match=r"no-such-\*\.txt does not exist"):
         find_sources(str(tmp_path / "no-such-*.txt"))[0].files()
+
+
+@pytest.mark.parametrize("option", [{"column": "messages"}, {"subset": "all"}, {"split": "test"}])
+def test_options_of_one_source_are_refused_with_a_recipe(option, tmp_path):
+    (tmp_path / "mix.yaml").write_text("- data: someone/texts\n  weight: 1\n")
+    (name,) = option
+    with pytest.raises(ValueError, match=rf"{name}='{option[name]}': each source of the recipe"):
+        find_sources(str(tmp_path / "mix.yaml"), **option)

@@ -92,7 +92,7 @@ def losses(output):
 
 
 def environment(tmp_path, **more):
-    return os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1", **more}
+    return os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache"), **more}
 
 
 def test_compiled_layers_give_the_same_losses(folder):
