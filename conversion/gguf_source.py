@@ -76,6 +76,7 @@ def dequantise_gguf(source: str, gguf_file: str, folder: Path, revision: str | N
     kwargs = {"gguf_file": gguf_file, **({} if revision is None else {"revision": revision})}
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
     except Exception as error:  # whatever a file of wrong sizes makes of the loader
         raise ValueError(f"{gguf_file} cannot be loaded ({error}): is it complete, and a language model?") from error
     for field, value in changes.items():
@@ -85,7 +86,6 @@ def dequantise_gguf(source: str, gguf_file: str, folder: Path, revision: str | N
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
     set_special_tokens(tokenizer, model.config)
     set_chat_templates(tokenizer, fields)
     tokenizer.save_pretrained(folder)
