@@ -14,18 +14,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from .columns import LEAST_WIDTH, Columns
-from .parsing import Positionals, parse
+from .parsing import COMPARED_MODELS, parse
 
 if TYPE_CHECKING:  # it imports torch
     from mha2mla.evaluation.chat import Answer, Speaker
-
-POSITIONALS: Positionals = {
-    "models": dict(
-        nargs="+",
-        help="The original, then its conversions: folders, or names on the Hub. The original may be left out if it is "
-        "where it was when it was converted.",
-    )
-}
 
 
 @dataclass
@@ -46,7 +38,7 @@ class ChatArguments:
 
 
 def main(argv: list[str]) -> None:
-    options, given = parse(argv, "mha2mla chat", ChatArguments, description=__doc__, positionals=POSITIONALS)
+    options, given = parse(argv, "mha2mla chat", ChatArguments, description=__doc__, positionals=COMPARED_MODELS)
 
     from mha2mla.common.device import check_device
     from mha2mla.common.loading import load_model, load_tokenizer

@@ -17,15 +17,7 @@ from pathlib import Path
 
 from mha2mla.evaluation.settings import EvaluationSettings
 
-from .parsing import Names, Positionals, parse
-
-POSITIONALS: Positionals = {
-    "models": dict(
-        nargs="+",
-        help="The original, then its conversions: folders, or names on the Hub. The original may be left out if it is "
-        "where it was when it was converted.",
-    )
-}
+from .parsing import COMPARED_MODELS, Names, parse
 
 
 @dataclass
@@ -72,7 +64,12 @@ class EvalArguments:
 
 def main(argv: list[str]) -> None:
     options, settings, given = parse(
-        argv, "mha2mla eval", EvalArguments, EvaluationSettings, description=__doc__, positionals=POSITIONALS
+        argv,
+        "mha2mla eval",
+        EvalArguments,
+        EvaluationSettings,
+        description=__doc__,
+        positionals=COMPARED_MODELS,
     )
 
     from mha2mla.evaluation.caches import CacheKind

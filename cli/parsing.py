@@ -22,6 +22,13 @@ from transformers.hf_argparser import string_to_bool
 from mha2mla.common.files import read_yaml
 
 Positionals = Mapping[str, dict[str, Any]]  # arguments without a name, and what `add_argument` is told of each
+COMPARED_MODELS: Positionals = {
+    "models": dict(
+        nargs="+",
+        help="The original, then its conversions: folders, or names on the Hub. The original may be left out if it is "
+        "where it was when it was converted.",
+    )
+}
 
 
 class Names(tuple[str, ...]):
