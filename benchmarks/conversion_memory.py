@@ -1,11 +1,13 @@
-"""Peak memory of a conversion for checkpoints of few and of many layers: it must not grow with the layers.
+"""Time and peak memory of a conversion at size, on random weights.
 
-    python benchmarks/conversion_memory.py --layers 2 6                # Llama-2-70B's layers; needs 24 GB of disk
-    python benchmarks/conversion_memory.py --layers 2 6 --scale 4      # a quarter of its width
-    python benchmarks/conversion_memory.py --layers 2 6 --experts 8    # Mixtral 8x7B's, an expert a tensor
+    python benchmarks/conversion_memory.py --model llama-3-8b --layers 32 --device cuda --defaults   # 32 GB of disk
+    python benchmarks/conversion_memory.py --model llama-2-70b --layers 2 6     # memory must not grow with the layers
+    python benchmarks/conversion_memory.py --model llama-2-70b --layers 2 6 --scale 4   # a quarter of its width
+    python benchmarks/conversion_memory.py --model mixtral-8x7b --layers 2 6            # an expert a tensor
 
 Makes a random checkpoint, converts it in a process of its own (preset calibrated), and prints that process's peak
-resident memory and the seconds a layer took. Weights are random, so only memory and time mean anything.
+memory and the seconds a layer took. With `--defaults` text, steps and the search for the split are those that are
+shipped, for the cache that `--serve vllm` takes. Weights are random, so only memory and time mean anything.
 """
 
 import argparse
@@ -23,32 +25,35 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Mixtr
 from mha2mla.conversion.checkpoint import CheckpointWriter
 
 
-def make_checkpoint(folder: Path, num_layers: int, scale: int, experts: int, tokenizer: str) -> None:
-    """A random bf16 checkpoint with Llama-2-70B's layer dimensions over `scale`, or Mixtral 8x7B's, written tensor by
-    tensor."""
-    sizes = dict(
-        vocab_size=len(AutoTokenizer.from_pretrained(tokenizer)),
+LAYERS: dict[str, dict[str, int]] = {
+    "llama-2-70b": dict(hidden_size=8192, intermediate_size=28672, num_attention_heads=64),
+    "llama-3-8b": dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32),
+    "mixtral-8x7b": dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32),
+}
+# What the process that converts prints at its end, bytes.
+PEAK = "import torch; print('peak', torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0)"
+
+
+def make_checkpoint(folder: Path, args: argparse.Namespace, num_layers: int) -> None:
+    """A random bf16 checkpoint with the layers of a known model, its width over `scale`, written tensor by tensor."""
+    sizes = {name: size // args.scale for name, size in LAYERS[args.model].items()} | dict(
+        vocab_size=len(AutoTokenizer.from_pretrained(args.tokenizer)),
         num_hidden_layers=num_layers,
-        num_key_value_heads=max(1, 8 // scale),
+        num_key_value_heads=max(1, 8 // args.scale),
         head_dim=128,
     )
-    if experts:
-        sizes |= dict(hidden_size=4096 // scale, intermediate_size=14336 // scale, num_attention_heads=32 // scale)
-        config = MixtralConfig(**sizes, num_local_experts=experts)
-    else:
-        sizes |= dict(hidden_size=8192 // scale, intermediate_size=28672 // scale, num_attention_heads=64 // scale)
-        config = LlamaConfig(**sizes)
+    config = MixtralConfig(**sizes) if args.model.startswith("mixtral") else LlamaConfig(**sizes)
     with torch.device("meta"):
         state = AutoModelForCausalLM.from_config(config).state_dict()
     folder.mkdir()
     writer = CheckpointWriter(folder, 2 * 1024**3)
     for name, tensor in state.items():
         for part, shape in single_experts(name, tensor.shape) if ".experts." in name else [(name, tensor.shape)]:
-            weight = torch.empty(shape, dtype=torch.bfloat16)
-            writer.add(part, weight.fill_(1.0) if "norm" in part else weight.normal_(std=0.02))
+            weight = torch.empty(shape, dtype=torch.bfloat16, device=args.device)
+            writer.add(part, (weight.fill_(1.0) if "norm" in part else weight.normal_(std=0.02)).cpu())
     writer.finish()
     config.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(args.tokenizer).save_pretrained(folder)
 
 
 def single_experts(name: str, shape: torch.Size) -> Iterator[tuple[str, tuple[int, int]]]:
@@ -63,36 +68,46 @@ def single_experts(name: str, shape: torch.Size) -> Iterator[tuple[str, tuple[in
 
 def convert_and_report(source: Path, output: Path, args: argparse.Namespace) -> None:
     """Convert in a process of its own, and print its peak memory."""
-    command = [sys.executable, "-m", "mha2mla.cli.main", "convert", str(source), str(output)]
-    # The split is given, not searched: the search would carry several streams through layers that mean nothing.
-    groups = max(1, 8 // args.scale)
-    command += ["--qk-rope-head-dim", str(16 * groups), "--kv-lora-rank", str(64 * groups)]
-    command += ["--data", args.data, "--device", args.device, "--score-samples", "2"]
-    command += ["--samples", str(args.samples), "--refine-steps", str(args.refine_steps)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    options = ["convert", str(source), str(output), "--data", args.data, "--device", args.device]
+    if args.defaults:
+        options += ["--serve", "vllm"]
+    else:
+        # The split is given, not searched: the search would carry several streams through layers that mean nothing.
+        groups = max(1, 8 // args.scale)
+        options += ["--qk-rope-head-dim", str(16 * groups), "--kv-lora-rank", str(64 * groups), "--score-samples", "2"]
+        options += ["--samples", str(args.samples), "--refine-steps", str(args.refine_steps)]
+    program = f"from mha2mla.cli.main import main; status = main({options!r}); {PEAK}; raise SystemExit(status)"
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    printed = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     if status != 0:
-        raise SystemExit(f"The conversion failed: {' '.join(command)}")
+        raise SystemExit(f"The conversion failed: {' '.join(options)}")
     record = json.loads((output / "conversion.json").read_text())
     layers, gigabytes = len(record["layers"]), usage.ru_maxrss / 1024**2
-    print(f"{layers} layers: peak resident memory {gigabytes:.2f} GiB, {record['seconds'] / layers:.1f} s a layer")
+    on_device = int(printed.split("peak ")[-1]) / 1024**3
+    print(
+        f"{args.model}, {layers} layers: {record['seconds']:.0f} s, {record['seconds'] / layers:.1f} s a layer; peak "
+        f"resident memory {gigabytes:.2f} GiB, on the device {on_device:.2f} GiB"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=LAYERS, default="llama-2-70b", help="Whose layers.")
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 6])
     parser.add_argument("--scale", type=int, default=1, help="Divides the width of the layers.")
-    parser.add_argument("--experts", type=int, default=0, help="Of a layer, each of Mixtral's size.")
     parser.add_argument("--tokenizer", required=True, help="Any tokenizer folder.")
     parser.add_argument("--data", required=True, help="Calibration text.")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--defaults", action="store_true", help="The shipped settings; ignores those that follow.")
     parser.add_argument("--samples", type=int, default=8, help="Blocks of 512 tokens.")
     parser.add_argument("--refine-steps", type=int, default=2)
     args = parser.parse_args()
     for num_layers in args.layers:
         with tempfile.TemporaryDirectory() as folder:
             source, output = Path(folder) / "source", Path(folder) / "output"
-            make_checkpoint(source, num_layers, args.scale, args.experts, args.tokenizer)
+            make_checkpoint(source, args, num_layers)
             convert_and_report(source, output, args)
 
 
