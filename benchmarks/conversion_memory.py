@@ -24,7 +24,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Mixtr
 
 from mha2mla.conversion.checkpoint import CheckpointWriter
 
-
 LAYERS: dict[str, dict[str, int]] = {
     "llama-2-70b": dict(hidden_size=8192, intermediate_size=28672, num_attention_heads=64),
     "llama-3-8b": dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32),
