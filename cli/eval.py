@@ -5,10 +5,12 @@
     mha2mla eval meta-llama/Llama-2-7b-hf llama-2-7b-mla --tasks mmlu,piqa,hellaswag --device cuda --batch-size auto
     mha2mla eval ./my-llama my-llama-mla --data sets --caches dynamic,int8,int4 --dtype bfloat16
     mha2mla eval ./my-llama my-llama-mla --data sets --tasks wikitext,agreement:wikitext,positions:books --limit 20
+    mha2mla eval ./my-llama my-llama-mla --tasks long:passkey,long:needles,long:questions --contexts 1024,4096
 
 A task is the name of a file in --data without .jsonl, measured as its items' form says (multiple choice, retrieval,
-perplexity), or a task of lm-evaluation-harness (extra `eval`). The output folder gets results.json, table.md and
-report.html, with pictures of what each conversion did; the same command continues a run that was killed.
+perplexity), one of long context that is generated (long:NAME), or a task of lm-evaluation-harness (extra `eval`). The
+output folder gets results.json, table.md and report.html, with pictures of what each conversion did; the same command
+continues a run that was killed.
 """
 
 import shlex
@@ -17,7 +19,7 @@ from pathlib import Path
 
 from mha2mla.evaluation.settings import EvaluationSettings
 
-from .parsing import COMPARED_MODELS, Names, parse
+from .parsing import COMPARED_MODELS, Names, Sizes, parse
 
 
 @dataclass
@@ -36,6 +38,9 @@ class EvalArguments:
     split: str = field(default="train", metadata={"help": "Split of a data set on the Hub."})
     tasks: Names | None = field(default=None, metadata={"help": "With commas; if not given, all that --data has."})
     output: Path = field(default=Path("evaluation-results"), metadata={"help": "Folder of the results."})
+    contexts: Sizes = field(
+        default=Sizes("1024"), metadata={"help": "Tokens of the prompts of `long:` tasks, with commas."}
+    )
     batch_size: str = field(default="8", metadata={"help": "Items at a time, or auto."})
     caches: Names = field(
         default=Names("dynamic"),
@@ -74,16 +79,16 @@ def main(argv: list[str]) -> None:
 
     from mha2mla.evaluation.caches import CacheKind
     from mha2mla.evaluation.report.card import write_cards
+    from mha2mla.evaluation.report.every_table import make_tables
     from mha2mla.evaluation.report.headline import results_in_words
     from mha2mla.evaluation.report.hub_results import Benchmark, check_benchmarks, write_hub_results
     from mha2mla.evaluation.report.page import PAGE_NAME
-    from mha2mla.evaluation.report.tables import make_tables
     from mha2mla.evaluation.run import evaluate_models
     from mha2mla.evaluation.tasks import TaskData, find_tasks
 
     caches = [CacheKind.parse(name) for name in dict.fromkeys(options.caches)]
     data = TaskData(options.data, options.column, options.subset, options.split)
-    tasks = find_tasks(options.tasks, data, settings.limit)
+    tasks = find_tasks(options.tasks, data, settings.limit, options.contexts, settings.seed)
     benchmarks = [Benchmark.parse(text) for text in options.benchmarks or ()]
     check_benchmarks(benchmarks, tasks, settings.limit)
     results = evaluate_models(

@@ -11,7 +11,7 @@ class EvaluationSettings:
     What the numbers depend on. A results file is continued only under the same settings.
 
     Args:
-        limit (`int`, *optional*): Items of each task at most.
+        limit (`int`, *optional*): Items of each task at most; of a generated one, at each length.
         length (`int`, *optional*, defaults to 1024): Tokens of a window of perplexity tasks.
         stride (`int`, *optional*): Tokens that a window adds; a window's length if not given.
         long_length (`int`, *optional*, defaults to 4096): Tokens of a document in tasks of perplexity by position.
@@ -19,10 +19,10 @@ class EvaluationSettings:
         prompt_length (`int`, *optional*, defaults to 64): Tokens that are continued in agreement tasks.
         new_tokens (`int`, *optional*, defaults to 64): Greedy tokens in agreement tasks.
         dtype (`str`, *optional*, defaults to `"auto"`): Of the weights and the cache; as they are saved.
-        seed (`int`, *optional*, defaults to 0): Of what lm-evaluation-harness draws. Nothing else is random.
+        seed (`int`, *optional*, defaults to 0): Of generated prompts, and of what lm-evaluation-harness draws.
     """
 
-    limit: int | None = field(default=None, metadata={"help": "Items of each task at most."})
+    limit: int | None = field(default=None, metadata={"help": "Items of each task at most (`long:`: at each length)."})
     length: int = field(default=1024, metadata={"help": "Tokens of a window of perplexity tasks."})
     stride: int | None = field(default=None, metadata={"help": "Tokens that a window adds; its length if not given."})
     long_length: int = field(default=4096, metadata={"help": "Tokens of a document in `positions:` tasks."})
@@ -30,7 +30,7 @@ class EvaluationSettings:
     prompt_length: int = field(default=64, metadata={"help": "Tokens that are continued in `agreement:` tasks."})
     new_tokens: int = field(default=64, metadata={"help": "Greedy tokens in `agreement:` tasks."})
     dtype: str = field(default="auto", metadata={"help": "Of weights and cache: auto, float32, bfloat16, float16."})
-    seed: int = field(default=0, metadata={"help": "Of what lm-evaluation-harness draws."})
+    seed: int = field(default=0, metadata={"help": "Of `long:` tasks, and of what lm-evaluation-harness draws."})
 
     def __post_init__(self):
         check_least(self, limit=1, length=1, stride=1, long_length=2)

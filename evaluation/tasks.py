@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +15,9 @@ from mha2mla.common.loading import is_hub_name
 from mha2mla.common.text_sources import TextSource
 
 from .caches import DYNAMIC, CacheKind
+from .long_tasks import TASKS as LONG_TASKS
 from .measures.agreement import measure_agreement
+from .measures.generated import measure_generated
 from .measures.harness import measure_harness, require_harness_task
 from .measures.items import Item, item_kind, read_items, read_texts
 from .measures.long_context import measure_position_perplexity, measure_retrieval
@@ -24,6 +27,8 @@ from .settings import EvaluationSettings
 
 # What a file of texts is measured with if its name says so; a bare name means the first.
 TEXT_KINDS = ("perplexity", "positions", "agreement")
+LONG = "long"  # before the name of a generated task
+LONG_ITEMS = 100  # at each length
 # Kind by the form of a file's items.
 FILE_KINDS = {"choice": "choice", "completion": "retrieval", "text": TEXT_KINDS[0]}
 
@@ -33,8 +38,9 @@ class Task:
     """
     Attributes:
         name (`str`): As the user gave it.
-        kind (`str`): "choice", "retrieval", "perplexity", "positions", "agreement", or "harness".
-        items (`list`): What is measured on; empty for lm-evaluation-harness, which brings its own.
+        kind (`str`): "choice", "retrieval", "perplexity", "positions", "agreement", "long", or "harness".
+        items (`list`): What is measured on; empty for lm-evaluation-harness, which brings its own. Seeds and lengths
+            where prompts are generated.
         digest (`str`): Of the items, by which a continued run sees that they changed.
     """
 
@@ -94,17 +100,25 @@ def is_item_file(path: Path) -> bool:
     return path.suffix in (".json", ".jsonl")
 
 
-def find_tasks(names: Sequence[str] | None, data: TaskData, limit: int | None) -> list[Task]:
+def find_tasks(
+    names: Sequence[str] | None,
+    data: TaskData,
+    limit: int | None,
+    contexts: Sequence[int] = (1024,),
+    seed: int = 0,
+) -> list[Task]:
     """
     Tasks by name: `NAME` is a file `NAME.jsonl` (or .json) of the data folder, measured as its items' form says, or
-    else a task of lm-evaluation-harness; `positions:NAME` and `agreement:NAME` measure a file of texts otherwise, and
-    `harness:NAME` is lm-evaluation-harness' even where there is a file of that name.
+    else a task of lm-evaluation-harness; `positions:NAME` and `agreement:NAME` measure a file of texts otherwise,
+    `long:NAME` is generated, and `harness:NAME` is lm-evaluation-harness' even where there is a file of that name.
 
     All files are read and checked, so that a mistake shows before anything is measured.
 
     Args:
         names (`Sequence[str]`, *optional*): All files of the folder if not given.
-        limit (`int`, *optional*): Items of each task at most.
+        limit (`int`, *optional*): Items of each task at most; of a generated one, at each length.
+        contexts (`Sequence[int]`): Tokens of generated prompts.
+        seed (`int`): Of these.
 
     Raises:
         ValueError: If a name is unknown, an item malformed, or a file's items do not have the form asked for.
@@ -112,16 +126,34 @@ def find_tasks(names: Sequence[str] | None, data: TaskData, limit: int | None) -
     sources = data.sources()
     if not names and not sources:
         raise ValueError("There is nothing to measure: give --tasks, or --data with files of items.")
-    return [find_task(name, sources, data, limit) for name in dict.fromkeys(names or sources)]
+    return [
+        long_task(name, contexts, limit or LONG_ITEMS, seed)
+        if name.startswith(f"{LONG}:")
+        else find_task(name, sources, data, limit)
+        for name in dict.fromkeys(names or sources)
+    ]
+
+
+def long_task(name: str, contexts: Sequence[int], count: int, seed: int) -> Task:
+    """A generated task, `count` prompts of each length."""
+    stem = name.removeprefix(f"{LONG}:")
+    if stem not in LONG_TASKS:
+        raise ValueError(f"Unknown task {name!r}: there are {', '.join(f'{LONG}:{known}' for known in LONG_TASKS)}.")
+    items = [
+        {"id": f"{length}-{i}", "seed": f"{seed}-{i}", "length": length}
+        for length in sorted(set(contexts))
+        for i in range(count)
+    ]
+    sample = LONG_TASKS[stem].make(random.Random(seed), 10).prompt  # changes if what is generated does
+    return Task(name, LONG, items, hashlib.sha256(json.dumps([items, sample]).encode()).hexdigest())
 
 
 def find_task(name: str, sources: dict[str, str], data: TaskData, limit: int | None) -> Task:
     """One task of [`find_tasks`]."""
     prefix, _, stem = name.rpartition(":")
     if prefix not in ("", "harness", *TEXT_KINDS):
-        raise ValueError(
-            f"Unknown task {name!r}: before the colon stands {', '.join(TEXT_KINDS)} or harness, got {prefix!r}."
-        )
+        known = ", ".join((*TEXT_KINDS, LONG))
+        raise ValueError(f"Unknown task {name!r}: before the colon stands {known} or harness, got {prefix!r}.")
     if prefix == "harness" or (prefix == "" and stem not in sources):
         if prefix == "" and sources:
             known = f"In --data: {', '.join(sources)}."
@@ -183,13 +215,20 @@ def measure_task(
         if "length" in task.items[0]:
             return asdict(measure_retrieval(model, tokenizer, task.items, cache_kind=cache_kind))
         return asdict(sized(lambda size: measure_retrieval(model, tokenizer, task.items, size, cache_kind)))
+    if task.kind == LONG:
+        module = LONG_TASKS[task.name.removeprefix(f"{LONG}:")]
+        return asdict(sized(lambda size: measure_generated(model, tokenizer, module, task.items, size, cache_kind)))
     texts = [item["text"] for item in task.items]
     if task.kind == "perplexity":
         window = (settings.length, settings.stride)
         return perplexity_numbers(measure_text_perplexity(model, tokenizer, texts, *window, cache_kind))
     if task.kind == "positions":
         ranges = measure_position_perplexity(model, tokenizer, texts, settings.long_length, cache_kind)
-        return {"ranges": [{"begin": r.begin, "end": r.end} | perplexity_numbers(r.perplexity) for r in ranges]}
+        return {
+            "ranges": [
+                {"begin": r.begin, "end": r.end, "losses": r.losses} | perplexity_numbers(r.perplexity) for r in ranges
+            ]
+        }
     assert task.kind == "agreement"
     sizes = (settings.agreement_length, settings.prompt_length, settings.new_tokens)
     return asdict(measure_agreement(original, model, tokenizer, texts, *sizes, cache_kind))

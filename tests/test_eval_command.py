@@ -107,6 +107,27 @@ def test_tables_page_and_results(models, sets, tmp_path, capsys):
     assert "Multiple choice, accuracy in %" in (tmp_path / "results" / "table.md").read_text()
 
 
+def test_generated_tasks_and_positions_stand_beside_the_originals(models, sets, tmp_path, capsys):
+    for folder in models:  # prompts of words that the tokenizer does not know; only their number matters here
+        config = json.loads((Path(folder) / "config.json").read_text())
+        (Path(folder) / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 256}))
+    names = "positions:texts,long:passkey,long:counting"
+    more = ("--contexts", "120,160", "--limit", "2", "--batch-size", "2")
+    assert main(arguments(models, sets, tmp_path, *more, tasks=names)) == 0
+    printed = capsys.readouterr().out
+    assert "long:counting: share of the answers written, in % (by guessing 25.0, 25.0)" in printed
+    assert "long:passkey: difference from the original on the same prompts (paired), in points" in printed
+    results = json.loads((tmp_path / "results" / "results.json").read_text())
+    original, half = (model["tasks"] for model in results["models"])
+    assert [part["length"] for part in half["long:passkey"]["numbers"]["lengths"]] == [120, 160]
+    pairs = zip(*(m["positions:texts"]["numbers"]["ranges"][0]["losses"] for m in (original, half)), strict=True)
+    lost = [after - before for before, after in pairs]
+    table = printed[printed.index("positions:texts: loss by position less") :]
+    assert f"{sum(lost) / len(lost):.4f} ±" in re.search(r"half \|.*", table)[0]
+    pictures = (tmp_path / "results" / "report.html").read_text().count("data:image/png;base64,")
+    assert pictures == 2 + 1 + 3  # a heat map for each model, positions; three of the conversion
+
+
 def test_killed_run_continues_with_the_tasks_not_yet_done(models, sets, tmp_path, monkeypatch, capsys):
     measured = []
     measure_task = run.measure_task

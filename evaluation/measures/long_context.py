@@ -104,11 +104,17 @@ def group_cells(items: Sequence[Item], hits: Sequence[float]) -> list[Cell]:
 
 @dataclass(frozen=True)
 class PositionRange:
-    """Perplexity of the tokens at positions `begin` to `end` - 1 of long documents."""
+    """
+    Perplexity of the tokens at positions `begin` to `end` - 1 of long documents.
+
+    Attributes:
+        losses (`list[float]`): In nats a token, of each document: what is compared with the original's.
+    """
 
     begin: int
     end: int
     perplexity: Perplexity
+    losses: list[float]
 
 
 def measure_position_perplexity(
@@ -144,6 +150,6 @@ def measure_position_perplexity(
     while begin < length:
         part = losses[:, begin - 1 : end - 1]
         perplexity = Perplexity.from_sums(part.sum(-1).tolist(), [part.shape[1]] * len(part))
-        ranges.append(PositionRange(begin, end, perplexity))
+        ranges.append(PositionRange(begin, end, perplexity, part.mean(-1).tolist()))
         begin, end = end, min(2 * end, length)
     return ranges

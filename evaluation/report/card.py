@@ -11,9 +11,9 @@ from mha2mla.common.cards import CARD_NAME
 from mha2mla.evaluation.results import ORIGINAL, Results
 
 from .conversion import conversion_figures, find_records
+from .every_table import make_tables
 from .figures import against_cache, encode_png
 from .page import made_by
-from .tables import make_tables
 
 logger = logging.getLogger(__name__)
 

@@ -150,7 +150,7 @@ def against_cache(results: Results) -> Iterator[tuple[str, Figure]]:
 def make_figures(results: Results) -> Iterator[tuple[str, Figure]]:
     """Quality against cache size, heat maps of retrieval, and perplexity by position."""
     yield from against_cache(results)
-    for name in tasks_with(results, ("retrieval",), "cells"):
+    for name in tasks_with(results, ("retrieval", "long"), "cells"):
         for model in results.models:
             if task_numbers(model, name).get("cells"):
                 yield f"{name}-{model.label}", plot_retrieval(model, name)

@@ -6,11 +6,11 @@ from pathlib import Path
 from mha2mla.evaluation.results import Results
 
 from .conversion import conversion_section, find_records
+from .every_table import make_tables
 from .figures import encode_png, make_figures
 from .headline import page_title, results_in_words
 from .html import html_page, html_picture, html_table
 from .table import Table
-from .tables import make_tables
 
 PAGE_NAME = "report.html"
 MARKDOWN_NAME = "table.md"

@@ -150,26 +150,13 @@ def number_columns(name: str, keys: dict[str, str], digits: int = 2) -> dict[str
 
 
 def text_tables(results: Results) -> Iterator[Table]:
-    """Tables of perplexity, perplexity by position, agreement, and what else lm-evaluation-harness reported."""
+    """Tables of perplexity, agreement, and what else lm-evaluation-harness reported."""
     columns: dict[str, Callable[[ModelResult], str]] = {}
     for name in tasks_with(results, ("perplexity",), "perplexity"):
         columns |= number_columns(name, {"perplexity:stderr": ""})
         columns |= number_columns(name, {"bits_per_byte": "bits/byte"}, digits=4)
     if columns:
         yield make_table(results, "Perplexity, bits per byte", columns)
-
-    for name in tasks_with(results, ("positions",), "ranges"):
-        ranges = next(task_numbers(m, name)["ranges"] for m in results.models if name in m.tasks)
-
-        def cell(index: int, name: str = name) -> Callable[[ModelResult], str]:
-            def of(model: ModelResult) -> str:
-                measured = task_numbers(model, name).get("ranges")
-                return show(measured[index]["perplexity"], measured[index]["stderr"]) if measured else "-"
-
-            return of
-
-        columns = {f"{r['begin']}-{r['end'] - 1}": cell(index) for index, r in enumerate(ranges)}
-        yield make_table(results, f"{name}: perplexity by position", columns)
 
     for name in tasks_with(results, ("agreement",), "kl"):
         keys = {
@@ -188,8 +175,3 @@ def text_tables(results: Results) -> Iterator[Table]:
             columns |= number_columns(name, {k: k for k in numbers if "stderr" not in k}, digits=4)
     if columns:
         yield make_table(results, "Other measures of lm-evaluation-harness", columns)
-
-
-def make_tables(results: Results) -> list[Table]:
-    """All tables that have a column."""
-    return [*accuracy_tables(results), *text_tables(results)]
