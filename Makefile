@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 # Another release to test against: make clean test TRANSFORMERS='transformers==5.17.*'
 TRANSFORMERS ?= transformers
 
-.PHONY: demo test serve-test docs clean
+.PHONY: demo test serve-test docs release clean
 
 demo: .venv-demo/ready
 	.venv-demo/bin/python docs/examples/demo.py
@@ -29,6 +29,16 @@ serve-test: .venv-test/ready .venv-serve/ready
 # The documentation site, in site/; a link that leads nowhere is an error. To look at it: .venv-docs/bin/mkdocs serve
 docs: .venv-docs/ready
 	NO_MKDOCS_2_WARNING=1 PATH="$(CURDIR)/.venv-docs/bin:$$PATH" mkdocs build --strict
+
+# What would be published, in dist/: the sdist and the wheel made of it, checked, and the wheel run in an environment
+# that holds nothing but what it asks for.
+release: .venv-release/ready
+	rm -rf build dist .venv-wheel
+	.venv-release/bin/python -m build
+	.venv-release/bin/twine check --strict dist/*
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/pip install --quiet $(TORCH) dist/*.whl
+	PATH="$(CURDIR)/.venv-wheel/bin:$$PATH" python tests/smoke.py
 
 .venv-demo/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-demo
@@ -54,5 +64,10 @@ docs: .venv-docs/ready
 	.venv-docs/bin/pip install --quiet --requirement docs/requirements.txt
 	touch $@
 
+.venv-release/ready:
+	$(PYTHON) -m venv .venv-release
+	.venv-release/bin/pip install --quiet build twine
+	touch $@
+
 clean:
-	rm -rf .venv-demo .venv-test .venv-serve .venv-docs site .cache out build dist src/*.egg-info
+	rm -rf .venv-demo .venv-test .venv-serve .venv-docs .venv-release .venv-wheel site .cache out build dist src/*.egg-info

@@ -1,6 +1,7 @@
-"""The user pages are right: commands parse, what runs offline runs, names import, links lead somewhere."""
+"""User pages and notebooks are right: commands parse, what runs offline runs, names import, links lead somewhere."""
 
 import ast
+import json
 import re
 import shlex
 from importlib import import_module
@@ -12,12 +13,15 @@ from transformers import AutoModelForCausalLM
 
 from mha2mla.cli.main import COMMANDS, main
 from mha2mla.cli.parsing import CommandParser
+from notebooks import BASH, code_cells, run_notebook
 from pico import SOURCES
 
 REPOSITORY = Path(__file__).parents[1]
 README = REPOSITORY / "README.md"
 USER_PAGES = sorted((REPOSITORY / "docs").glob("*.md"))
 PAGES = [README, REPOSITORY / "CONTRIBUTING.md", *USER_PAGES, *sorted((REPOSITORY / "docs" / "dev").glob("*.md"))]
+EXAMPLES = REPOSITORY / "docs" / "examples"
+NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 CODE = ("cli", "common", "conversion", "training")
 HERE = "https://github.com/mha2mla/mha2mla/"
 
@@ -43,11 +47,13 @@ def commands(block: str) -> list[list[str]]:
     return found
 
 
+BASH_BLOCKS = [
+    *((page, REPOSITORY, block) for page in [README, *USER_PAGES] for lang, block in blocks(page) if lang == "bash"),
+    *((page, EXAMPLES, cell) for page in NOTEBOOKS for cell in code_cells(page) if cell.startswith(BASH)),
+]
 USER_COMMANDS = [
-    pytest.param(words, id=f"{name_of(page)}: {' '.join(words)[:60]}")
-    for page in [README, *USER_PAGES]
-    for language, block in blocks(page)
-    if language == "bash"
+    pytest.param(words, folder, id=f"{name_of(page)}: {' '.join(words)[:60]}")
+    for page, folder, block in BASH_BLOCKS
     for words in commands(block)
 ]
 SNIPPETS = [
@@ -62,8 +68,8 @@ class Parsed(Exception):
     """Ends a command when its options are read."""
 
 
-@pytest.mark.parametrize("words", USER_COMMANDS)
-def test_commands_parse(words, monkeypatch):
+@pytest.mark.parametrize("words, folder", USER_COMMANDS)
+def test_commands_parse(words, folder, monkeypatch):
     assert words[0] in COMMANDS
     parse = CommandParser.parse
 
@@ -72,7 +78,7 @@ def test_commands_parse(words, monkeypatch):
         raise Parsed
 
     monkeypatch.setattr(CommandParser, "parse", parse_only)
-    monkeypatch.chdir(REPOSITORY)  # where --config docs/examples/recovery.yaml is
+    monkeypatch.chdir(folder)  # where the recipes are
     here = ["--use_cpu"] if words[0] == "train" else []  # the recipe's --bf16 asks for a GPU
     with pytest.raises(Parsed):
         import_module(f"mha2mla.cli.{words[0]}").main([*words[1:], *here])
@@ -89,13 +95,18 @@ def test_snippets_import_what_is_there(snippet):
                 pytest.importorskip(alias.name)
 
 
-def test_the_quick_start_runs_as_written(tmp_path, monkeypatch):
-    """Every `mha2mla` command and Python snippet in the order of the page, on a pico model in the original's place."""
+@pytest.fixture
+def pico_for_smollm(tmp_path, monkeypatch):
+    """A pico model where `demo.py` leaves the original, in an empty working folder."""
     monkeypatch.chdir(tmp_path)
     source = Path(".cache/SmolLM2-135M-Instruct")
     config = type(SOURCES["gqa"])(**{**SOURCES["gqa"].to_dict(), "max_position_embeddings": 1024})
     AutoModelForCausalLM.from_config(config).save_pretrained(source)
     pico_tokenizer().save_pretrained(source)
+
+
+def test_the_quick_start_runs_as_written(pico_for_smollm):
+    """Every `mha2mla` command and Python snippet in the order of the page."""
     for language, block in blocks(REPOSITORY / "docs" / "quickstart.md"):
         if language == "python":
             exec(block, {})
@@ -103,6 +114,19 @@ def test_the_quick_start_runs_as_written(tmp_path, monkeypatch):
             if "HuggingFaceTB" not in " ".join(words):
                 assert main(words) == 0, words
     assert Path("smollm2-deepseek/config.json").is_file()
+
+
+def test_the_notebook_runs_as_written(pico_for_smollm, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    run_notebook(EXAMPLES / "quickstart.ipynb")
+    assert "DeepseekV3ForCausalLM writes the same" in capsys.readouterr().out
+
+
+def test_the_notebook_shows_a_whole_run():
+    cells = json.loads((EXAMPLES / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    assert {output["output_type"] for cell in code for output in cell["outputs"]} <= {"stream", "display_data"}
 
 
 @pytest.mark.parametrize("page", [README, *USER_PAGES], ids=name_of)

@@ -1,12 +1,17 @@
-"""What `import mha2mla` gives, and what it costs."""
+"""What `import mha2mla` gives, what it costs, and what a release says of itself."""
 
+import re
+import runpy
 import subprocess
 import sys
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 
 import mha2mla
+
+REPOSITORY = Path(__file__).parents[1]
 
 
 def test_import_is_cheap():
@@ -33,3 +38,20 @@ def test_names():
 
 def test_type_checkers_may_trust_the_annotations():
     assert (files("mha2mla") / "py.typed").is_file()
+
+
+def test_the_readme_leads_somewhere_on_pypi():
+    pytest.importorskip("setuptools")
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    shown = runpy.run_path(str(REPOSITORY / "setup.py"))["with_full_links"](readme)
+    links = re.findall(r"\]\(([^)]*)\)", shown)
+    assert len(links) == len(re.findall(r"\]\(", readme))
+    assert all(link.startswith("https://") for link in links)
+    assert "(https://raw.githubusercontent.com/mha2mla/mha2mla/main/docs/cache.svg)" in shown
+
+
+def test_one_version():
+    changelog = (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
+    citation = (REPOSITORY / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.findall(r"^## \[(.*?)\]", changelog, re.MULTILINE)[0] == mha2mla.__version__
+    assert f"\nversion: {mha2mla.__version__}\n" in citation
