@@ -122,6 +122,15 @@ def test_the_notebook_runs_as_written(pico_for_smollm, monkeypatch, capsys):
     assert "DeepseekV3ForCausalLM writes the same" in capsys.readouterr().out
 
 
+def test_the_space_answers_without_its_page(pico_for_smollm, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    space = import_module("space")
+    pair = space.Pair(*map(str, space.demo_models()))
+    shown = list(pair.answer("w5 w6", 4))[-1]
+    assert pair.titles == ["Original: SmolLM2-135M-Instruct", "Converted: SmolLM2-135M-Instruct-MLA-calibrated"]
+    assert len(shown) == 4 and shown[3].endswith("(31.25 % a token)")
+
+
 def test_the_notebook_shows_a_whole_run():
     cells = json.loads((EXAMPLES / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
     code = [cell for cell in cells if cell["cell_type"] == "code"]
