@@ -9,8 +9,7 @@
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from mha2mla.conversion import ConversionConfig, convert
-from mha2mla.conversion.cache_plan import CacheSizes
+from mha2mla.conversion.cache_sizes import CacheSizes
 from mha2mla.conversion.config import CalibrationText, OutputOptions, ServingOptions, refuse_foreign_options
 from mha2mla.conversion.presets import preset_classes
 from mha2mla.conversion.presets.calibrated import Calibrated
@@ -53,6 +52,9 @@ def main(argv: list[str]) -> None:
         positionals=POSITIONALS,
     )
     arguments, *common, preset, given = parser.parse(argv)
+
+    from mha2mla.conversion import ConversionConfig, convert
+
     values = {f.name: getattr(part, f.name) for part in common for f in fields(part)}
     convert(
         given.source,

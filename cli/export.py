@@ -9,7 +9,7 @@ mha2mla export llama-deepseek llama-mla-again --format mla-llama
 
 from dataclasses import dataclass, field
 
-from mha2mla.conversion.export import ExportConfig, export
+from mha2mla.conversion.export import ExportConfig
 
 from .parsing import Positionals, parse
 
@@ -30,4 +30,7 @@ def main(argv: list[str]) -> None:
     options, source, given = parse(
         argv, "mha2mla export", ExportConfig, SourceArguments, description=__doc__, positionals=POSITIONALS
     )
+
+    from mha2mla.conversion.export import export
+
     export(given.model, given.output, options, revision=source.revision)

@@ -10,16 +10,16 @@ from argparse import (
 )
 from collections.abc import Iterable, Mapping
 from copy import copy
+from dataclasses import fields
 from difflib import get_close_matches
 from itertools import zip_longest
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from transformers import HfArgumentParser
-from transformers.hf_argparser import string_to_bool
-
 from mha2mla.common.files import read_yaml
+
+from .fields import add_options, truth_value
 
 Positionals = Mapping[str, dict[str, Any]]  # arguments without a name, and what `add_argument` is told of each
 COMPARED_MODELS: Positionals = {
@@ -65,12 +65,12 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     def _format_action_invocation(self, action: Action) -> str:
         shown = copy(action)
         shown.option_strings = [option for option in action.option_strings if "_" not in option]
-        if action.nargs == "?" and action.const is True:  # a flag
+        if action.type is truth_value:  # a flag
             shown.nargs = 0
         return super()._format_action_invocation(shown)
 
 
-class CommandParser(HfArgumentParser):
+class CommandParser(ArgumentParser):
     """
     Parser of one command.
 
@@ -94,14 +94,16 @@ class CommandParser(HfArgumentParser):
         self.plain = {name for name, hint in hints.items() if takes_one_value(hint)}
         words = [name.upper() + ("..." if "nargs" in given else "") for name, given in self.positionals.items()]
         usage = " ".join([command, *words, "[options]"])
+        self.dataclasses = dataclasses
         super().__init__(
-            dataclasses,
             prog=command,
             usage=usage,
             description=description,
             formatter_class=HelpFormatter,
             allow_abbrev=False,
         )
+        for each in dataclasses:
+            add_options(self, each)
         for name, options in self.positionals.items():
             self.add_argument(name, **options)
         self.add_argument("--config", type=Path, help="YAML file of these options; the command line overrules it.")
@@ -114,24 +116,23 @@ class CommandParser(HfArgumentParser):
         path = peek(argv, "config")
         if path is not None:
             self.use_file(Path(path))
-        argv = self.mark_flags(argv)
-        try:
-            *parsed, rest = self.parse_args_into_dataclasses(
-                argv, return_remaining_strings=True, look_for_args_file=False
-            )
-        except ValueError as error:  # of a dataclass that checks its values, transformers' own among them
-            raise ValueError(str(error)) from error
+        namespace, rest = self.parse_known_args(self.mark_flags(argv))
         if rest:
             unknown = next((word for word in rest if word.startswith("--")), None)
             if unknown is None:
                 self.error(f"there is no place for {' '.join(rest)}")
             self.error(f"there is no option {unknown}{suggest(unknown.split('=')[0], self._option_string_actions)}")
-        return tuple(parsed if self.positionals else parsed[:-1])
+        values = vars(namespace)
+        try:
+            made = [each(**{f.name: values.pop(f.name) for f in fields(each) if f.init}) for each in self.dataclasses]
+        except ValueError as error:  # of a dataclass that checks its values, transformers' own among them
+            raise ValueError(str(error)) from error
+        return (*made, namespace) if self.positionals else tuple(made)
 
     def mark_flags(self, argv: list[str]) -> list[str]:
-        """`--flag WORD` with `--flag=true`, where WORD is no truth value: HfArgumentParser's flags take one, and would
-        take a positional argument for it."""
-        flags = {name for name, action in self._option_string_actions.items() if action.nargs == "?"}
+        """`--flag WORD` with `--flag=true`, where WORD is no truth value: flags take one, and would take a positional
+        argument for it."""
+        flags = {name for name, action in self._option_string_actions.items() if action.type is truth_value}
         return [
             f"{word}=true" if word in flags and not is_truth_value(after) else word
             for word, after in zip_longest(argv, argv[1:], fillvalue="")
@@ -227,7 +228,7 @@ def as_given(action: Action, value: Any, place: str) -> Any:
 
 def is_truth_value(word: str) -> bool:
     try:
-        string_to_bool(word)
+        truth_value(word)
     except ArgumentTypeError:
         return False
     return True

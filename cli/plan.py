@@ -10,13 +10,25 @@ GPU's memory beside the weights, and the engines that take an export. What canno
 
 import shlex
 from dataclasses import dataclass, field
-
-from mha2mla.conversion.source import source_config
-from mha2mla.conversion.survey import GPU_MEMORY, MEMORY_SHARE, Offer, Survey, survey_caches
+from typing import TYPE_CHECKING
 
 from .parsing import Positionals, parse
 
+if TYPE_CHECKING:  # it imports torch
+    from mha2mla.conversion.survey import Offer, Survey
+
 POSITIONALS: Positionals = {"source": dict(help="Local folder, .gguf file, or name on the Hub.")}
+# Of GPUs, in MiB, as nvidia-smi tells it.
+GPU_MEMORY = {
+    "h100": 81559,
+    "h200": 143771,
+    "a100": 81920,
+    "a100-40gb": 40960,
+    "b200": 183359,
+    "l40s": 46068,
+    "l4": 23034,
+    "rtx-4090": 24564,
+}
 DEFAULT_GPU = "h100"
 # docs/dev/results.md (b). Nothing is known of another model before it is measured.
 QUALITY = (
@@ -55,20 +67,25 @@ class PlanArguments:
 
 def main(argv: list[str]) -> None:
     options, given = parse(argv, "mha2mla plan", PlanArguments, description=__doc__, positionals=POSITIONALS)
+
+    from mha2mla.conversion.source import source_config
+    from mha2mla.conversion.survey import survey_caches
+
     config = source_config(given.source, options.revision)
     survey = survey_caches(config)
     print("\n\n".join(describe(given.source, survey, options, config.max_position_embeddings)))
 
 
-def describe(source: str, survey: Survey, options: PlanArguments, context: int) -> list[str]:
+def describe(source: str, survey: "Survey", options: PlanArguments, context: int) -> list[str]:
     """Paragraphs for a person."""
+    from mha2mla.conversion.survey import MEMORY_SHARE
     from mha2mla.evaluation.report.table import Table
 
     original, offers = survey.original, survey.offers
     header = ["cache", "latent + rotary", "values", "share", "bytes/token bf16", "fp8"]
     header += [f"GB at {context:,}", f"tokens in {options.device} bf16", "fp8"]
 
-    def cells(offer: Offer) -> list[str]:
+    def cells(offer: "Offer") -> list[str]:
         bf16, fp8 = offer.bytes_per_token(2), offer.bytes_per_token(1)
         fits = [f"{offer.tokens_in(options.memory_bytes, size):,}" for size in (2, 1)]
         share = f"{100 * offer.width / original.width:.2f} %"

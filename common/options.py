@@ -1,9 +1,11 @@
 """Checks of options that are dataclass fields, as the command line and the Python API both make them."""
 
+import re
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 SEEDS = (0, 2**32 - 1)  # that numpy takes
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def check_choices(options: Any) -> None:
@@ -33,3 +35,17 @@ def check_between(options: Any, **bounds: tuple[float, float]) -> None:
         value = getattr(options, name)
         if value is not None and not least <= value <= most:
             raise ValueError(f"{name}={value} must lie between {least} and {most}.")
+
+
+def shard_bytes(size: str) -> int:
+    """
+    Bytes of a size such as "2GB", "500MiB" or "5000".
+
+    Raises:
+        ValueError: If it is none, or not above 0.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]I?B)?", size.upper())
+    number = int(float(found[1]) * UNITS[found[2] or ""]) if found else 0
+    if number < 1:
+        raise ValueError(f"max_shard_size={size!r} must be a size above 0, like 2GB, 500MB or 1GiB.")
+    return number

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate.utils.modeling import convert_file_size_to_int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -123,22 +122,6 @@ def check_finite(name: str, tensor: torch.Tensor, cause: str) -> None:
     """Raise a `ValueError` if a tensor holds NaN or infinity."""
     if tensor.is_floating_point() and not tensor.isfinite().all():
         raise ValueError(f"{name} holds NaN or infinity: {cause}")
-
-
-def shard_bytes(size: str) -> int:
-    """
-    Bytes of a size such as "2GB", "500MiB" or "5000".
-
-    Raises:
-        ValueError: If it is none, or not above 0.
-    """
-    try:
-        number = convert_file_size_to_int(int(size) if size.isdecimal() else size)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise ValueError(f"max_shard_size={size!r} must be a size above 0, like 2GB, 500MB or 1GiB.")
-    return number
 
 
 class CheckpointWriter:

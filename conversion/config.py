@@ -4,11 +4,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from mha2mla.common.options import SEEDS, check_between, check_choices, check_least
+from mha2mla.common.kernel_sizes import ENGINES
+from mha2mla.common.options import SEEDS, check_between, check_choices, check_least, shard_bytes
 
-from .cache_plan import CacheSizes
-from .checkpoint import shard_bytes
-from .export.engines import ENGINES
+from .cache_sizes import CacheSizes
 from .presets import Preset, preset_classes
 from .presets.calibrated import Calibrated
 

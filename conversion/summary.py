@@ -4,12 +4,12 @@ import math
 import shlex
 from pathlib import Path
 
-from mha2mla.common.kernel_sizes import KERNEL_ROPE_DIM
+from mha2mla.common.kernel_sizes import ENGINES, KERNEL_ROPE_DIM, Engine
 from mha2mla.modeling.latent_config import LatentConfigMixin
 
 from .cache_plan import CachePlan
 from .config import ConversionConfig
-from .export.engines import ENGINES, Engine, engines_for_frequencies
+from .export.engines import engines_for_frequencies
 
 PLUGIN = "  # after pip install 'mha2mla[vllm]'"
 

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig
 
-from mha2mla.common.kernel_sizes import KERNEL_ROPE_DIM
+from mha2mla.common.kernel_sizes import ENGINES, KERNEL_ROPE_DIM, Engine
 from mha2mla.modeling import LatentConfigMixin
 
 from .architectures import Architecture, architecture_of
-from .cache_plan import CachePlan, CacheSizes
-from .export.engines import ENGINES, Engine, describe_engines, expressible_lists, fitting_engines
+from .cache_plan import CachePlan
+from .cache_sizes import CacheSizes
+from .export.engines import describe_engines, expressible_lists, fitting_engines
 from .output import empty_model
 from .presets.calibrated import Calibrated
 from .presets.calibrated.frequency_lists import two_runs
@@ -19,18 +20,7 @@ from .rotary import num_rotary_pairs
 from .weights_check import expected_tensors
 
 PAPER_RATIOS = (0.3125, 0.1875, 0.125)
-# Of GPUs, in MiB, as nvidia-smi tells it.
-GPU_MEMORY = {
-    "h100": 81559,
-    "h200": 143771,
-    "a100": 81920,
-    "a100-40gb": 40960,
-    "b200": 183359,
-    "l40s": 46068,
-    "l4": 23034,
-    "rtx-4090": 24564,
-}
-# Of it, for weights and cache; the rest is for activations and the engine itself.
+# Of a GPU's memory, for weights and cache; the rest is for activations and the engine itself.
 MEMORY_SHARE = 0.9
 SERVED_BYTES = 2  # of a weight, in bfloat16
 

@@ -12,7 +12,6 @@ from typing import Literal
 import pytest
 import torch
 
-import mha2mla
 from mha2mla.cli import push
 from mha2mla.cli.main import COMMANDS, main
 from mha2mla.cli.parsing import Names, Sizes, parse, peek
@@ -111,20 +110,30 @@ def test_mistakes_on_the_command_line(argv, message):
         read("a", "b", positionals={"folder": dict(help="One.")})
 
 
-def test_version_and_help_need_no_torch():
+@pytest.mark.parametrize(
+    "argv", [["--version"], ["--help"], *([command, "--help"] for command in COMMANDS)], ids=" ".join
+)
+def test_version_and_help_wait_for_neither_torch_nor_transformers(argv):
     program = "import sys; from mha2mla.cli.main import main\ntry: main(sys.argv[1:])\n"
-    program += "finally: print('torch' in sys.modules)"
+    program += "finally: print({'torch', 'transformers', 'datasets', 'huggingface_hub'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program, *argv], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("set()\n")
+    if len(argv) == 2:
+        assert "--config" in done.stdout
+        assert not re.search(r"^  --\w+_", done.stdout, re.MULTILINE)  # of both spellings, one is shown
 
-    def run(*argv):
-        done = subprocess.run([sys.executable, "-c", program, *argv], capture_output=True, text=True)
-        return done.returncode, done.stdout
 
-    assert run("--version") == (0, f"mha2mla {mha2mla.__version__}\nFalse\n")
-    for command in ("eval", "bench", "push"):
-        status, printed = run(command, "--help")
-        assert status == 0 and printed.endswith("False\n"), command
-        assert "--config" in printed
-        assert not re.search(r"--\w+_", printed)  # of both spellings, one is shown
+def test_help_of_training_is_short_or_whole(capsys):
+    from mha2mla.cli.train import parse_arguments
+
+    shown = {}
+    for word in ("--help", "--help-all"):
+        with pytest.raises(SystemExit):
+            parse_arguments([word])
+        shown[word] = set(re.findall(r"^  (--[\w-]+)", capsys.readouterr().out, re.MULTILINE))
+    assert {"--distillation-weight", "--decay-fraction", "--bf16"} - shown["--help"] == {"--bf16"}
+    assert shown["--help"] | {"--bf16", "--max-steps"} <= shown["--help-all"]
 
 
 def failing(error):

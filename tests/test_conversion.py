@@ -18,7 +18,8 @@ from mha2mla.cli.main import main
 from mha2mla.common.text import load_blocks
 from mha2mla.conversion import ConversionConfig, Paper, convert
 from mha2mla.conversion.architectures import architecture_of
-from mha2mla.conversion.cache_plan import CacheSizes, unrotated_rows
+from mha2mla.conversion.cache_plan import unrotated_rows
+from mha2mla.conversion.cache_sizes import CacheSizes
 from mha2mla.conversion.rotary import head_dim, num_rotary_pairs
 from mha2mla.conversion.search import TIE
 from mha2mla.modeling import MLALlamaForCausalLM

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from mha2mla.common.discovery import defined_classes, named_modules
+from mha2mla.common.discovery import NamedModules, defined_classes
 from mha2mla.conversion.architectures import architecture_classes
 from mha2mla.conversion.presets import preset_classes
 from mha2mla.conversion.presets.paper.low_rank import METHODS
@@ -37,6 +37,6 @@ def package(tmp_path, monkeypatch):
 def test_a_file_that_is_added_is_found(package):
     import toys
 
-    assert list(named_modules(*package)) == ["1", "a-small-one", "large"]
+    assert list(NamedModules(*package)) == ["1", "a-small-one", "large"]
     found = defined_classes(*package, toys.Toy)
     assert [cls.__name__ for cls in found] == ["Large", "Small", "Tiny"]  # each where it is defined, and once

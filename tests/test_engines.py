@@ -8,9 +8,10 @@ from conftest import pico_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mha2mla.cli.main import main
-from mha2mla.conversion.cache_plan import CacheSizes
+from mha2mla.common.kernel_sizes import ENGINES
+from mha2mla.conversion.cache_sizes import CacheSizes
 from mha2mla.conversion.export import export
-from mha2mla.conversion.export.engines import ENGINES, advise_sizes, engines_for_frequencies, kernel_sizes
+from mha2mla.conversion.export.engines import advise_sizes, engines_for_frequencies, kernel_sizes
 from mha2mla.modeling import MLALlamaConfig
 from pico import make_source
 

@@ -32,7 +32,7 @@ def save(tmp_path):
 def test_the_check_is_of_our_logits(save, tmp_path, monkeypatch):
     compared = []
     compare = check.compare_logits
-    module = sys.modules["mha2mla.conversion.export.export"]
+    module = sys.modules["mha2mla.conversion.export.run"]
     monkeypatch.setattr(module, "compare_logits", lambda *x: compared.append(x) or compare(*x))
     model, folder = save([0, 1, 4])
     export(folder, tmp_path / "out", ExportConfig(pad=256, max_shard_size="20KB"))

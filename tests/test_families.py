@@ -9,7 +9,7 @@ import torch
 from mha2mla.cli.main import main
 from mha2mla.conversion import Calibrated, Paper
 from mha2mla.conversion.architectures import architecture_classes, architecture_of
-from mha2mla.conversion.cache_plan import CacheSizes
+from mha2mla.conversion.cache_sizes import CacheSizes
 from mha2mla.conversion.job import ConversionJob
 from mha2mla.conversion.layerwise import advance, embed, run_layers
 from mha2mla.evaluation.speed.dimensions import DIMENSIONS

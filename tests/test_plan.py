@@ -6,9 +6,9 @@ import pytest
 from transformers import LlamaConfig, MistralConfig
 
 from mha2mla.cli.main import main
-from mha2mla.cli.plan import QUALITY
-from mha2mla.conversion.cache_plan import CacheSizes
-from mha2mla.conversion.survey import GPU_MEMORY, survey_caches
+from mha2mla.cli.plan import GPU_MEMORY, QUALITY
+from mha2mla.conversion.cache_sizes import CacheSizes
+from mha2mla.conversion.survey import survey_caches
 from pico import SOURCES
 
 LLAMA3_8B = LlamaConfig(

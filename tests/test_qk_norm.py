@@ -11,7 +11,7 @@ from mha2mla.cli.main import main
 from mha2mla.conversion import Calibrated
 from mha2mla.conversion.architectures import architecture_of
 from mha2mla.conversion.attention_weights import NormalisedHeads, normalise
-from mha2mla.conversion.cache_plan import CacheSizes
+from mha2mla.conversion.cache_sizes import CacheSizes
 from mha2mla.conversion.job import ConversionJob
 from mha2mla.conversion.layerwise import embed, run_layers
 from mha2mla.conversion.presets import preset_classes
@@ -133,8 +133,9 @@ def test_refinement_moves_what_is_before_and_after_the_norms(kind, tmp_path):
     preset = Calibrated(refine_steps=1, score_samples=2)
     plan = preset.choose(job, preset.plans(architecture, CacheSizes(kv_lora_rank=9, qk_rope_head_dim=4)))
     visit = next(run_layers(job, ""))
-    before, _ = preset.closed_form(visit, preset.open_state(job).load(0, "cpu"), plan)
-    after = trainable_tensors(preset.steps.refine(before, visit, embed(job), RefineSettings(1, 2, 0.1), 0))
+    passes = preset.passes(job)
+    before, _ = passes.closed_form(visit, passes.state.load(0, "cpu"), plan)
+    after = trainable_tensors(passes.steps.refine(before, visit, embed(job), RefineSettings(1, 2, 0.1), 0))
     expected = {"q_nope", "q_rope", "latent", "k_rope", "k_up", "v_up", "o"}
     expected |= {f"normalised.{name}" for name in ("q", "k", "v", "q_gain", "k_gain")}
     if kind == "qwen3-bias":

@@ -3,9 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from transformers import TrainingArguments
-
-from mha2mla.common.options import SEEDS, check_between, check_least
+from mha2mla.common.options import check_between, check_least
 
 from .losses import Loss, make_losses, weigh
 
@@ -126,8 +124,9 @@ class DataArguments:
 
 
 @dataclass
-class RecoveryTrainingArguments(TrainingArguments):
-    """transformers' `TrainingArguments`, all of them, with the paper's defaults (arXiv 2502.14837, Appendix A)."""
+class TrainerOptions:
+    """What transformers' `TrainingArguments` do not have, or with other defaults: the paper's (arXiv 2502.14837, Appendix
+    A)."""
 
     output_dir: str = field(
         metadata={"help": "Folder of the trained model and its checkpoints.", "aliases": ["--output"]}
@@ -164,23 +163,3 @@ class RecoveryTrainingArguments(TrainingArguments):
     )
     # Rows carry the lengths of their documents, which the collator needs and the model does not.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off."})
-
-    def __post_init__(self):
-        check_least(self, per_device_train_batch_size=1, per_device_eval_batch_size=1, gradient_accumulation_steps=1)
-        check_least(self, learning_rate=0, weight_decay=0, adam_epsilon=0, dataloader_num_workers=0)
-        check_between(self, decay_fraction=(0, 1), adam_beta1=(0, 1), adam_beta2=(0, 1), seed=SEEDS, data_seed=SEEDS)
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns must stay off: rows carry the lengths of their documents.")
-        if self.label_smoothing_factor:
-            raise ValueError(
-                f"label_smoothing_factor={self.label_smoothing_factor} belongs to a loss of transformers, which is "
-                "not used here. Leave it out."
-            )
-        if self.attention_learning_rate is not None and self.attention_learning_rate <= 0:
-            raise ValueError(
-                f"attention_learning_rate={self.attention_learning_rate} must be above 0; what is not to be trained, "
-                "--trainable leaves out."
-            )
-        if self.compile_layers and self.torch_compile:
-            raise ValueError("compile_layers and torch_compile both compile the decoder layers: choose one.")
-        super().__post_init__()

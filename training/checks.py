@@ -10,10 +10,11 @@ from transformers.utils import is_peft_available
 from mha2mla.common.loading import load_config, load_tokenizer
 from mha2mla.modeling import LatentConfigMixin
 
-from .arguments import DataArguments, LossArguments, ModelArguments, RecoveryTrainingArguments
+from .arguments import DataArguments, LossArguments, ModelArguments
 from .losses import Setting
 from .parameters import LORA, check_lora_targets, freeze_except, meta_model
 from .resume import checkpoints, read_state, wants_resume
+from .trainer_arguments import RecoveryTrainingArguments
 
 
 def check_model(model: ModelArguments, length: int) -> tuple[LatentConfigMixin, list[str]]:

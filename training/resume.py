@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .arguments import RecoveryTrainingArguments
+from .trainer_arguments import RecoveryTrainingArguments
 
 TRAINER_STATE = "trainer_state.json"  # of a checkpoint, and of an output folder that is complete: written last in both
 

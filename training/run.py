@@ -16,7 +16,7 @@ from mha2mla.common.records import copy_record
 from mha2mla.common.text_sources import hub_datasets
 from mha2mla.modeling import LatentConfigMixin
 
-from .arguments import DataArguments, LossArguments, ModelArguments, RecoveryTrainingArguments
+from .arguments import DataArguments, LossArguments, ModelArguments
 from .checks import check_losses, check_model, check_run
 from .data import data_sources, load_rows, reading_rows
 from .model_card import TrainingRecord, write_model_card
@@ -24,6 +24,7 @@ from .parameters import LORA, describe_trainable
 from .publish import push_folder
 from .resume import all_steps_taken, find_checkpoint, is_finished, wants_resume
 from .trainer import RecoveryTrainer, mend_generation_config, recover
+from .trainer_arguments import RecoveryTrainingArguments
 
 logger = logging.getLogger(__name__)
 

@@ -23,10 +23,11 @@ from transformers import (
 
 from mha2mla.common.perplexity import Perplexity
 
-from .arguments import LossArguments, ModelArguments, RecoveryTrainingArguments
+from .arguments import LossArguments, ModelArguments
 from .loss import use_losses
 from .packing import IGNORED, collate_packed
 from .parameters import ATTENTION, LORA, add_lora, describe_trainable, freeze_except
+from .trainer_arguments import RecoveryTrainingArguments
 
 logger = logging.getLogger(__name__)
 

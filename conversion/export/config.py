@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mha2mla.common.kernel_sizes import KERNEL_RANKS
-from mha2mla.conversion.checkpoint import shard_bytes
+from mha2mla.common.options import shard_bytes
 
 # Types of weights that each format can hold, the first being what `auto` makes of any other.
 DTYPES = {

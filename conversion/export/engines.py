@@ -1,39 +1,14 @@
 """Inference engines that run DeepSeek checkpoints, and what each of them takes (docs/serving.md)."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
-from mha2mla.common.kernel_sizes import KERNEL_HEAD_DIM, KERNEL_ROPE_DIM
-from mha2mla.conversion.cache_plan import CacheSizes
+from mha2mla.common.kernel_sizes import ENGINES, KERNEL_HEAD_DIM, KERNEL_ROPE_DIM, Engine
+from mha2mla.conversion.cache_sizes import CacheSizes
 from mha2mla.modeling.latent_config import LatentConfigMixin
 
 from .experts import has_experts
 from .plan import ExportPlan, check_architecture
 from .rope_table import fit_table, frequency_places
-
-
-@dataclass(frozen=True)
-class Engine:
-    """
-    Attributes:
-        title (`str`): For a person.
-        kernel_ranks (`tuple[int, ...]`): Latents that its kernels are made for, with 64 rotary dims and heads of at
-            most 128, the largest first; empty if it takes any size.
-        knows_step (`bool`): Whether it has yarn's step, see [`RopeTable`].
-    """
-
-    title: str
-    kernel_ranks: tuple[int, ...] = ()
-    knows_step: bool = True
-
-
-ENGINES = {
-    "transformers": Engine("transformers"),
-    "vllm": Engine("vLLM on a GPU", (512, 256)),
-    "vllm-cpu": Engine("vLLM on a CPU", (512,)),
-    "sglang": Engine("SGLang", (512,)),
-    "llama.cpp": Engine("llama.cpp", knows_step=False),
-}
 
 
 def kernel_sizes(sizes: CacheSizes, engine: Engine, source_width: int) -> CacheSizes:

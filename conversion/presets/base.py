@@ -1,19 +1,25 @@
 """What a preset is: its options, the caches it can make, the layers, and what the model card says of it."""
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
-
-from transformers import PreTrainedConfig
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mha2mla.common.options import check_choices
-from mha2mla.modeling.latent_config import LatentConfigMixin
 
-from ..architectures import Architecture
-from ..attention_weights import LatentAttention
-from ..cache_plan import CachePlan, CacheSizes
-from ..job import ConversionJob
+from ..cache_sizes import CacheSizes
+
+if TYPE_CHECKING:  # they import torch, and a preset's options must be there without it
+    from transformers import PreTrainedConfig
+
+    from mha2mla.modeling.latent_config import LatentConfigMixin
+
+    from ..architectures import Architecture
+    from ..attention_weights import LatentAttention
+    from ..cache_plan import CachePlan
+    from ..job import ConversionJob
 
 
 @dataclass

@@ -1,16 +1,15 @@
 """The distance to the original's attention, layer by layer: a first stage, in a run of its own."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from transformers import PreTrainedModel
-
-from mha2mla.common.loading import head_dim
-from mha2mla.common.robust_error import robust_error
-
-from ..packing import packed_inputs
 from .base import Batch, BatchLoss, Setting, recorded_calls
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
 OBJECTIVES = ("language", "attention")
 
@@ -32,6 +31,12 @@ def attention_error(
     Returns:
         A scalar. Only the student's attention gets a gradient.
     """
+    import torch
+
+    from mha2mla.common.robust_error import robust_error
+
+    from ..packing import packed_inputs
+
     with torch.no_grad(), recorded_calls(layer.self_attn for layer in teacher.model.layers) as calls:
         teacher.model(**packed_inputs(teacher, input_ids, position_ids))
     errors = [
@@ -67,6 +72,9 @@ class Attention(BatchLoss):
     def check(self, setting: Setting) -> None:
         if self.objective != "attention":
             return
+
+        from mha2mla.common.loading import head_dim
+
         if setting.teacher_config is None:
             raise ValueError("objective='attention' matches a teacher: give --teacher, the original model.")
         if setting.sharded:

@@ -1,16 +1,17 @@
 """What a loss is, and what it may read: once before the run, and of every batch."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
-
-from ..packing import IGNORED, packed_inputs
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass
@@ -34,11 +35,11 @@ class Loss:
         """Its factor in the sum; 0 leaves it out."""
         raise NotImplementedError
 
-    def weight_beside(self, losses: "Sequence[Loss]") -> float:
+    def weight_beside(self, losses: Sequence[Loss]) -> float:
         """The weight, given all losses of the run."""
         return self.weight
 
-    def check(self, setting: "Setting") -> None:
+    def check(self, setting: Setting) -> None:
         """Raise a `ValueError`, with the value and the remedy, for what the user can get wrong; called for every loss
         before weights are read. What is wrong with a value by itself is for `__post_init__`."""
 
@@ -77,7 +78,7 @@ class BatchLoss(Loss):
 
     reads_states: ClassVar[bool] = False
 
-    def compute(self, batch: "Batch") -> torch.Tensor:
+    def compute(self, batch: Batch) -> torch.Tensor:
         """The sum over the tokens that count, a scalar."""
         raise NotImplementedError
 
@@ -149,6 +150,8 @@ class Batch:
     @property
     def counted(self) -> torch.Tensor:
         """Which tokens count, [B * T]."""
+        from ..packing import IGNORED
+
         return self.targets != IGNORED
 
     @cached_property
@@ -158,10 +161,14 @@ class Batch:
     @cached_property
     def _teacher_pass(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
         assert self.teacher is not None
-        with torch.no_grad():
+        from torch import no_grad
+
+        with no_grad():
             return self._run(self.teacher, {})
 
     def _run(self, model: PreTrainedModel, options: dict[str, Any]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        from ..packing import packed_inputs
+
         inputs = packed_inputs(model, self.input_ids, self.position_ids)
         with recorded_calls(model.model.layers if self.keep_states else ()) as calls:
             hidden = model.model(**inputs, **options).last_hidden_state

@@ -1,11 +1,14 @@
 """The distance to the original's predictions."""
 
-from dataclasses import dataclass, field
+from __future__ import annotations
 
-import torch
-from torch import nn
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from .base import LogitsLoss
+
+if TYPE_CHECKING:
+    import torch
 
 
 def forward_kl(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -19,9 +22,11 @@ def forward_kl(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: 
     Returns:
         [N].
     """
+    from torch.nn.functional import kl_div
+
     student = (logits / temperature).log_softmax(-1)
     teacher = (teacher_logits / temperature).log_softmax(-1)
-    return nn.functional.kl_div(student, teacher, reduction="none", log_target=True).sum(-1) * temperature**2
+    return kl_div(student, teacher, reduction="none", log_target=True).sum(-1) * temperature**2
 
 
 @dataclass

@@ -1,18 +1,24 @@
 """The distance to the original's residual stream after each layer."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-
-import torch
-
-from mha2mla.common.robust_error import robust_errors
+from typing import TYPE_CHECKING
 
 from .base import Batch, BatchLoss, Setting
+
+if TYPE_CHECKING:
+    import torch
 
 
 @cache
 def compiled_robust_errors() -> Callable[..., torch.Tensor]:
+    import torch
+
+    from mha2mla.common.robust_error import robust_errors
+
     return torch.compile(robust_errors)
 
 
@@ -30,6 +36,10 @@ def hidden_errors(
     Returns:
         Of each token, [B * T].
     """
+    import torch
+
+    from mha2mla.common.robust_error import robust_errors
+
     errors = compiled_robust_errors() if compiled else robust_errors
     pairs = zip(states, teacher_states, strict=True)
     return torch.stack([errors(state.float(), wanted.float()) for state, wanted in pairs]).mean(0).flatten()

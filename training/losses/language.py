@@ -1,13 +1,15 @@
 """Cross-entropy of the next token."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
-
-from ..packing import IGNORED
 from .base import LogitsLoss, Loss
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass
@@ -24,7 +26,11 @@ class Language(LogitsLoss):
     def compute(
         self, logits: torch.Tensor, targets: torch.Tensor, teacher_logits: torch.Tensor | None
     ) -> torch.Tensor:
-        return nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
+        from torch.nn.functional import cross_entropy
+
+        from ..packing import IGNORED
+
+        return cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
 
     def describe(self, teacher: str | None) -> str:
         return "cross-entropy"

@@ -10,6 +10,6 @@ A method is a module of this folder, found by itself, with
   key_up [key_rows, R] and value_up [value_rows, R].
 """
 
-from mha2mla.common.discovery import named_modules
+from mha2mla.common.discovery import NamedModules
 
-METHODS = named_modules(__name__, __path__)
+METHODS = NamedModules(__name__, __path__)

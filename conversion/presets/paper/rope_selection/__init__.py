@@ -9,6 +9,6 @@ A rule is a module of this folder, found by itself, with
   head, [G, num_kept], from the mean length of each pair of the queries [H, d/2] and of the keys [G, d/2].
 """
 
-from mha2mla.common.discovery import named_modules
+from mha2mla.common.discovery import NamedModules
 
-RULES = named_modules(__name__, __path__)
+RULES = NamedModules(__name__, __path__)

@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 
 from mha2mla.common.device import check_device
+from mha2mla.common.kernel_sizes import ENGINES
 from mha2mla.common.loading import load_config
+from mha2mla.common.options import shard_bytes
 from mha2mla.common.records import RECORD_NAME
 from mha2mla.common.scratch import scratch_folder
 from mha2mla.common.text import load_blocks
@@ -18,10 +20,9 @@ from mha2mla.modeling.latent_config import LatentConfigMixin
 
 from .architectures import architecture_of
 from .cache_plan import CachePlan
-from .checkpoint import atomic_folder, check_output, shard_bytes
+from .checkpoint import atomic_folder, check_output
 from .config import ConversionConfig
 from .export.engines import (
-    ENGINES,
     advise_sizes,
     check_servable,
     engines_for_frequencies,

@@ -8,13 +8,13 @@ import torch
 from huggingface_hub.utils import tqdm
 
 from mha2mla.common.companions import copy_companions
+from mha2mla.common.options import shard_bytes
 from mha2mla.common.tokenizer import write_tokenizer
 from mha2mla.conversion.checkpoint import (
     CheckpointReader,
     CheckpointWriter,
     atomic_folder,
     check_output,
-    shard_bytes,
 )
 from mha2mla.conversion.fused import open_checkpoint
 from mha2mla.conversion.output import check_complete, write_companions
