@@ -157,11 +157,11 @@ def test_kernel_sizes_are_chosen_and_padded(save_source, calibration_file, tmp_p
 def test_what_cannot_be_served_is_refused(
     kind, rope, options, message, save_source, calibration_file, tmp_path, monkeypatch, capsys
 ):
-    from mha2mla.conversion.presets.calibrated.preset import Calibrated
+    from mha2mla.conversion.presets.calibrated.passes import Passes
 
     source, out = save_source(kind, rope=rope), tmp_path / "out"
     if rope != "linear":  # which lists there are is known once the text has been measured
-        monkeypatch.setattr(Calibrated, "collect", None)
+        monkeypatch.setattr(Passes, "collect", None)
     sizes = SMALL if kind != "qwen3" else ("--kv-lora-rank", 12, "--qk-rope-head-dim", 8)
     quick = () if "paper" in options else QUICK
     arguments = [source, out, *sizes, *quick, "--data", calibration_file, "--serve", "vllm", *options]
