@@ -3,8 +3,9 @@
     mha2mla chat ./my-llama my-llama-mla
     mha2mla chat meta-llama/Llama-3.1-8B-Instruct llama-mla --device cuda --prompt "Why is the sky blue?"
 
-Both answer greedily, in the tokenizer's chat template; without one they continue the text. An empty line or Ctrl-D
-ends. Where the terminal is narrow, or the output is no terminal, one answers after the other.
+Both answer greedily, always with the likeliest token: there is no sampling. The tokenizer's chat template is used;
+without one, they continue the text. An empty line or Ctrl-D ends. Where the terminal is narrow, or the output is no
+terminal, one answers after the other.
 """
 
 import shutil
@@ -109,4 +110,4 @@ def cache_line(answer: "Answer", original: "Answer") -> str:
     if answer is original:
         return line
     share = answer.cache_bytes / answer.cache_tokens / (original.cache_bytes / original.cache_tokens)
-    return f"{line} ({100 * share:.2f} % a token)"
+    return f"{line} ({100 * share:.2f} % per token)"

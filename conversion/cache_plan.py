@@ -66,7 +66,7 @@ class CachePlan:
         """One line for a person: what a token costs before and after, in bytes of `element_size` each."""
         before, after = (w * self.num_layers * element_size for w in (self.source_width, self.width))
         return (
-            f"Cache: {self.source_width} -> {self.width} numbers per token and layer; {before:,} -> {after:,} bytes "
+            f"Cache: {self.source_width} -> {self.width} values per token and layer; {before:,} -> {after:,} bytes "
             f"per token ({100 * (self.ratio - 1):+.2f} %)"
         )
 
@@ -123,7 +123,7 @@ def plan_caches(
         if min(rank for _, rank in splits) < 1:
             least = min(rope for rope, _ in splits)
             raise ValueError(
-                f"cache_ratio={ratio} gives {width} numbers per token and layer, which {num_rope_key_heads} rotary "
+                f"cache_ratio={ratio} gives {width} values per token and layer, which {num_rope_key_heads} rotary "
                 f"keys of {least} dims use up. Use a ratio above {num_rope_key_heads * least / source_width:.4f}, or "
                 "set --kv-lora-rank and --qk-rope-head-dim yourself."
             )

@@ -114,7 +114,7 @@ class LatentLayer(CacheLayerMixin):
 def not_of_entries(keys: torch.Tensor) -> ValueError:
     """The error for a cache that was made for `keys`, [batch, heads, tokens, dims], instead of entries."""
     return ValueError(
-        f"The cache was made for {keys.shape[1]} heads of {keys.shape[3]} numbers; latent attention caches one entry "
+        f"The cache was made for {keys.shape[1]} heads of {keys.shape[3]} values; latent attention caches one entry "
         "of config.latent_cache_dim. Make it by DynamicCache(config=config) or StaticCache(config=config, "
         "max_cache_len=...); early_initialization takes (batch_size, 1, config.latent_cache_dim, dtype, device). "
         "Prefix tuning makes keys and values, which have no place here: use prompt tuning or LoRA."

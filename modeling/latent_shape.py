@@ -47,7 +47,7 @@ class LatentShape:
 
     @property
     def width(self) -> int:
-        """W, the numbers cached per token and layer: a latent, then the rotary keys."""
+        """W, the values cached per token and layer: a latent, then the rotary keys."""
         return self.kv_lora_rank + self.rope_width
 
     @property

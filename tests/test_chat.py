@@ -69,7 +69,7 @@ def test_plain_output_names_both_and_their_caches(folders, capsys):
     printed = capsys.readouterr().out
     assert f"{folders[0]} (original):" in printed and f"{folders[1]}:" in printed
     before, after = (int(n.replace(",", "")) for n in re.findall(r"cache: ([\d,]+) bytes", printed))
-    assert after < before and "(29.17 % a token)" in printed  # 14 of 48 values
+    assert after < before and "(29.17 % per token)" in printed  # 14 of 48 values
     # The original is found by the record.
     assert main(["chat", folders[1], "--prompt", PROMPT, "--max-new-tokens", "5"]) == 0
     assert capsys.readouterr().out == printed
@@ -107,7 +107,7 @@ def test_side_by_side_on_a_terminal(folders, monkeypatch):
     lines = terminal.screen()
     left = [line.split("│")[0].rstrip() for line in lines]
     assert set(wrap(last.text, 38)) <= set(left)
-    assert f"cache: {last.cache_bytes:,} bytes" in left and " % a token)" in lines[-2]
+    assert f"cache: {last.cache_bytes:,} bytes" in left and " % per token)" in lines[-2]
     assert max(map(width_of, lines)) <= 80
 
     terminal = Terminal()

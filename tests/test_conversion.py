@@ -98,7 +98,7 @@ def test_cache_ratio_is_met(svd, rule, save_source, tmp_path, caplog):
     source = save_source("mha")
     with caplog.at_level("INFO", logger="mha2mla"):
         run(source, tmp_path / "out", "--cache-ratio", 0.3125, "--svd", svd, "--rope-selection", rule)
-    assert "96 -> 30 numbers per token and layer" in caplog.text  # 2 * 4 * 12 -> 0.3125 of it
+    assert "96 -> 30 values per token and layer" in caplog.text  # 2 * 4 * 12 -> 0.3125 of it
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.config.latent_cache_dim == 30
     assert model.generate(tokens(1, 4), max_new_tokens=3, min_new_tokens=3).shape == (1, 7)
@@ -410,7 +410,7 @@ def test_it_ends_with_what_it_did_and_what_comes_next(save_source, calibration_f
     with caplog.at_level("INFO", logger="mha2mla"):
         assert main(["convert", *map(str, (source, out, *options))]) == 0
     cache, loss, engines, wrote, following, *commands = caplog.records[-1].getMessage().splitlines()
-    assert cache.startswith("Cache: 48 -> 14 numbers") and engines.startswith("Engines for an export: transformers")
+    assert cache.startswith("Cache: 48 -> 14 values") and engines.startswith("Engines for an export: transformers")
     assert (wrote, following) == (f"Wrote {out}", "Next:")
     assert [shlex.split(command)[:2] for command in commands] == [
         ["mha2mla", "chat"],

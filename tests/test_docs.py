@@ -128,7 +128,7 @@ def test_the_space_answers_without_its_page(pico_for_smollm, monkeypatch):
     pair = space.Pair(*map(str, space.demo_models()))
     shown = list(pair.answer("w5 w6", 4))[-1]
     assert pair.titles == ["Original: SmolLM2-135M-Instruct", "Converted: SmolLM2-135M-Instruct-MLA-calibrated"]
-    assert len(shown) == 4 and shown[3].endswith("(31.25 % a token)")
+    assert len(shown) == 4 and shown[3].endswith("(31.25 % per token)")
 
 
 def test_the_notebook_shows_a_whole_run():

@@ -66,7 +66,7 @@ def test_convert_train_eval_and_push(kind, save_source, calibration_file, tmp_pa
     assert main(["push", str(trained), "me/model", "--dry-run"]) == 0
     listed = {line.split()[-1] for line in capsys.readouterr().out.splitlines() if line}
     assert {f"modeling_{family}.py", f"configuration_{family}.py", "README.md"} <= listed
-    assert "numbers per token and layer" in (trained / "README.md").read_text()
+    assert "values per token and layer" in (trained / "README.md").read_text()
     sets = tmp_path / "sets"
     sets.mkdir()
     (sets / "texts.jsonl").write_text(json.dumps({"id": "0", "text": "w5 w6 w7 w8 w9 w10"}) + "\n")

@@ -125,8 +125,8 @@ class DataArguments:
 
 @dataclass
 class TrainerOptions:
-    """Options that transformers' `TrainingArguments` lack, or for which the paper's defaults are taken (arXiv 2502.14837,
-    Appendix A)."""
+    """Options that transformers' `TrainingArguments` lack, and those with other defaults: the paper's (arXiv
+    2502.14837, Appendix A)."""
 
     output_dir: str = field(
         metadata={"help": "Folder of the trained model and its checkpoints.", "aliases": ["--output"]}

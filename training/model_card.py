@@ -69,7 +69,7 @@ def describe_cache(config: PreTrainedConfig) -> str:
         return ""
     source = 2 * config.num_key_value_heads * config.head_dim
     return (
-        f": its cache holds **{config.latent_cache_dim} numbers per token and layer instead of {source} "
+        f": its cache holds **{config.latent_cache_dim} values per token and layer instead of {source} "
         f"({100 * (config.latent_cache_dim / source - 1):+.2f} %)**"
     )
 
