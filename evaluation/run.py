@@ -16,6 +16,7 @@ from mha2mla.modeling import CACHE_ARGUMENT, cache_nbytes
 
 from .caches import DYNAMIC, CacheKind
 from .measures.scoring import inference, prefix_token
+from .progress import Progress
 from .report.conversion import find_records
 from .report.page import write_page
 from .results import ModelResult, Results, describe_environment, describe_model, is_done
@@ -66,6 +67,13 @@ def find_original(paths: Sequence[str]) -> str | None:
     return source
 
 
+def is_measured(task: Task, kind: CacheKind, is_original: bool) -> bool:
+    """Whether a task says something of a row; `is_original` is that of the original with its plain cache."""
+    if task.kind == "agreement":
+        return not is_original  # it agrees with itself
+    return task.kind != "harness" or kind == DYNAMIC  # lm-evaluation-harness reads whole texts, without a cache
+
+
 def evaluate_models(
     paths: Sequence[str],
     tasks: Sequence[Task],
@@ -114,7 +122,12 @@ def evaluate_models(
     set_seed(settings.seed)
     original: PreTrainedModel | None = None
     original_row: ModelResult | None = None
-    seconds_of: dict[str, float] = {}  # of each task, when it was last measured
+    tasks_of = {
+        (path, kind): [t for t in tasks if is_measured(t, kind, path == original_path and kind == suited[path][0])]
+        for path in paths
+        for kind in suited[path]
+    }
+    progress = Progress(task.name for chosen in tasks_of.values() for task in chosen)
     for path in paths:
         model = load_model(path, trust_remote_code=trust_remote_code, dtype=settings.dtype).to(device).eval()
         tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
@@ -124,26 +137,21 @@ def evaluate_models(
             if path == original_path and original_row is None:
                 original_row = row
                 original = model if compares else None
-            for number, task in enumerate(tasks, 1):
-                if task.kind == "agreement" and row is original_row:
-                    continue  # it agrees with itself
-                if task.kind == "harness" and kind != DYNAMIC:
-                    continue  # lm-evaluation-harness reads whole texts, without a cache
+            for task in tasks_of[path, kind]:
                 digest = task.digest
                 if task.kind == "agreement":
                     assert original_row is not None
                     digest += original_row.digest
                 if is_done(row, task, digest):
                     logger.info("%s, %s: done before", row.label, task.name)
+                    progress.done(task.name, row.tasks[task.name]["seconds"])
                     continue
-                place = f"model {paths.index(path) + 1} of {len(paths)}, task {number} of {len(tasks)}"
-                before = f", {seconds_of[task.name]:.0f} s before" if task.name in seconds_of else ""
-                logger.info("%s, %s (%s%s)", row.label, task.name, place, before)
+                logger.info("%s, %s (%s)", row.label, task.name, progress.describe())
                 start = time.perf_counter()
                 numbers = measure_task(task, model, tokenizer, original or model, settings, batch_size, kind)
                 seconds = round(time.perf_counter() - start, 2)
                 row.tasks[task.name] = {"kind": task.kind, "digest": digest, "numbers": numbers, "seconds": seconds}
-                seconds_of[task.name] = seconds
+                progress.done(task.name, seconds)
                 row.tasks[task.name]["run"] = len(results.runs) - 1
                 results.save(output)
             results.save(output)

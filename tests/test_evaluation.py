@@ -15,6 +15,7 @@ from mha2mla.evaluation.measures.agreement import (
 )
 from mha2mla.evaluation.measures.long_context import measure_position_perplexity, measure_retrieval
 from mha2mla.evaluation.measures.perplexity import text_tokens, text_windows, token_losses
+from mha2mla.evaluation.progress import Progress
 from pico import exact_model, make_mla, make_source, tokens
 
 TOKENIZER = pico_tokenizer()
@@ -184,3 +185,15 @@ def test_text_perplexity_refuses_what_it_cannot_measure():
         measure_text_perplexity(model, TOKENIZER, ["w4"], length=8, stride=9)
     with pytest.raises(ValueError, match="no text"):
         measure_text_perplexity(model, TOKENIZER, [], length=8)
+
+
+def test_the_time_left_is_over_all_that_is_to_be_measured():
+    progress = Progress(["a", "b", "c", "a", "b"])
+    assert progress.describe() == "measurement 1 of 5"
+    progress.done("a", 10.0)
+    assert progress.describe() == "measurement 2 of 5, about 40 s left"  # b and c as long as a took
+    progress.done("b", 130.0)
+    assert progress.describe() == "measurement 3 of 5, about 4 min left"  # c 70, a 10, b 130
+    progress.done("c", 20_000.0)
+    progress.done("a", 10.0)
+    assert progress.describe() == "measurement 5 of 5, about 2 min left"

@@ -102,7 +102,8 @@ class Agreement:
     def describe(self) -> str:
         return (
             f"logits differ by at most {self.largest:.1e} ({self.relative:.1e} of their spread), predictions by "
-            f"{self.kl:.1e} nats per token, likeliest token the same at {100 * self.same_choice:.1f} % of {self.tokens}"
+            f"{self.kl:.1e} nats per token, likeliest token the same at {100 * self.same_choice:.1f} % of "
+            f"{self.tokens}"
         )
 
 
