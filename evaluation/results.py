@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mha2mla.common.files import read_json_object
+from mha2mla.common.loading import find_file
 from mha2mla.common.records import recorded_preset
 from mha2mla.common.versions import versions
 
@@ -126,12 +127,13 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def checkpoint_digest(path: str, model: PreTrainedModel) -> str:
+def checkpoint_digest(path: str) -> str:
     """Changes when the checkpoint does: from the Hub its commit; of a folder the config's text, and the sizes and
     times of its files of weights."""
     folder = Path(path)
     if not folder.is_dir():
-        return str(model.config._commit_hash)
+        config = find_file(path, "config.json")
+        return "" if config is None else config.parent.name  # snapshots/COMMIT
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in sorted(folder.iterdir()):
         if file.suffix in (".safetensors", ".bin"):
@@ -148,7 +150,7 @@ def describe_model(
         path=path,
         preset=ORIGINAL if is_original else recorded_preset(path) or "other",
         cache=cache,
-        digest=checkpoint_digest(path, model),
+        digest=checkpoint_digest(path),
         cache_bytes_per_token=cache_bytes_per_token,
         dtype=str(model.dtype).removeprefix("torch."),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),

@@ -1,14 +1,12 @@
 """What `mha2mla push` uploads, and that it reaches a stand-in of the Hub's HTTP interface in one commit."""
 
-import base64
 import json
-from http.server import BaseHTTPRequestHandler, HTTPServer
-from threading import Thread
 
 import pytest
 from conftest import pico_tokenizer
 from huggingface_hub import HfApi, constants
 
+from hub import COMMIT, run_hub
 from mha2mla.cli.main import main
 from mha2mla.training import add_lora
 from mha2mla.training.publish import plan_upload, push_folder
@@ -42,54 +40,15 @@ def adapter(model, tmp_path):
     return folder
 
 
-class HubStandIn(BaseHTTPRequestHandler):
-    """The four calls of an upload of small files; what was committed is kept in `commits`."""
-
-    commits: list[list[dict]] = []
-    created: list[dict] = []
-
-    def log_message(self, *_):
-        pass
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        if self.path == "/api/repos/create":
-            self.created.append(json.loads(body))
-            answer = {"url": f"http://{self.headers['Host']}/me/model", "id": "me/model", "name": "me/model"}
-        elif self.path.startswith("/api/validate-yaml"):
-            answer = {"warnings": [], "errors": []}
-        elif "/preupload/" in self.path:
-            names = [file["path"] for file in json.loads(body)["files"]]
-            answer = {"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]}
-        elif "/commit/" in self.path:
-            self.commits.append([json.loads(line) for line in body.splitlines()])
-            answer = {"commitUrl": f"http://{self.headers['Host']}/me/model/commit/0a1b", "commitOid": "0a1b"}
-        else:
-            self.send_error(404)
-            return
-        text = json.dumps(answer).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-
-
 @pytest.fixture
 def hub(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(HubStandIn, "commits", [])
-    monkeypatch.setattr(HubStandIn, "created", [])
-    server = HTTPServer(("127.0.0.1", 0), HubStandIn)
-    Thread(target=server.serve_forever, daemon=True).start()
-    yield HfApi(endpoint=f"http://127.0.0.1:{server.server_port}", token="hf_stand_in")
-    server.shutdown()
-    server.server_close()
+    with run_hub() as hub:
+        yield hub
 
 
-def committed(commit):
-    files = [line["value"] for line in commit if line["key"] == "file"]
-    return {file["path"]: base64.b64decode(file["content"]) for file in files}
+def api_of(hub):
+    return HfApi(endpoint=hub.endpoint, token="hf_stand_in")
 
 
 def test_dry_run_lists_a_model_and_nothing_of_its_run(model, capsys):
@@ -110,11 +69,10 @@ def test_dry_run_lists_a_model_and_nothing_of_its_run(model, capsys):
 
 
 def test_a_model_goes_up_in_one_commit(model, hub):
-    assert push_folder(model, "me/model", private=True, api=hub).endswith("/commit/0a1b")
-    assert len(HubStandIn.commits) == 1
-    assert HubStandIn.created[0]["name"] == "model" and HubStandIn.created[0]["organization"] == "me"
-    assert HubStandIn.created[0].get("private") is True or HubStandIn.created[0].get("visibility") == "private"
-    files = committed(HubStandIn.commits[0])
+    assert push_folder(model, "me/model", private=True, api=api_of(hub)).endswith(f"/me/model/commit/{COMMIT}")
+    (created,), (files,) = hub.created, hub.commits
+    assert created["name"] == "model" and created["organization"] == "me"
+    assert created.get("private") is True or created.get("visibility") == "private"
     assert set(files) == {upload.name for upload in plan_upload(model)}
     assert files["model.safetensors"] == (model / "model.safetensors").read_bytes()
 
@@ -122,8 +80,8 @@ def test_a_model_goes_up_in_one_commit(model, hub):
 def test_an_adapter_names_a_base_that_others_can_load(adapter, model, hub):
     with pytest.raises(ValueError, match=r"a folder that nobody else has. Push that first"):
         plan_upload(adapter)
-    push_folder(adapter, "me/lora", base_model="me/model", api=hub)
-    files = committed(HubStandIn.commits[0])
+    push_folder(adapter, "me/lora", base_model="me/model", api=api_of(hub))
+    (files,) = hub.commits
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "me/model"
     assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == str(model)
     assert "adapter_model.safetensors" in files
