@@ -22,6 +22,7 @@ from mha2mla.conversion.cache_plan import unrotated_rows
 from mha2mla.conversion.cache_sizes import CacheSizes
 from mha2mla.conversion.rotary import head_dim, num_rotary_pairs
 from mha2mla.conversion.search import TIE
+from mha2mla.conversion.summary import RECOVERY
 from mha2mla.modeling import MLALlamaForCausalLM
 from pico import SOURCES, tokens
 
@@ -409,8 +410,9 @@ def test_it_ends_with_what_it_did_and_what_comes_next(save_source, calibration_f
     options = ("--cache-ratio", 0.3, "--data", calibration_file, "--column", "text", *CALIBRATED)
     with caplog.at_level("INFO", logger="mha2mla"):
         assert main(["convert", *map(str, (source, out, *options))]) == 0
-    cache, loss, engines, wrote, following, *commands = caplog.records[-1].getMessage().splitlines()
+    cache, loss, engines, recovery, wrote, following, *commands = caplog.records[-1].getMessage().splitlines()
     assert cache.startswith("Cache: 48 -> 14 values") and engines.startswith("Engines for an export: transformers")
+    assert recovery == RECOVERY
     assert (wrote, following) == (f"Wrote {out}", "Next:")
     assert [shlex.split(command)[:2] for command in commands] == [
         ["mha2mla", "chat"],
