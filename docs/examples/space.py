@@ -64,7 +64,8 @@ def page(pair: Pair):
     with gradio.Blocks(title="Multi-head Latent Attention") as blocks:
         gradio.Markdown(
             "# Multi-head Latent Attention\nThe same question to a model and to its conversion, which caches a small "
-            "latent vector per token in place of keys and values. Both answer greedily."
+            "latent vector per token in place of keys and values. Both answer greedily. A conversion that has not "
+            "been trained yet soon repeats itself."
         )
         question = gradio.Textbox(label="Question", value=QUESTIONS[0])
         length = gradio.Slider(16, 256, value=96, step=16, label="Most tokens of an answer")
