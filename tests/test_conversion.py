@@ -336,7 +336,7 @@ def test_common_frequencies_are_each_there_once(save_source, calibration_file, t
 def test_calibration_state_serves_several_ratios_and_refuses_other_text(
     save_source, calibration_file, tmp_path, monkeypatch, capsys
 ):
-    from mha2mla.conversion.presets.calibrated import preset as calibrated
+    from mha2mla.conversion.presets.calibrated import passes as calibrated
 
     source, state = save_source("gqa"), tmp_path / "state"
     base = ("--data", calibration_file, "--calibration-state", state, *CALIBRATED)
