@@ -10,6 +10,6 @@ They are made for small models too: answers are single words, the form of the an
 the prompt, and nothing is asked that needs knowledge.
 """
 
-from mha2mla.common.discovery import named_modules
+from mha2mla.common.discovery import NamedModules
 
-TASKS = named_modules(__name__, __path__)
+TASKS = NamedModules(__name__, __path__)
