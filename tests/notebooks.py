@@ -1,10 +1,12 @@
 """
-Runs a notebook without Jupyter, cell after cell: Python in one namespace, and `%%bash` cells as bash.
+Runs a notebook without Jupyter, cell after cell: Python in one namespace without showing anything, and `%%bash` cells
+as bash.
 
     cd docs/examples && MODEL=./my-llama DATA=texts.jsonl python ../../tests/notebooks.py gpu.ipynb
 """
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,12 +22,12 @@ def code_cells(notebook: Path) -> list[str]:
 
 def run_notebook(notebook: Path) -> dict[str, Any]:
     """Gives the names that its Python cells leave."""
-    names: dict[str, Any] = {}
+    names: dict[str, Any] = {"display": lambda *_: None}
     for cell in code_cells(notebook):
         if cell.startswith(BASH):
             subprocess.run(["bash", "-c", cell.removeprefix(BASH)], check=True)
         else:
-            exec(cell, names)
+            exec(re.sub("^%.*$", "", cell, flags=re.MULTILINE), names)
     return names
 
 

@@ -8,7 +8,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from matplotlib import pyplot
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
@@ -39,7 +38,8 @@ def plot_frequencies(record: dict) -> Figure:
     """How many rotary pairs of each frequency every layer keeps; low indices turn fastest."""
     layers = [list(chain.from_iterable(layer["rope_frequencies"])) for layer in record["layers"]]
     counts = [[layer.count(f) for f in range(max(map(max, layers)) + 1)] for layer in layers]
-    figure, axes = pyplot.subplots(figsize=(8, 4))
+    figure = Figure(figsize=(8, 4))
+    axes = figure.subplots()
     image = axes.imshow(counts, aspect="auto", origin="lower", cmap="viridis", interpolation="nearest")
     axes.set(xlabel="frequency index (0 turns fastest)", ylabel="layer", title="Rotary pairs kept")
     figure.colorbar(image, label="pairs")
@@ -50,7 +50,8 @@ def plot_layers(record: dict, names: dict[str, str], title: str, log: bool) -> F
     """Measurements of the record by layer; None where the preset did not measure them."""
     if not all(name in record["layers"][0] for name in names):
         return None
-    figure, axes = pyplot.subplots(figsize=(8, 3.5))
+    figure = Figure(figsize=(8, 3.5))
+    axes = figure.subplots()
     for name, label in names.items():
         axes.plot([layer[name] for layer in record["layers"]], marker="o", markersize=3, label=label)
     axes.set(xlabel="layer", title=title)

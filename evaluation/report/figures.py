@@ -5,11 +5,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only, no screen
-
-from matplotlib import pyplot
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, PercentFormatter
 
@@ -48,7 +43,8 @@ def plot_against_cache(
     measured: Sequence[Measured], xlabel: str, ylabel: str, title: str, log: bool, unit: str
 ) -> Figure:
     """Quality against cache size, a line for each preset, a star and a dashed line for the original."""
-    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    figure = Figure(figsize=(8, 4.5))
+    axes = figure.subplots()
     for preset in dict.fromkeys(m.preset for m in measured if m.preset != ORIGINAL):
         points = sorted((m for m in measured if m.preset == preset), key=lambda m: m.cache)
         sizes, values = [m.cache for m in points], [m.value for m in points]
@@ -69,16 +65,16 @@ def plot_against_cache(
 
 
 def encode_png(figure: Figure) -> bytes:
-    """The picture as a PNG file; the figure is closed."""
+    """The picture as a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
     return buffer.getvalue()
 
 
 def plot_positions(results: Results, name: str) -> Figure:
     """Perplexity by position, a line for each model."""
-    figure, axes = pyplot.subplots(figsize=(8, 4))
+    figure = Figure(figsize=(8, 4))
+    axes = figure.subplots()
     for model in results.models:
         ranges = task_numbers(model, name).get("ranges", [])
         if ranges:
@@ -98,7 +94,8 @@ def plot_retrieval(model: ModelResult, name: str) -> Figure:
     image = [[math.nan] * len(lengths) for _ in depths]
     for cell in cells:
         image[depths.index(cell["depth"])][lengths.index(cell["length"])] = cell["accuracy"]
-    figure, axes = pyplot.subplots(figsize=(6, 3))
+    figure = Figure(figsize=(6, 3))
+    axes = figure.subplots()
     drawn = axes.imshow(image, aspect="auto", cmap="RdYlGn", vmin=0, vmax=1, interpolation="nearest")
     axes.set_xticks(range(len(lengths)), [f"{length:g}" for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])

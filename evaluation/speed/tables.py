@@ -1,6 +1,5 @@
 """Table and figure of measured speeds."""
 
-from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from mha2mla.evaluation.report.table import Table
@@ -31,7 +30,8 @@ def speed_table(measured: list[Speed], title: str) -> Table:
 
 def plot_speed(measured: list[Speed]) -> Figure:
     """Tokens per second and cache bytes against the context, a line for each model, cache and batch."""
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5))
+    figure = Figure(figsize=(11, 4.5))
+    axes = figure.subplots(1, 2)
     for key in dict.fromkeys((m.model, m.cache, m.batch) for m in measured):
         points = sorted((m for m in measured if (m.model, m.cache, m.batch) == key), key=lambda m: m.context)
         label = f"{key[0]}, {key[1]}, batch {key[2]}"
