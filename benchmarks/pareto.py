@@ -141,6 +141,8 @@ class RoundedLayer(DynamicLayer):
 class RoundedLatents(LatentDynamicLayer):
     """Entries, rounded as they are written."""
 
+    _layer_type = None  # or transformers would take it for the layer of every latent cache
+
     def __init__(self, rounding: Rounding):
         super().__init__()
         self.rounding = rounding
@@ -265,6 +267,8 @@ def run(args: argparse.Namespace) -> None:
 
 def points_lost(row: dict, original: dict, names: list[str]) -> tuple[float, float]:
     """Points of accuracy against the original on the same items, mean over sets, and its standard error."""
+    if not names:
+        return math.nan, math.nan
     pairs = [paired_difference(row["right"][name], original["right"][name]) for name in names]
     lost = -100 * sum(difference for difference, _ in pairs) / len(pairs)
     return lost, 100 * math.hypot(*(error for _, error in pairs)) / len(pairs)
