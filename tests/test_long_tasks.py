@@ -49,9 +49,9 @@ def test_answers_are_those_that_reading_the_text_gives():
         cast = votes.prompt.split("Votes: ")[-1].split(".")[0].split(", ")
         assert max(set(cast), key=cast.count) == votes.answers[0] and len(cast) == 40
 
-        variables = TASKS["variables"].make(random.Random(seed), 5).prompt
-        values = dict(re.findall(r"value of (\w+) is now (\d+)\.", variables))  # the last of each
-        assert TASKS["variables"].make(random.Random(seed), 5).answers == (values[variables.split()[-3]],)
+        variables = TASKS["variables"].make(random.Random(seed), 5)
+        values = dict(re.findall(r"number of the (\w+) is (\d+)\.", variables.prompt))  # the last of each
+        assert variables.answers == (values[variables.prompt.split()[-2]],)
 
 
 @pytest.mark.parametrize("name", TASKS)
