@@ -28,7 +28,7 @@ def parse_arguments(
     losses = find_losses()
     dataclasses = (ModelArguments, TeacherArguments, *losses.values(), DataArguments, RecoveryTrainingArguments)
     model, teacher, *chosen, data, training = parse(argv, "mha2mla train", *dataclasses, description=__doc__)
-    return model, LossArguments(teacher.teacher, dict(zip(losses, chosen, strict=True))), data, training
+    return model, LossArguments(**vars(teacher), losses=dict(zip(losses, chosen, strict=True))), data, training
 
 
 def main(argv: list[str]) -> None:
