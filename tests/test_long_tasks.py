@@ -21,7 +21,7 @@ def words_of(example: Example) -> int:
 
 
 def test_there_are_five_in_the_manner_of_ruler_and_the_passkey():
-    assert TASKS.keys() == {"passkey", "needles", "variables", "common-words", "counting", "questions"}
+    assert {"passkey", "needles", "variables", "common-words", "counting", "questions"} <= TASKS.keys()
 
 
 @pytest.mark.parametrize("name", TASKS)
