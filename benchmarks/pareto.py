@@ -290,13 +290,13 @@ def write_table(args: argparse.Namespace) -> None:
     texts, every, known = list(original["text"]), list(original["right"]), sets_above_chance(original)
     names = ["model", "cache", "bytes/token", *(f"KL, {text}" for text in texts)]
     names += [f"points lost, {len(every)} sets", f"the {len(known)} above chance"] if every else []
-    print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
+    print("| " + " | ".join([*names, "measured on"]) + " |\n|" + "---|" * (len(names) + 1))
     for row in rows:
         cells = [row["model"], row["cache"], f"{row['bytes']:,.0f}"]
-        cells += ["{:.4f} ± {:.4f}".format(*row["text"][text]["kl"]) for text in texts]
-        if every:
-            cells += ["{:.2f} ± {:.2f}".format(*points_lost(row, original, chosen)) for chosen in (every, known)]
-        print("| " + " | ".join(cells) + " |")
+        cells += ["{:.4f} ± {:.4f}".format(*row["text"][text]["kl"]) if text in row["text"] else "" for text in texts]
+        for chosen in (every, known) if every else ():
+            cells.append("{:.2f} ± {:.2f}".format(*points_lost(row, original, chosen)) if row["right"] else "")
+        print("| " + " | ".join([*cells, f"{row['device']}, {row['blocks']} blocks"]) + " |")
 
 
 def main() -> None:

@@ -50,8 +50,8 @@ def test_answers_are_those_that_reading_the_text_gives():
         assert max(set(cast), key=cast.count) == votes.answers[0] and len(cast) == 40
 
         variables = TASKS["variables"].make(random.Random(seed), 5)
-        values = dict(re.findall(r"number of the (\w+) is (\d+)\.", variables.prompt))  # the last of each
-        assert variables.answers == (values[variables.prompt.split()[-2]],)
+        values = dict(re.findall(r"value of (\w+) is now (\d+)\.", variables.prompt))  # the last of each
+        assert variables.answers == (values[variables.prompt.split()[-3]],)
 
 
 @pytest.mark.parametrize("name", TASKS)

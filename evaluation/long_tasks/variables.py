@@ -1,4 +1,4 @@
-"""`variables`: three things whose number is set twice; the number that one of them has in the end."""
+"""`variables`: three variables, each set twice; the value that one of them has in the end."""
 
 import random
 
@@ -6,22 +6,21 @@ from mha2mla.evaluation.prompts import NOUNS, Example, filler, scatter
 
 NAME = "variables"
 COUNT = 3
+TIMES = 2
 
 
 def make(rng: random.Random, size: int) -> Example:
     """Hidden in `size` sentences."""
-    things = rng.sample(NOUNS, COUNT)
-    numbers = [str(number) for number in rng.sample(range(1_000, 10_000), 2 * COUNT)]
-    order = [*things, *things]
+    names = rng.sample(NOUNS, COUNT)
+    values = [str(value) for value in rng.sample(range(1_000, 10_000), COUNT * TIMES)]
+    order = [*range(COUNT)] * TIMES
     rng.shuffle(order)
-    settings, last = [], {}
-    for thing, number in zip(order, numbers, strict=True):
-        settings.append(f"{'Now the' if thing in last else 'The'} number of the {thing} is {number}.")
-        last[thing] = number
+    settings = [f"The value of {names[which]} is now {value}." for which, value in zip(order, values, strict=True)]
     text, _ = scatter(rng, settings, filler(rng, size))
-    asked = rng.choice(things)
+    asked = rng.randrange(COUNT)
+    last = max(place for place, which in enumerate(order) if which == asked)
     prompt = (
-        f"Some things in the following text have a number, which may change. Remember the numbers.\n\n{text}\n\n"
-        f"What is the number of the {asked} now? Now the number of the {asked} is"
+        f"Values are set in the following text. A new value replaces the old one.\n\n{text}\n\n"
+        f"In the end, the value of {names[asked]} is now"
     )
-    return Example(prompt, (last[asked],), 1 / len(numbers))
+    return Example(prompt, (values[last],), 1 / len(values))
