@@ -141,6 +141,8 @@ class RoundedLayer(DynamicLayer):
 class RoundedLatents(LatentDynamicLayer):
     """Entries, rounded as they are written."""
 
+    _layer_type = None  # or transformers would take it for the layer of every latent cache
+
     def __init__(self, rounding: Rounding):
         super().__init__()
         self.rounding = rounding
@@ -265,6 +267,8 @@ def run(args: argparse.Namespace) -> None:
 
 def points_lost(row: dict, original: dict, names: list[str]) -> tuple[float, float]:
     """Points of accuracy against the original on the same items, mean over sets, and its standard error."""
+    if not names:
+        return math.nan, math.nan
     pairs = [paired_difference(row["right"][name], original["right"][name]) for name in names]
     lost = -100 * sum(difference for difference, _ in pairs) / len(pairs)
     return lost, 100 * math.hypot(*(error for _, error in pairs)) / len(pairs)
@@ -286,13 +290,13 @@ def write_table(args: argparse.Namespace) -> None:
     texts, every, known = list(original["text"]), list(original["right"]), sets_above_chance(original)
     names = ["model", "cache", "bytes/token", *(f"KL, {text}" for text in texts)]
     names += [f"points lost, {len(every)} sets", f"the {len(known)} above chance"] if every else []
-    print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
+    print("| " + " | ".join([*names, "measured on"]) + " |\n|" + "---|" * (len(names) + 1))
     for row in rows:
         cells = [row["model"], row["cache"], f"{row['bytes']:,.0f}"]
-        cells += ["{:.4f} ± {:.4f}".format(*row["text"][text]["kl"]) for text in texts]
-        if every:
-            cells += ["{:.2f} ± {:.2f}".format(*points_lost(row, original, chosen)) for chosen in (every, known)]
-        print("| " + " | ".join(cells) + " |")
+        cells += ["{:.4f} ± {:.4f}".format(*row["text"][text]["kl"]) if text in row["text"] else "" for text in texts]
+        for chosen in (every, known) if every else ():
+            cells.append("{:.2f} ± {:.2f}".format(*points_lost(row, original, chosen)) if row["right"] else "")
+        print("| " + " | ".join([*cells, f"{row['device']}, {row['blocks']} blocks"]) + " |")
 
 
 def main() -> None:

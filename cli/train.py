@@ -37,7 +37,7 @@ def parse_arguments(
     dataclasses = (ModelArguments, TeacherArguments, *losses.values(), DataArguments, trainer_options(argv))
     argv = [HELP[-1] if word == HELP_ALL else word for word in argv]
     model, teacher, *chosen, data, training = parse(argv, "mha2mla train", *dataclasses, description=__doc__)
-    return model, LossArguments(teacher.teacher, dict(zip(losses, chosen, strict=True))), data, training
+    return model, LossArguments(**vars(teacher), losses=dict(zip(losses, chosen, strict=True))), data, training
 
 
 def trainer_options(argv: list[str]) -> type[TrainerOptions]:

@@ -54,6 +54,16 @@ loss.backward()
 assert model.lm_head.weight.grad.abs().max() > 0
 """
 
+LONG_TASK = """
+from mha2mla.evaluation.prompts import fit_length
+from mha2mla.evaluation.tasks import LONG_TASKS, TaskData, find_tasks
+
+(task,) = find_tasks(["long:last-word"], TaskData(), 2, (300,))
+make = LONG_TASKS["last-word"].make
+example = fit_length(make, task.items[0]["seed"], 300, lambda example: len(example.prompt.split()))
+assert 290 < len(example.prompt.split()) <= 300 and example.answers[0] in example.prompt
+"""
+
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
@@ -86,3 +96,7 @@ def test_exactness_runs_over_the_new_architecture(environment):
 
 def test_loss_is_minimised(environment):
     run(environment, "-c", LOSS)
+
+
+def test_long_task_is_found(environment):
+    run(environment, "-c", LONG_TASK)

@@ -115,7 +115,7 @@ def test_generated_tasks_and_positions_stand_beside_the_originals(models, sets, 
     more = ("--contexts", "120,160", "--limit", "2", "--batch-size", "2")
     assert main(arguments(models, sets, tmp_path, *more, tasks=names)) == 0
     printed = capsys.readouterr().out
-    assert "long:counting: share of the answers written, in % (by guessing 25.0, 25.0)" in printed
+    assert "long:counting: share of the answers written, in % (by guessing 33.3, 33.3)" in printed
     assert "long:passkey: difference from the original on the same prompts (paired), in points" in printed
     results = json.loads((tmp_path / "results" / "results.json").read_text())
     original, half = (model["tasks"] for model in results["models"])

@@ -21,7 +21,7 @@ def words_of(example: Example) -> int:
 
 
 def test_there_are_five_in_the_manner_of_ruler_and_the_passkey():
-    assert TASKS.keys() == {"passkey", "needles", "variables", "common-words", "counting", "questions"}
+    assert {"passkey", "needles", "variables", "common-words", "counting", "questions"} <= TASKS.keys()
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -46,12 +46,12 @@ def test_answers_are_those_that_reading_the_text_gives():
         assert [max(set(last), key=last.count)] == [*listed.answers] and last.count(listed.answers[0]) == 30
 
         votes = TASKS["counting"].make(random.Random(seed), 40)
-        cast = re.findall(r"voted for (\w+)\.", votes.prompt.split("\n\n")[-1])
-        assert max(set(cast), key=cast.count) == votes.answers[0]
+        cast = votes.prompt.split("Votes: ")[-1].split(".")[0].split(", ")
+        assert max(set(cast), key=cast.count) == votes.answers[0] and len(cast) == 40
 
-        variables = TASKS["variables"].make(random.Random(seed), 5).prompt
-        values = dict(re.findall(r"value of (\w+) is now (\d+)\.", variables))  # the last of each
-        assert TASKS["variables"].make(random.Random(seed), 5).answers == (values[variables.split()[-3]],)
+        variables = TASKS["variables"].make(random.Random(seed), 5)
+        values = dict(re.findall(r"value of (\w+) is now (\d+)\.", variables.prompt))  # the last of each
+        assert variables.answers == (values[variables.prompt.split()[-3]],)
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -40,7 +40,7 @@ def setting(
     chosen, teacher="source", teacher_config=None, trained=("model.layers.0.self_attn.q_proj",), sharded=False
 ):
     config = make_mla().config
-    arguments = LossArguments(teacher, chosen)
+    arguments = LossArguments(teacher, losses=chosen)
     active = [loss for _, loss in arguments.weighed]
     return Setting(config, teacher, teacher_config or make_source().config, list(trained), sharded, active)
 
@@ -77,10 +77,13 @@ def test_a_file_is_enough_for_a_loss(tmp_path, monkeypatch):
 
 def test_the_sum_in_words():
     assert LossArguments().describe() == "cross-entropy"
-    text = LossArguments("t", make_losses(distillation_weight=0.7, temperature=2.0, hidden_weight=3.0)).describe()
+    losses = make_losses(distillation_weight=0.7, temperature=2.0, hidden_weight=3.0)
     parts = "0.7 KL(t, model) at temperature 2", "3 relative error of the states after each layer", "0.3 cross-entropy"
-    assert text == " + ".join(parts)
-    assert "attention outputs" in LossArguments("t", make_losses(objective="attention")).describe()
+    assert LossArguments("t", losses=losses).describe() == " + ".join(parts)
+    assert LossArguments("t", teacher_int8=True, losses=losses).describe().startswith("0.7 KL(t in 8 bits, model)")
+    with pytest.raises(ValueError, match="teacher_int8 needs --teacher"):
+        LossArguments(teacher_int8=True)
+    assert "attention outputs" in LossArguments("t", losses=make_losses(objective="attention")).describe()
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from mha2mla.training import (
     recover,
     use_losses,
 )
+from mha2mla.training.int8 import hold_in_int8, quantize_rows
 from mha2mla.training.loss import token_losses
 from mha2mla.training.losses.attention import attention_error
 from mha2mla.training.losses.distillation import Distillation, forward_kl
@@ -238,7 +239,7 @@ def test_accumulated_gradients_are_those_of_one_large_batch(distil, tmp_path):
     for batch_size, accumulation in ((8, 1), (2, 4), (1, 8)):
         loss, teacher = LossArguments(), None
         if distil is not None:
-            loss, teacher = LossArguments("source", make_losses(hidden_weight=distil)), make_source()
+            loss, teacher = LossArguments("source", losses=make_losses(hidden_weight=distil)), make_source()
         moves.append(one_step(tmp_path, make_mla(), batch_size, accumulation, loss, teacher))
     assert max(move.abs().max() for move in moves[0].values()) > 1e-3
     assert_equal(moves[1], moves[0])
@@ -246,7 +247,7 @@ def test_accumulated_gradients_are_those_of_one_large_batch(distil, tmp_path):
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path):
-    distil = (LossArguments("source", make_losses(hidden_weight=1.0)), make_source())
+    distil = (LossArguments("source", losses=make_losses(hidden_weight=1.0)), make_source())
     plain = one_step(tmp_path, make_mla(), 8, 1, *distil)
     assert_equal(one_step(tmp_path, make_mla(), 8, 1, *distil, gradient_checkpointing=True), plain)
 
@@ -285,3 +286,22 @@ def test_matching_attention_brings_it_nearer(tmp_path):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_a_teacher_in_8_bits_takes_half_and_says_the_same():
+    codes, scales = quantize_rows(torch.randn(5, 7, generator=torch.Generator().manual_seed(0)))
+    weight = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    assert ((codes * scales - weight).abs() <= scales / 2 + 1e-6).all() and codes.dtype == torch.int8
+    assert quantize_rows(torch.zeros(2, 3))[0].eq(0).all()  # a row of zeros has no scale of its own
+    for kind in ("gqa", "llama-bias"):
+        teacher = make_source(kind).bfloat16()
+        with torch.no_grad():
+            expected = teacher(tokens(2, 9)).logits.float()
+            before = sum(p.numel() * p.element_size() for p in teacher.model.layers.parameters())
+            hold_in_int8(teacher)
+            found = teacher(tokens(2, 9)).logits.float()
+        held = [*teacher.model.layers.parameters(), *teacher.model.layers.buffers()]
+        assert sum(t.numel() * t.element_size() for t in held) < 0.6 * before
+        p, q = expected.log_softmax(-1), found.log_softmax(-1)
+        assert (p.exp() * (p - q)).sum(-1).mean() < 2e-3
+        assert not torch.equal(expected, found)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import launch, pico_tokenizer
 from peft import AutoPeftModelForCausalLM
@@ -22,6 +23,8 @@ from mha2mla.cli.train import parse_arguments
 from mha2mla.training import RecoveryTrainer, run
 from mha2mla.training.resume import newest_checkpoint
 from pico import BLOCK_PACKAGE, VOCAB, make_mla, make_source, tokens
+
+EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 
 CLEAN_LOAD = (
     BLOCK_PACKAGE
@@ -205,7 +208,7 @@ def test_two_processes_give_the_curve_of_one(folder):
 
 
 def test_shipped_accelerate_configurations_are_read():
-    folder = Path(__file__).parents[1] / "docs" / "examples" / "accelerate"
+    folder = EXAMPLES / "accelerate"
     read = {path.stem: load_config_from_file(str(path)) for path in folder.glob("*.yaml")}
     kinds = {name: str(config.distributed_type).rpartition(".")[2] for name, config in read.items()}
     assert kinds == {"fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
@@ -219,7 +222,7 @@ def test_shipped_accelerate_configurations_are_read():
 def test_the_example_script_does_what_the_command_does(folder, trainable):
     options = ("--teacher", folder / "source", "--trainable", trainable)
     assert main(arguments(folder, f"command-{trainable}", *options)) == 0
-    script = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "examples" / "train.py"))
+    script = runpy.run_path(str(EXAMPLES / "train.py"))
     script["main"](arguments(folder, f"script-{trainable}", *options)[1:])
     last = [folder / f"{name}-{trainable}" / "checkpoint-6" for name in ("command", "script")]
     assert losses(last[1]) == losses(last[0])
@@ -227,8 +230,25 @@ def test_the_example_script_does_what_the_command_does(folder, trainable):
     assert (last[1].parent / weights).is_file()
 
 
+# What a CPU cannot do, and what a pico model and a test have less of.
+SMALL = dict(use_cpu=True, bf16=False, compile_layers=False, attn_implementation="sdpa", dtype="float32")
+SMALL |= dict(max_steps=2, length=16, short_length=8, per_device_train_batch_size=2, gradient_accumulation_steps=1)
+
+
+@pytest.mark.parametrize("recipe", sorted(EXAMPLES.glob("recovery*.yaml")), ids=lambda path: path.stem)
+def test_a_shipped_recipe_trains(folder, recipe):
+    options = yaml.safe_load(recipe.read_text()) | SMALL | {"logging_steps": 1}
+    (folder / "run.yaml").write_text(yaml.safe_dump(options))
+    places = ("--model", folder / "mla", "--teacher", folder / "source", "--data", folder / "texts.jsonl")
+    command = ["train", "--config", folder / "run.yaml", *places, "--output", folder / "out"]
+    assert main([*map(str, command)]) == 0
+    made = folder / "out" / "merged" if options.get("merge") else folder / "out"
+    assert len(losses(folder / "out")) == 2
+    AutoModelForCausalLM.from_pretrained(made)
+
+
 def test_the_shipped_recipe_is_read():
-    path = Path(__file__).parents[1] / "docs" / "examples" / "recovery.yaml"
+    path = EXAMPLES / "recovery.yaml"
     given = ["--model", "m", "--teacher", "t", "--data", "d", "--output_dir", "o", "--use_cpu"]
     _, loss, data, training = parse_arguments(["--config", str(path), *given])
     losses = loss.losses

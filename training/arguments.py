@@ -53,6 +53,13 @@ class TeacherArguments:
     """The original model, which losses may compare with."""
 
     teacher: str | None = field(default=None, metadata={"help": "The original model: a folder, or a name on the Hub."})
+    teacher_int8: bool = field(
+        default=False, metadata={"help": "Hold the matrices of the teacher's layers in 8 bits: half of its memory."}
+    )
+
+    def __post_init__(self):
+        if self.teacher_int8 and self.teacher is None:
+            raise ValueError("teacher_int8 needs --teacher: there is no model to hold in 8 bits.")
 
 
 @dataclass
@@ -73,7 +80,8 @@ class LossArguments(TeacherArguments):
 
     def describe(self) -> str:
         """The weighted sum, for the model card."""
-        terms = [(weight, loss.describe(self.teacher)) for weight, loss in self.weighed]
+        teacher = f"{self.teacher} in 8 bits" if self.teacher_int8 else self.teacher
+        terms = [(weight, loss.describe(teacher)) for weight, loss in self.weighed]
         return " + ".join(text if weight == 1 else f"{weight:g} {text}" for weight, text in terms)
 
 

@@ -24,6 +24,7 @@ from transformers import (
 from mha2mla.common.perplexity import Perplexity
 
 from .arguments import LossArguments, ModelArguments
+from .int8 import hold_in_int8
 from .loss import use_losses
 from .packing import IGNORED, collate_packed
 from .parameters import ATTENTION, LORA, add_lora, describe_trainable, freeze_except
@@ -191,6 +192,8 @@ def recover(
     mend_generation_config(model)
     use_cache = model.config.use_cache
     if teacher is not None:
+        if loss.teacher_int8:
+            hold_in_int8(teacher)
         teacher.requires_grad_(False).eval().to(arguments.device)
     if arguments.compile_layers:
         compile_layers(model)

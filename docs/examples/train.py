@@ -21,6 +21,7 @@ from mha2mla.training import (
     use_losses,
 )
 from mha2mla.training.data import load_rows
+from mha2mla.training.int8 import hold_in_int8
 
 
 def main(argv: list[str]) -> None:
@@ -42,6 +43,8 @@ def main(argv: list[str]) -> None:
     teacher = None
     if loss_args.teacher is not None:
         teacher = load(loss_args.teacher, "bfloat16" if training_args.bf16 else model_args.dtype)
+        if loss_args.teacher_int8:
+            hold_in_int8(teacher)
         teacher.requires_grad_(False).eval().to(training_args.device)
 
     # The loss, bound to the model: cross-entropy and distances to the teacher, a chunk of logits at a time.
