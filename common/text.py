@@ -1,6 +1,5 @@
 """Text as blocks of tokens, to calibrate and to measure on."""
 
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -22,18 +21,11 @@ from .text_sources import (
     render_chats,
 )
 
-logger = logging.getLogger(__name__)
-
 # Short pieces bring many documents into few blocks. At equal cost they convert better than long ones, also where a
 # model is measured over longer contexts (docs/dev/conversion.md).
 PIECE_LENGTH = 128
 SHUFFLE_BUFFER = 40_000  # pieces
 CHARACTERS_PER_TOKEN = 4  # roughly, in English
-
-PROSE_ONLY = (
-    "The tokenizer has a chat template, and the calibration text holds no chats: an instruct model should be "
-    "calibrated on chats like its users' too. docs/examples/calibration.yaml mixes both."
-)
 
 
 @dataclass(frozen=True)
@@ -187,8 +179,6 @@ def load_blocks(
     tokenizer = load_tokenizer(str(tokenizer_folder), "tokenizer", trust_remote_code)
     sources = find_sources(data, column, subset, split)
     columns = [check_source(source, tokenizer) for source in sources]
-    if tokenizer.chat_template is not None and not any(column.chats for column in columns):
-        logger.warning(PROSE_ONLY)
     piece_length = length if seed is None else PIECE_LENGTH
     streams = [
         iterate_pieces(source, column.name, tokenizer, seed, piece_length)

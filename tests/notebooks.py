@@ -2,7 +2,7 @@
 Runs a notebook without Jupyter, cell after cell: Python in one namespace without showing anything, and `%%bash` cells
 as bash.
 
-    cd docs/examples && MODEL=./my-llama DATA=texts.jsonl python ../../tests/notebooks.py gpu.ipynb
+    cd docs/examples && MODEL=./my-llama PROSE=texts.jsonl DATA=texts.jsonl python ../../tests/notebooks.py gpu.ipynb
 """
 
 import json

@@ -2,13 +2,12 @@
 
 import gzip
 import json
-import logging
 from pathlib import Path
 
 import pytest
 from conftest import pico_tokenizer
 
-from mha2mla.common.text import PROSE_ONLY, Piece, load_blocks, mix_pieces, pack_blocks, split_chat
+from mha2mla.common.text import Piece, load_blocks, mix_pieces, pack_blocks, split_chat
 from mha2mla.common.text_sources import TextSource, check_source, find_sources, read_recipe, render_chats
 from mha2mla.training import DataArguments
 from mha2mla.training.data import load_rows
@@ -79,13 +78,6 @@ def test_a_long_chat_is_cut_in_front_of_the_user():
     assert split_chat(turns, 1000) == [turns]
 
 
-def test_an_instruct_model_on_prose_alone_is_said_once(tokenizer, tmp_path, caplog):
-    with caplog.at_level(logging.WARNING, "mha2mla"):
-        load_blocks(tokenizer, write_lines(tmp_path / "prose.jsonl", GOOD), 2, 8)
-        load_blocks(tokenizer, write_lines(tmp_path / "chats.jsonl", CHATS), 2, 8)
-    assert [record.getMessage() for record in caplog.records] == [PROSE_ONLY]
-
-
 def test_a_template_that_refuses_a_chat_is_said():
     tokenizer = pico_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
@@ -94,7 +86,7 @@ def test_a_template_that_refuses_a_chat_is_said():
 
 
 def test_the_shipped_mixture_is_read():
-    sources = read_recipe(Path(__file__).parents[1] / "docs" / "examples" / "calibration.yaml")
+    sources = read_recipe(Path(__file__).parents[1] / "docs" / "examples" / "prose-and-chats.yaml")
     assert all(source.builder is None for source in sources)  # names on the Hub
     assert sum(source.weight for source in sources) == 1
 
