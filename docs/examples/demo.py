@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path(".cache"), help="Where the original and texts are kept.")
     parser.add_argument("--output", type=Path, default=Path("out"), help="Where the converted models go.")
     parser.add_argument("--cache-ratio", type=float, default=0.3125)
+    parser.add_argument("--fetch-only", action="store_true", help="Unpack the original, and end.")
     args = parser.parse_args()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("mha2mla").setLevel(logging.INFO)
@@ -106,6 +107,8 @@ def main() -> None:
 
     start = time.time()
     source = fetch_source(args.cache)
+    if args.fetch_only:
+        return
     calibration, held_out = write_texts(args.cache)
     tokenizer = AutoTokenizer.from_pretrained(source)
     blocks = pack_blocks((tokenize_piece(text, tokenizer) for text in held_out), num_blocks=12, length=512)
