@@ -111,7 +111,7 @@ def add_mask(scores: torch.Tensor, attention_mask: torch.Tensor | None) -> torch
     if attention_mask is not None and attention_mask.dim() == 4:
         attention_mask = attention_mask[..., :num_cached]
         if attention_mask.dtype == torch.bool:
-            return scores.masked_fill(~attention_mask, hidden)
+            return scores.where(attention_mask, hidden)
         return scores + attention_mask
     if num_queries > 1:
         visible = torch.ones(num_queries, num_cached, dtype=torch.bool, device=scores.device)
@@ -192,7 +192,7 @@ def absorbed_attention(
     batch, num_heads, num_queries, _ = q_nope.shape
     w_uk, w_uv = shape.split_up_projection(kv_b_weight)
     query = absorb_query(q_nope, q_rope, w_uk, shape)
-    scores = query.bmm(entries.transpose(1, 2)).view(batch, num_heads, num_queries, -1) * scaling  # [B, H, T, S]
+    scores = query.bmm(entries.transpose(1, 2)).mul_(scaling).view(batch, num_heads, num_queries, -1)  # [B, H, T, S]
     weights = add_mask(scores, attention_mask).softmax(dim=-1, dtype=torch.float32).to(q_nope.dtype)
     context = weights.flatten(1, 2).bmm(entries[..., : shape.kv_lora_rank])  # [B, H*T, R]
     return expand_output(context, w_uv, shape), weights
