@@ -33,11 +33,10 @@ def select_frequencies(
         cos and sin of shape [B, n, T, r].
     """
     n, half = rope_frequencies.shape
-    index = rope_frequencies.flatten()
+    index = torch.cat((rope_frequencies, rope_frequencies), dim=-1).flatten()
 
     def pick(table: torch.Tensor) -> torch.Tensor:
-        picked = table[..., index].unflatten(-1, (n, half))  # [B, T, n, r/2]
-        return torch.cat((picked, picked), dim=-1).transpose(1, 2)
+        return table.index_select(-1, index).view(*table.shape[:-1], n, 2 * half).transpose(1, 2)
 
     return pick(cos), pick(sin)
 
@@ -53,10 +52,10 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     Returns:
         The rotated x, [B, heads, T, r].
     """
-    grouped = x.unflatten(1, (cos.shape[1], -1))  # [B, n, heads/n, T, r]
-    first, second = grouped.chunk(2, dim=-1)
-    rotated_half = torch.cat((-second, first), dim=-1)
-    return (grouped * cos.unsqueeze(2) + rotated_half * sin.unsqueeze(2)).flatten(1, 2)
+    if cos.shape[1] > 1:
+        cos, sin = repeat_heads(cos, x.shape[1]), repeat_heads(sin, x.shape[1])
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def repeat_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -112,7 +111,7 @@ def add_mask(scores: torch.Tensor, attention_mask: torch.Tensor | None) -> torch
     if attention_mask is not None and attention_mask.dim() == 4:
         attention_mask = attention_mask[..., :num_cached]
         if attention_mask.dtype == torch.bool:
-            return scores.masked_fill(~attention_mask, hidden)
+            return scores.where(attention_mask, hidden)
         return scores + attention_mask
     if num_queries > 1:
         visible = torch.ones(num_queries, num_cached, dtype=torch.bool, device=scores.device)
@@ -128,9 +127,9 @@ def multiply_heads(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
     `matmul` would copy the matrices for every sequence, which at a batch of 400 costs more than the attention.
     """
-    batch, _, rows, _ = x.shape
-    flat = x.transpose(0, 1).flatten(1, 2).bmm(weights)  # [heads, B * rows, L]
-    return flat.unflatten(1, (batch, rows)).transpose(0, 1)
+    batch, heads, rows, width = x.shape
+    flat = x.transpose(0, 1).reshape(heads, batch * rows, width).bmm(weights)  # [heads, B * rows, L]
+    return flat.view(heads, batch, rows, weights.shape[2]).transpose(0, 1)
 
 
 def absorb_query(q_nope: torch.Tensor, q_rope: torch.Tensor, w_uk: torch.Tensor, shape: LatentShape) -> torch.Tensor:
@@ -146,8 +145,9 @@ def absorb_query(q_nope: torch.Tensor, q_rope: torch.Tensor, w_uk: torch.Tensor,
         [B, H*T, W].
     """
     batch, num_heads, num_queries, _ = q_nope.shape
-    grouped = q_nope.unflatten(1, (shape.num_nope_key_heads, -1)).flatten(2, 3)  # [B, N, H/N * T, nope]
-    q_latent = multiply_heads(grouped, w_uk).reshape(batch, num_heads, num_queries, -1)
+    rows = num_heads // shape.num_nope_key_heads * num_queries
+    grouped = q_nope.reshape(batch, shape.num_nope_key_heads, rows, shape.qk_nope_head_dim)
+    q_latent = multiply_heads(grouped, w_uk).reshape(batch, num_heads, num_queries, shape.kv_lora_rank)
     n = shape.num_rope_key_heads
     if n > 1:
         # Every query head sees all rotary keys of an entry: its own slot holds the query, the others zeros.
@@ -189,10 +189,10 @@ def absorbed_attention(
     Returns:
         Output [B, T, H, v] and attention probabilities [B, H, T, S].
     """
-    _, num_heads, num_queries, _ = q_nope.shape
+    batch, num_heads, num_queries, _ = q_nope.shape
     w_uk, w_uv = shape.split_up_projection(kv_b_weight)
     query = absorb_query(q_nope, q_rope, w_uk, shape)
-    scores = query.matmul(entries.transpose(1, 2)).unflatten(1, (num_heads, num_queries)) * scaling  # [B, H, T, S]
+    scores = query.bmm(entries.transpose(1, 2)).mul_(scaling).view(batch, num_heads, num_queries, -1)  # [B, H, T, S]
     weights = add_mask(scores, attention_mask).softmax(dim=-1, dtype=torch.float32).to(q_nope.dtype)
-    context = weights.flatten(1, 2).matmul(entries[..., : shape.kv_lora_rank])  # [B, H*T, R]
+    context = weights.flatten(1, 2).bmm(entries[..., : shape.kv_lora_rank])  # [B, H*T, R]
     return expand_output(context, w_uv, shape), weights

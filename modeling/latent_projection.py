@@ -54,6 +54,8 @@ def is_linear_map(module: nn.Module) -> bool:
     somebody's own may do anything, hooks may depend on the row (peft's `adapter_names`) or on the layout of the batch
     (tensor parallelism, FSDP), and so may LoRA's variants.
     """
+    if is_plain_linear(module):  # what asks at every step, and of others only what it must
+        return module.bias is None
     if any(part._forward_hooks or part._forward_pre_hooks for part in module.modules()):
         return False
     if isinstance(module, nn.Linear):

@@ -87,6 +87,6 @@ class LatentShape:
         """The matrix of each un-rotated key head [N, nope, R] and value head [G, v, R], of [N*nope + G*v, R]."""
         keys, values = weight[: self.expanded_keys_width], weight[self.expanded_keys_width :]
         return (
-            keys.unflatten(0, (self.num_nope_key_heads, self.qk_nope_head_dim)),
-            values.unflatten(0, (self.num_key_value_heads, self.v_head_dim)),
+            keys.view(self.num_nope_key_heads, self.qk_nope_head_dim, weight.shape[1]),
+            values.view(self.num_key_value_heads, self.v_head_dim, weight.shape[1]),
         )
