@@ -15,6 +15,7 @@ from .latent_cache import CACHE_ARGUMENT, GrowingBuffer, LatentDynamicLayer, Lat
 from .latent_config import LatentConfigMixin
 from .latent_quantized_cache import LatentQuantizedLayer, quantized_cache
 from .latent_shape import LatentShape
+from .latent_static_quantized_cache import LatentStaticQuantizedLayer
 from .modeling_mla_llama import (
     MLALlamaForCausalLM,
     MLALlamaForQuestionAnswering,
@@ -54,6 +55,7 @@ __all__ = [
     "LatentQuantizedLayer",
     "LatentShape",
     "LatentStaticLayer",
+    "LatentStaticQuantizedLayer",
     "MLALlamaConfig",
     "MLALlamaForCausalLM",
     "MLALlamaForQuestionAnswering",

@@ -1,14 +1,15 @@
 """One decoding step over the latent cache in Triton: absorbed attention, split over the sequence, in two stages.
 
-This is the host's side: which tiles, how many programs, when. The kernels are in `latent_kernels.py`, and in
-`latent_wide_kernel.py` the one for latents of more than 1,024 numbers.
+This is the host's side: which tiles, how many programs, when. The kernels are in `latent_kernels.py`; in
+`latent_packed_kernel.py` the one for packed entries, and in `latent_wide_kernel.py` the one for latents of more than
+1,024 numbers.
 
 - Entries are [B, S, W] in any row strides, W = R + n*r.
 - The number of entries may be a tensor on the device (static cache): nothing here waits for the device, the grid
   depends on shapes only, and a CUDA graph of the step holds for every length.
 - Masks are read as transformers gives them, boolean or additive, [B, 1, T, S]: left padding, several query tokens.
   A query that may see nothing gets zeros.
-- Packed 4 and 8 bit entries (`LatentQuantizedLayer`) are read as they lie and become numbers in registers.
+- Packed entries (`LatentQuantizedLayer`) are read as they lie and become numbers in registers.
 
 Without Triton or a GPU the module imports all the same; [`kernel_can_run`] then says no, and torch does the work.
 """
@@ -20,14 +21,28 @@ from functools import lru_cache
 import torch
 
 from .latent_kernels import attend_split, combine, triton
+from .latent_packed_kernel import attend_split_packed
+from .latent_quantization import CODE_BITS
 from .latent_wide_kernel import attend_split_wide
 
+# Triton's names of what a query's numbers can be.
+TRITON_DTYPES = (
+    {
+        torch.float16: triton.language.float16,
+        torch.bfloat16: triton.language.bfloat16,
+        torch.float32: triton.language.float32,
+    }
+    if triton is not None
+    else {}
+)
 # Of a wider latent a program of `attend_split` cannot hold the output.
 MAX_RANK = 1024
 # Columns of an entry, padding included, for which the registers and two tiles of `attend_split_wide` suffice.
 MAX_WIDE_COLUMNS = 2560
 # Numbers of output that one program can accumulate in registers (fp32, 256 threads, half of the file).
 MAX_ACCUMULATORS = 32 * 1024
+# Entries and words a tile, warps and stages that are tried for packed entries, in this order.
+PACKED_SIZES = ((128, 128, 8, 3), (64, 64, 4, 2), (32, 64, 4, 2), (16, 64, 4, 2))
 # Columns of a latent that half of the threads hold the output of.
 NARROW_COLUMNS = 128
 
@@ -38,20 +53,22 @@ class Part:
     A stretch of the cache for [`decode_attention`].
 
     Args:
-        entries (`torch.Tensor`): Numbers [B, S, R + n*r], or the bytes of `LatentQuantizedLayer`, last dim contiguous.
+        entries (`torch.Tensor`): Numbers [B, S, R + n*r], or words of codes (`pack`), last dim contiguous.
         mask (`torch.Tensor`, *optional*): Boolean or additive, [B or 1, 1, T, >= S]. Without one, the T queries are
             the last T of the S entries, and see those before them and themselves.
         length (`torch.Tensor`, *optional*): Number of entries written, on the device; by default all S.
-        scales (`torch.Tensor`, *optional*): [B, S, 2 * groups], uint8, if the entries are packed.
-        nbits (`int`): 16 for numbers of any width, 8 or 4.
+        ring (`bool`): The entries are a window as `ring_positions` tells; `length` counts all tokens of the sequence.
+        form (`str`, *optional*): Of packed entries, one of `CODE_BITS`.
+        scales (`torch.Tensor`, *optional*): Of packed entries, [B, S, 2 * groups], uint8.
         group_size, rope_group_size (`int`): Columns that share a scale, in the latent and in the rotary keys.
     """
 
     entries: torch.Tensor
     mask: torch.Tensor | None = None
     length: torch.Tensor | None = None
+    ring: bool = False
+    form: str | None = None
     scales: torch.Tensor | None = None
-    nbits: int = 16
     group_size: int = 1
     rope_group_size: int = 1
 
@@ -65,6 +82,18 @@ class Tiles:
     num_warps: int = 8
     num_stages: int = 2
     num_splits: int | None = None  # by default what fills the multiprocessors
+
+
+@dataclass
+class PackedTiles:
+    """Sizes of a launch of `attend_split_packed`. [`choose_packed_tiles`] makes the default ones."""
+
+    block_m: int = 32
+    block_n: int = 128
+    block_u: int = 128  # words a tile
+    num_warps: int = 8
+    num_stages: int = 3  # one more than buffers for a tile
+    num_splits: int | None = None
 
 
 @dataclass
@@ -100,7 +129,7 @@ def choose_wide_tiles(rank: int, width: int, element_size: int, device: torch.de
     if columns > MAX_WIDE_COLUMNS:
         return None
     if device.type == "cuda":
-        room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+        room = shared_memory(device)
         # Two tiles, the query but for its low part, scores in fp32 and what Triton adds.
         needed = element_size * (2 * tiles.block_n * columns + tiles.block_m * (columns - first))
         if needed + 4 * tiles.groups * tiles.block_m * tiles.block_n + 256 > room:
@@ -109,28 +138,48 @@ def choose_wide_tiles(rank: int, width: int, element_size: int, device: torch.de
 
 
 @lru_cache(maxsize=1024)
-def choose_tiles(num_rows: int, rank: int, rope: int, element_size: int, nbits: int, device: torch.device) -> Tiles:
+def choose_tiles(num_rows: int, rank: int, rope: int, element_size: int, device: torch.device) -> Tiles:
     """Tiles whose operands fit the device's registers and shared memory."""
-    block_c, block_rope = padded_columns(rank, rope, nbits)
-    accumulators = block_c * (2 if nbits == 4 else 1)
-    block_m = max(16, min(32, triton.next_power_of_2(num_rows), MAX_ACCUMULATORS // accumulators))
+    block_c, block_rope = padded_columns(rank), padded_columns(rope)
+    block_m = max(16, min(32, triton.next_power_of_2(num_rows), MAX_ACCUMULATORS // block_c))
     if device.type != "cuda":
         return Tiles(block_m)
-    shared_memory = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+    room = shared_memory(device)
     # A narrow entry of few heads is little work a tile: fewer, longer tiles, by half of the threads.
-    narrow = nbits == 16 and block_c <= NARROW_COLUMNS and block_m == 16
+    narrow = block_c <= NARROW_COLUMNS and block_m == 16
     for block_n, buffers in ((128, 2),) * narrow + ((64, 2), (32, 2), (16, 2), (16, 1)):
         needed = element_size * ((block_c + block_rope) * (block_m + buffers * block_n) + block_m * block_n)
-        if needed <= shared_memory:
+        if needed <= room:
             break
     return Tiles(block_m, block_n, num_warps=4 if narrow else 8, num_stages=buffers + 1)
 
 
-def padded_columns(rank: int, rope: int, nbits: int) -> tuple[int, int]:
-    """Stored columns of latent and rotary keys as the kernel holds them: powers of two."""
-    stored = ((rank + 1) // 2, (rope + 1) // 2) if nbits == 4 else (rank, rope)
-    block_c, block_rope = (max(16, triton.next_power_of_2(size)) for size in stored)
-    return block_c, block_rope
+@lru_cache(maxsize=1024)
+def choose_packed_tiles(num_rows: int, rank: int, rope: int, form: str, device: torch.device) -> PackedTiles:
+    """Tiles of packed entries that fit the device's shared memory, where codes lie twice, as keys and as values, and in
+    two buffers; with one buffer and smaller tiles, two programs share a multiprocessor."""
+    num_parts = 16 // CODE_BITS[form]
+    units, block_rope = -(-rank // num_parts), padded_columns(-(-rope // num_parts))
+    block_m = max(16, min(32, triton.next_power_of_2(num_rows), MAX_ACCUMULATORS // (2 * padded_columns(rank))))
+    room = shared_memory(device) if device.type == "cuda" else 2**18
+    for block_n, block_u, num_warps, num_stages in PACKED_SIZES:
+        block_u = min(block_u, padded_columns(units))
+        columns = -(-units // block_u) * block_u
+        keys_and_values = 2 * block_n * (2 * columns + block_rope)
+        needed = (num_stages - 1) * keys_and_values + 2 * block_m * (num_parts * (columns + block_rope) + block_n)
+        if needed + 512 <= room:
+            break
+    return PackedTiles(block_m, block_n, block_u, num_warps, num_stages)
+
+
+def padded_columns(size: int) -> int:
+    """Columns of a section as a kernel holds them: a power of two."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program can have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
 def kernel_can_run(entries: torch.Tensor, rank: int, packed: bool = False) -> bool:
@@ -157,9 +206,12 @@ def wide_tiles_fit(rank: int, width: int, device: torch.device) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def choose_splits(num_programs: int, num_tokens: int, block_n: int, device: torch.device) -> int:
+def choose_splits(
+    num_programs: int, num_tokens: int, block_n: int, device: torch.device, per_processor: int = 1
+) -> int:
     """Splits of the sequence for which the last wave of programs wastes least; each gets two tiles or more."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    processors *= per_processor
     most = min(max(1, num_tokens // (2 * block_n)), max(1, 4 * processors // num_programs), 128)
     # Waves times the work of a split, and a little for each split's partial output.
     return min(range(1, most + 1), key=lambda n: -(-num_programs * n // processors) / n * (1 + 0.005 * n))
@@ -171,7 +223,7 @@ def decode_attention(
     rank: int,
     num_queries: int,
     scaling: float,
-    tiles: Tiles | WideTiles | None = None,
+    tiles: Tiles | PackedTiles | WideTiles | None = None,
 ) -> torch.Tensor:
     """
     Softmax attention of absorbed queries over the entries of all parts together.
@@ -180,8 +232,8 @@ def decode_attention(
         query (`torch.Tensor`): [B, H * T, R + n*r], row = head * T + query token, last dim contiguous.
         rank (`int`): R.
         num_queries (`int`): T.
-        tiles (`Tiles` or `WideTiles`, *optional*): By default those for this R; `WideTiles` ask for
-            `attend_split_wide`, which takes one part, unpacked.
+        tiles (*optional*): By default those for this R. `Tiles` and `PackedTiles` are for the parts that they suit;
+            `WideTiles` ask for `attend_split_wide`, which takes one part, unpacked.
 
     Returns:
         What the heads see of the latents, [B, H * T, R], in the query's dtype; accumulated in fp32.
@@ -195,33 +247,64 @@ def decode_attention(
         return _attend_wide(query, part, rank, num_queries, scaling, tiles)
     launches, num_splits = [], 0
     for part in parts:
-        block_c, block_rope = padded_columns(rank, rope, part.nbits)
-        sizes = tiles or choose_tiles(num_rows, rank, rope, query.element_size(), part.nbits, query.device)
+        sizes = _sizes(part, num_rows, rank, rope, query, tiles)
         programs = -(-num_rows // sizes.block_m)
-        num_tokens = part.entries.shape[1]
-        splits = sizes.num_splits or choose_splits(programs * batch, num_tokens, sizes.block_n, query.device)
-        launches.append((part, sizes, block_c, block_rope, programs, splits, num_splits))
+        # Where one program leaves half of a multiprocessor's registers and shared memory, a second one works beside it.
+        beside = 2 if isinstance(sizes, PackedTiles) and sizes.num_warps == 4 else 1
+        splits = sizes.num_splits or choose_splits(
+            programs * batch, part.entries.shape[1], sizes.block_n, query.device, beside
+        )
+        launches.append((part, sizes, programs, splits, num_splits))
         num_splits += splits
     partial = torch.empty(batch, num_rows, num_splits, rank, dtype=torch.float32, device=query.device)
     log_sums = torch.empty(batch, num_rows, num_splits, dtype=torch.float32, device=query.device)
-    for part, sizes, block_c, block_rope, programs, splits, first_split in launches:
-        mask, kind, strides = _mask_arguments(part.mask, query)
-        scales = query if part.scales is None else part.scales
-        if part.nbits < 16 and part.group_size >= rank and part.rope_group_size >= rope:
-            scales = scales.view(torch.int32)  # the four bytes of a token
-        align = math.gcd(part.entries.stride(0), part.entries.stride(1), 16)
+    precision = "ieee" if query.dtype == torch.float32 else "tf32"
+    for part, sizes, programs, splits, first_split in launches:
+        entries, grid = part.entries, (programs, splits, batch)
+        mask, kind, mask_strides = _mask_arguments(part.mask, query)
         length = query if part.length is None else part.length
-        attend_split[(programs, splits, batch)](
-            query, part.entries, scales, mask, length, partial, log_sums, scaling, num_rows, num_queries,
-            part.entries.shape[1], first_split, num_splits, query.stride(0), query.stride(1),
-            part.entries.stride(0), part.entries.stride(1), scales.stride(0), scales.stride(1), *strides,
-            ALIGN=align, RANK=rank, ROPE=rope, GROUP=part.group_size, ROPE_GROUP=part.rope_group_size,
-            BITS=part.nbits, MASK=kind, ONE_QUERY=num_queries == 1, HAS_LENGTH=part.length is not None,
-            BLOCK_M=sizes.block_m, BLOCK_N=sizes.block_n, BLOCK_C=block_c, BLOCK_ROPE=block_rope,
-            PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-            num_warps=sizes.num_warps, num_stages=sizes.num_stages,
+        counts = (num_rows, num_queries, entries.shape[1], first_split, num_splits)
+        strides = (query.stride(0), query.stride(1), entries.stride(0), entries.stride(1))
+        common = dict(
+            ALIGN=math.gcd(entries.stride(0), entries.stride(1), 16), RANK=rank, ROPE=rope, MASK=kind,
+            ONE_QUERY=num_queries == 1, HAS_LENGTH=part.length is not None, BLOCK_M=sizes.block_m,
+            BLOCK_N=sizes.block_n, PRECISION=precision, num_warps=sizes.num_warps, num_stages=sizes.num_stages,
         )  # fmt: skip
+        if isinstance(sizes, PackedTiles):
+            scales, groups, dtype = part.scales, (part.group_size, part.rope_group_size), TRITON_DTYPES[query.dtype]
+            assert scales is not None
+            if groups[0] >= rank and groups[1] >= rope:
+                scales, groups = scales.view(torch.int32), (0, 0)  # the four bytes of a token
+                dtype = triton.language.float16 if query.element_size() == 2 else dtype
+            attend_split_packed[grid](
+                query, entries, scales, mask, length, partial, log_sums, scaling, *counts, *strides, scales.stride(0),
+                scales.stride(1), *mask_strides, GROUP=groups[0], ROPE_GROUP=groups[1], FORM=part.form,
+                BLOCK_U=sizes.block_u, BLOCK_ROPE=padded_columns(-(-rope * CODE_BITS[part.form] // 16)),
+                PTX=can_use_ptx(query.device) and groups == (0, 0), dtype=dtype, **common,
+            )  # fmt: skip
+        else:
+            attend_split[grid](
+                query, entries, mask, length, partial, log_sums, scaling, *counts, *strides, *mask_strides,
+                RING=part.ring, BLOCK_C=padded_columns(rank), BLOCK_ROPE=padded_columns(rope), **common,
+            )  # fmt: skip
     return _combine(query, partial, log_sums, rank)
+
+
+def _sizes(part: Part, num_rows: int, rank: int, rope: int, query: torch.Tensor, tiles) -> Tiles | PackedTiles:
+    """The tiles asked for if they suit the part, else the default ones."""
+    if part.form is not None:
+        if isinstance(tiles, PackedTiles):
+            return tiles
+        return choose_packed_tiles(num_rows, rank, rope, part.form, query.device)
+    return tiles if isinstance(tiles, Tiles) else choose_tiles(num_rows, rank, rope, query.element_size(), query.device)
+
+
+@lru_cache(maxsize=64)
+def can_use_ptx(device: torch.device) -> bool:
+    """Whether the device takes the instructions by which codes become numbers: of CUDA, from compute capability 8.9."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _attend_wide(
@@ -266,21 +349,51 @@ def _mask_arguments(mask: torch.Tensor | None, query: torch.Tensor) -> tuple[tor
     return (mask.view(torch.uint8) if kind == 1 else mask), kind, strides
 
 
-# One node in a compiled graph, so that neither dynamo nor inductor has to understand the launches.
+# One node in a compiled graph, so that neither dynamo nor inductor has to understand the launches. The lists hold what
+# is in each `Part`; no form is "".
 @torch.library.custom_op("mha2mla::decode_attention", mutates_args=())
 def decode_attention_op(
     query: torch.Tensor,
-    entries: torch.Tensor,
-    mask: torch.Tensor | None,
-    length: torch.Tensor | None,
+    entries: list[torch.Tensor],
+    masks: list[torch.Tensor | None],
+    lengths: list[torch.Tensor | None],
+    scales: list[torch.Tensor | None],
+    rings: list[bool],
+    forms: str,
+    group_sizes: list[int],
     rank: int,
     num_queries: int,
     scaling: float,
 ) -> torch.Tensor:
-    """[`decode_attention`] over one part, for `torch.compile`."""
-    return decode_attention(query, [Part(entries, mask, length)], rank, num_queries, scaling)
+    """[`decode_attention`] for `torch.compile`, by [`decode_attention_in_graph`]."""
+    names = forms.split(",")
+    parts = [
+        Part(*tensors, ring, name or None, scale, *group_sizes)
+        for *tensors, ring, name, scale in zip(entries, masks, lengths, rings, names, scales, strict=True)
+    ]
+    return decode_attention(query, parts, rank, num_queries, scaling)
 
 
 @decode_attention_op.register_fake
-def _(query, entries, mask, length, rank, num_queries, scaling):
+def _(query, entries, masks, lengths, scales, rings, forms, group_sizes, rank, num_queries, scaling):
     return query.new_empty(*query.shape[:2], rank)
+
+
+def decode_attention_in_graph(
+    query: torch.Tensor, parts: list[Part], rank: int, num_queries: int, scaling: float
+) -> torch.Tensor:
+    """[`decode_attention`] as one node of a graph that is being compiled."""
+    groups = [[part.group_size, part.rope_group_size] for part in parts if part.form is not None]
+    return decode_attention_op(
+        query,
+        [part.entries for part in parts],
+        [part.mask for part in parts],
+        [part.length for part in parts],
+        [part.scales for part in parts],
+        [part.ring for part in parts],
+        ",".join(part.form or "" for part in parts),
+        groups[0] if groups else [1, 1],
+        rank,
+        num_queries,
+        scaling,
+    )

@@ -30,7 +30,7 @@ from .latent_attention import (
     select_frequencies,
 )
 from .latent_cache import CACHE_ARGUMENT, LatentLayer, latent_layer
-from .latent_decode import decode_attention, decode_attention_op, kernel_can_run
+from .latent_decode import decode_attention, decode_attention_in_graph, kernel_can_run
 from .latent_projection import HeadwiseLinear, as_matrix, is_linear_map, is_plain_linear
 from .latent_quantization import importance
 from .latent_quantized_cache import quantized_cache
@@ -187,12 +187,8 @@ class MultiHeadLatentAttention(nn.Module):
         w_uk, w_uv = self.shape.split_up_projection(self._kv_b_matrix(q_nope.dtype))
         query = layer.to_basis(absorb_query(q_nope, q_rope, w_uk, self.shape))
         rank, num_queries = self.shape.kv_lora_rank, q_nope.shape[2]
-        parts = layer.parts(mask)
-        if torch.compiler.is_compiling() and len(parts) == 1:
-            part = parts[0]
-            context = decode_attention_op(query, part.entries, part.mask, part.length, rank, num_queries, self.scaling)
-        else:
-            context = decode_attention(query, parts, rank, num_queries, self.scaling)
+        attend = decode_attention_in_graph if torch.compiler.is_compiling() else decode_attention
+        context = attend(query, layer.parts(mask), rank, num_queries, self.scaling)
         return expand_output(layer.from_basis(context), w_uv, self.shape)
 
     def _attend_expanded(
@@ -288,14 +284,22 @@ class LatentModelMixin:
         super().add_adapter(adapter_config, *args, **kwargs)  # type: ignore[misc]
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args, **kwargs) -> None:
-        """`generate` would build a cache that quantises keys and values; ours quantises latents."""
-        wanted = generation_config.cache_implementation == "quantized" and generation_config.use_cache is not False
-        if wanted and model_kwargs.get(CACHE_ARGUMENT) is None:
-            model_kwargs[CACHE_ARGUMENT] = quantized_cache(self, **(generation_config.cache_config or {}))
-        else:
+        """`generate` would build a cache that quantises keys and values; ours quantises latents. A static cache with a
+        `cache_config` is one of codes, too."""
+        implementation, settings = generation_config.cache_implementation, dict(generation_config.cache_config or {})
+        wanted = implementation == "quantized" or (implementation == "static" and settings)
+        if not wanted or generation_config.use_cache is False or model_kwargs.get(CACHE_ARGUMENT) is not None:
             super()._prepare_cache_for_generation(  # type: ignore[misc]
                 generation_config, model_kwargs, *args, **kwargs
             )
+            return
+        if implementation == "static":
+            # No smaller than the last one, as transformers' own: a compiled step holds for caches of one size.
+            length = kwargs["max_cache_length"] if "max_cache_length" in kwargs else args[-1]
+            length = max(length, getattr(self, "_previous_max_cache_length", 0))
+            self._previous_max_cache_length = length
+            settings["max_cache_len"] = length
+        model_kwargs[CACHE_ARGUMENT] = quantized_cache(self, **settings)
 
     @staticmethod
     def create_masks_for_generate(

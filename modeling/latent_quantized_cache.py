@@ -2,70 +2,43 @@
 
 What is quantised is the entry (latent and rotary keys) of a token, never an expanded key or value.
 
-- Backend "latent" (default): entries are rotated and quantised token by token, so that a token is quantised once and
-  never touched again; codes and scales lie in two buffers that the decode kernel reads as they are.
+- Backends "latent" (default, 4 or 8 bits) and "fp8" (e4m3): ours. Entries are rotated and quantised token by token, so
+  that a token is quantised once and never touched again; codes and scales lie in two buffers that the decode kernel
+  reads as they are. `latent_static_quantized_cache.py` has the same in memory of a fixed size, for compiled steps.
 - Backends "quanto" and "hqq": transformers' own, applied to the same entries. They quantise the whole history anew
   whenever their window is full.
 
-Why a rotation: with one scale a token, a loud channel takes the resolution of all others. Channels are first
-scaled to what an error in them does to the output (a power of the norm of the weights that read them), then mixed by
-an orthogonal matrix, after which all are alike. The first token, on which attention rests wherever it has nothing to
-look at, stays in full precision, as does a window of recent tokens.
+The first token, on which attention rests wherever it has nothing to look at, stays in full precision, as does a window
+of recent tokens. The codes are told of in `latent_quantized_entries.py`.
 """
+
+from collections.abc import Callable
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, HQQQuantizedLayer, QuantizedLayer, QuantoQuantizedLayer
 
 from .latent_cache import GrowingBuffer, LatentLayer, tensor_bytes
 from .latent_decode import Part
-from .latent_quantization import dequantize, pack, quantize, random_rotation, unpack
-
-# Tokens whose mean is taken off the rotary keys: the newest when quantisation begins, as left padding is the oldest.
-# A mean of few tokens is a bad one: nothing is quantised before there are so many.
-MEAN_TOKENS = 128
-# Numbers quantised at once: a long prompt takes a few buffers of 64 MB, whatever its length.
-MAX_NUMBERS = 2**24
+from .latent_quantized_entries import MEAN_TOKENS, QuantizedEntries
+from .latent_static_quantized_cache import LatentStaticQuantizedLayer
 
 
-class LatentQuantizedLayer(LatentLayer, DynamicLayer):
+class LatentQuantizedLayer(QuantizedEntries, DynamicLayer):
     """
-    One layer's entries: the first token and the recent ones in full precision, those between in `nbits`.
+    One layer's entries: the first token and the recent ones in full precision, those between as codes.
 
-    Args:
-        latent_factors, rope_factors (`torch.Tensor`): From [`importance`], [R] and [n*r].
-        nbits (`int`): 4 or 8.
-        q_group_size (`int`, *optional*): Columns that share a scale; by default all of the latent do, and all of the
-            rotary keys.
-        residual_length (`int`): At most that many recent tokens are in full precision. When there are more, all but
-            half of them are quantised, so that decoding does so once in `residual_length / 2` steps. Sequences of up
-            to 128 tokens are not quantised.
+    At most `residual_length` recent tokens are in full precision. When there are more, all but half of them are
+    quantised, so that decoding does so once in `residual_length / 2` steps. Sequences of up to 128 tokens are not
+    quantised. Arguments are those of [`QuantizedEntries`].
     """
 
     is_croppable = True
-    packed = True
     first: torch.Tensor  # rotated entries in full precision, [batch, 1, tokens, W]: the first token,
     recent: torch.Tensor  # and those not yet quantised
     mean: torch.Tensor  # of the rotated entries, [batch, 1, 1, W]; None until something is quantised
 
-    def __init__(
-        self,
-        latent_factors: torch.Tensor,
-        rope_factors: torch.Tensor,
-        nbits: int = 4,
-        q_group_size: int | None = None,
-        residual_length: int = 32,
-    ):
-        super().__init__()
-        if nbits not in (4, 8):
-            raise ValueError(f"nbits must be 4 or 8 for the backend 'latent', got {nbits}.")
-        if q_group_size is not None and q_group_size < 1:
-            raise ValueError(f"q_group_size must be at least 1, or None for one scale a token, got {q_group_size}.")
-        if residual_length < 1:
-            raise ValueError(f"residual_length must be at least 1, got {residual_length}.")
-        self.nbits, self.residual_length = nbits, residual_length
-        self.sizes = [len(latent_factors), len(rope_factors)]
-        self.group_sizes = [min(q_group_size or size, size) for size in self.sizes]
-        self.factors = [latent_factors, rope_factors]
+    def __init__(self, latent_factors: torch.Tensor, rope_factors: torch.Tensor, **settings):
+        super().__init__(latent_factors, rope_factors, **settings)
         self._clear()
 
     def _clear(self) -> None:
@@ -76,24 +49,9 @@ class LatentQuantizedLayer(LatentLayer, DynamicLayer):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        to, back = [], []
-        for factors in self.factors:
-            factors, rotation = factors.to(self.device), random_rotation(len(factors)).to(self.device)
-            to.append((factors[:, None] * rotation).to(self.dtype))
-            back.append((rotation.T / factors).to(self.dtype))
-        self.to_rotated, self.from_rotated = to, back
+        self._make_basis(self.dtype, self.device)
         self.first = self.recent = key_states[:, :, :0]
         self.is_initialized = True
-
-    def rotate(self, entries: torch.Tensor) -> torch.Tensor:
-        """Entries in the basis in which they are quantised; latents and rotary keys each by themselves."""
-        parts = entries.split(self.sizes, dim=-1)
-        return torch.cat([part @ matrix for part, matrix in zip(parts, self.to_rotated, strict=True)], dim=-1)
-
-    def unrotate(self, entries: torch.Tensor) -> torch.Tensor:
-        """The inverse of [`rotate`]."""
-        parts = entries.split(self.sizes, dim=-1)
-        return torch.cat([part @ matrix for part, matrix in zip(parts, self.from_rotated, strict=True)], dim=-1)
 
     def append(self, entries: torch.Tensor) -> None:
         """Take in new entries, [batch, 1, new tokens, W], and quantise what no longer fits the window."""
@@ -114,22 +72,9 @@ class LatentQuantizedLayer(LatentLayer, DynamicLayer):
             # makes no difference to latents, whose mean would have to be given back to every output.
             mean = leaving[:, :, -MEAN_TOKENS:].float().mean(dim=2, keepdim=True)
             self.mean = torch.nn.functional.pad(mean[..., self.sizes[0] :], (self.sizes[0], 0)).to(self.dtype)
-        codes, scales = [], []
-        for piece in leaving.split(max(1, MAX_NUMBERS // (leaving.shape[0] * leaving.shape[3])), dim=2):
-            parts = (piece - self.mean).split(self.sizes, dim=-1)
-            made = [quantize(part, self.nbits, group) for part, group in zip(parts, self.group_sizes, strict=True)]
-            codes.append(torch.cat([pack(code, self.nbits) for code, _ in made], dim=-1))
-            scales.append(torch.cat([scale for _, scale in made], dim=-1))
-        self.codes.append(torch.cat(codes, dim=2))
-        self.scales.append(torch.cat(scales, dim=2))
-
-    def to_basis(self, query: torch.Tensor) -> torch.Tensor:
-        parts = query.split(self.sizes, dim=-1)
-        matrices = zip(parts, self.from_rotated, strict=True)
-        return torch.cat([part @ matrix.T for part, matrix in matrices], dim=-1)
-
-    def from_basis(self, context: torch.Tensor) -> torch.Tensor:
-        return context @ self.from_rotated[0]
+        codes, scales = self.encode(leaving - self.mean)
+        self.codes.append(codes)
+        self.scales.append(scales)
 
     def parts(self, mask: torch.Tensor | None) -> list[Part]:
         """All without the mean: that adds the same to all scores of a query, which the softmax does not feel."""
@@ -145,7 +90,7 @@ class LatentQuantizedLayer(LatentLayer, DynamicLayer):
             window_mask = torch.cat((mask[..., :1], mask[..., cut : self.get_seq_length()]), dim=-1)
         codes, scales = self.codes.view().squeeze(1), self.scales.view().squeeze(1)
         return [
-            Part(codes, packed_mask, None, scales, self.nbits, *self.group_sizes),
+            self.packed_part(codes, scales, packed_mask),
             Part((window - self.mean).squeeze(1), window_mask),
         ]
 
@@ -153,14 +98,7 @@ class LatentQuantizedLayer(LatentLayer, DynamicLayer):
         """All entries as they are remembered, [batch, 1, tokens, W]."""
         pieces = [self.first, self.recent]
         if self.codes.length > 0:
-            widths = [size if self.nbits == 8 else (size + 1) // 2 for size in self.sizes]
-            counts = [2 * -(-size // group) for size, group in zip(self.sizes, self.group_sizes, strict=True)]
-            codes, scales = self.codes.view().split(widths, dim=-1), self.scales.view().split(counts, dim=-1)
-            numbers = [
-                dequantize(unpack(c, self.nbits, size), s, self.nbits, group)
-                for c, s, size, group in zip(codes, scales, self.sizes, self.group_sizes, strict=True)
-            ]
-            pieces.insert(1, torch.cat(numbers, dim=-1).to(self.dtype) + self.mean)
+            pieces.insert(1, self.decode(self.codes.view(), self.scales.view()).to(self.dtype) + self.mean)
         return self.unrotate(torch.cat(pieces, dim=2))
 
     def update(
@@ -288,21 +226,40 @@ class LatentHQQLayer(LatentBackendLayer, HQQQuantizedLayer):
     """Entries in HQQ's format."""
 
 
-def quantized_cache(model, backend: str = "latent", **settings) -> Cache:
+def quantized_cache(
+    model, backend: str = "latent", nbits: int | None = None, max_cache_len: int | None = None, **settings
+) -> Cache:
     """
-    A quantised cache for `model`, as `generate(cache_implementation="quantized", cache_config=...)` builds it.
+    A quantised cache for `model`, as `generate(cache_implementation="quantized", cache_config=...)` builds it, or with
+    "static" for the implementation.
 
     Args:
         model (`MLALlamaForCausalLM` or `MLALlamaModel`): Its weights tell how much each channel of an entry matters.
-        backend (`str`): "latent" (ours), "quanto" or "hqq" (transformers' layers; the packages must be installed).
-        settings: `nbits`, `q_group_size` and `residual_length` of [`LatentQuantizedLayer`], or the arguments of
-            transformers' layers.
+        backend (`str`): "latent" (ours, 4 or 8 bits), "fp8" (ours, e4m3), "quanto" or "hqq" (transformers' layers; the
+            packages must be installed).
+        nbits (`int`, *optional*): 4, the default of "latent", or 8; "quanto" and "hqq" have others.
+        max_cache_len (`int`, *optional*): Tokens of a static cache, which "latent" and "fp8" can be.
+        settings: `q_group_size` and `residual_length` of [`QuantizedEntries`], or the arguments of transformers' layers.
     """
     layers = model.base_model.layers
-    if backend == "latent":
+    if backend in ("latent", "fp8"):
+        if backend == "fp8" and nbits not in (None, 8):
+            raise ValueError(f"The backend 'fp8' has 8 bits, got nbits={nbits}; the backend 'latent' has 4 or 8.")
+        if backend == "latent" and nbits not in (None, 4, 8):
+            raise ValueError(f"nbits must be 4 or 8 for the backend 'latent', got {nbits}.")
+        settings["form"] = "fp8" if backend == "fp8" else f"int{nbits or 4}"
+        layer_class: Callable[..., QuantizedEntries] = LatentQuantizedLayer
+        if max_cache_len is not None:
+            layer_class, settings["max_cache_len"] = LatentStaticQuantizedLayer, max_cache_len
         factors = [layer.self_attn.channel_factors(model.dtype) for layer in layers]
-        return Cache(layers=[LatentQuantizedLayer(*each, **settings) for each in factors])
+        return Cache(layers=[layer_class(*each, **settings) for each in factors])
     if backend not in ("quanto", "hqq"):
-        raise ValueError(f"The backend of a quantised cache must be 'latent', 'quanto' or 'hqq', got {backend!r}.")
-    layer_class = LatentQuantoLayer if backend == "quanto" else LatentHQQLayer
-    return Cache(layers=[layer_class(**settings) for _ in layers])
+        raise ValueError(
+            f"The backend of a quantised cache must be 'latent', 'fp8', 'quanto' or 'hqq', got {backend!r}."
+        )
+    if max_cache_len is not None:
+        raise ValueError(f"The backend {backend!r} cannot be static: use 'latent' or 'fp8', or 'quantized' for the cache.")
+    if nbits is not None:
+        settings["nbits"] = nbits
+    backend_class = LatentQuantoLayer if backend == "quanto" else LatentHQQLayer
+    return Cache(layers=[backend_class(**settings) for _ in layers])

@@ -13,7 +13,7 @@ from mha2mla.modeling import (
     latent_quantized_cache,
     quantized_cache,
 )
-from mha2mla.modeling.latent_quantization import dequantize, pack, quantize, random_rotation, unpack
+from mha2mla.modeling.latent_quantization import CODE_BITS, dequantize, pack, quantize, random_rotation, unpack
 from pico import FORMS, LAYOUTS, make_mla, tokens
 
 NEW = 10
@@ -56,7 +56,7 @@ def generate(model, ids, nbits=8, residual_length=4, **kwargs):
 def test_packing_is_exact(columns, nbits):
     codes = torch.randint(0, 2**nbits, (3, columns), dtype=torch.uint8)
     packed = pack(codes, nbits)
-    assert packed.shape[-1] == (columns if nbits == 8 else (columns + 1) // 2)
+    assert packed.dtype == torch.int16 and packed.shape[-1] == -(-columns * nbits // 16)
     assert torch.equal(unpack(packed, nbits, columns), codes)
 
 
@@ -67,17 +67,29 @@ def test_error_is_at_most_half_a_step(nbits, offset):
     to what clipping cuts off."""
     torch.manual_seed(0)
     x = torch.randn(50, 23) * torch.logspace(-4, 3, 50)[:, None] * (1 + abs(offset)) + offset
-    codes, scales = quantize(x, nbits, 8)
+    codes, scales = quantize(x, f"int{nbits}", 8)
     assert scales.shape == (50, 6)
     groups = torch.nn.functional.pad(x, (0, 1)).unflatten(-1, (3, 8))
     span = groups.amax(-1).clamp(min=0) - groups.amin(-1).clamp(max=0)
     step = (span / (2**nbits - 1) * 2**0.125).repeat_interleave(8, -1)[:, :23]
-    assert ((dequantize(codes, scales, nbits, 8) - x).abs() <= step * (0.6 if nbits == 8 else 1.6)).all()
+    assert ((dequantize(codes, scales, f"int{nbits}", 8) - x).abs() <= step * (0.6 if nbits == 8 else 1.6)).all()
 
 
-def test_zeros_stay_zeros():
-    codes, scales = quantize(torch.zeros(2, 8), 4, 8)
-    assert dequantize(codes, scales, 4, 8).abs().max() < 1e-5
+def test_fp8_errs_by_a_sixteenth_of_a_number_or_little_of_the_largest():
+    torch.manual_seed(0)
+    x = torch.randn(50, 23) * torch.logspace(-4, 3, 50)[:, None]
+    codes, scales = quantize(x, "fp8", 8)
+    assert (scales[:, 1::2] == 0).all()
+    groups = torch.nn.functional.pad(x, (0, 1)).unflatten(-1, (3, 8))
+    largest = groups.abs().amax(-1).repeat_interleave(8, -1)[:, :23]
+    error = (dequantize(codes, scales, "fp8", 8) - x).abs()
+    assert (error <= torch.maximum(x.abs() / 16, largest * 2**-16)).all()
+
+
+@pytest.mark.parametrize("form", CODE_BITS)
+def test_zeros_stay_zeros(form):
+    codes, scales = quantize(torch.zeros(2, 8), form, 8)
+    assert dequantize(codes, scales, form, 8).abs().max() < 1e-5
 
 
 def test_rotation_is_orthogonal():
@@ -116,7 +128,7 @@ def test_bytes_count_codes_scales_mean_and_window(model):
     with torch.no_grad():
         model(tokens(3, 25), **{CACHE_ARGUMENT: cache})
     full, packed = 1 + 2, 25 - 1 - 2  # the first and half a window
-    per_token = rank // 2 + rope // 2 + 4  # a scale and a zero for the latent, and for the rotary keys
+    per_token = 2 * -(-rank // 4) + 2 * -(-rope // 4) + 4  # words of four codes, and a scale and a zero for the latent, and for the rotary keys
     width = rank + rope
     assert cache_nbytes(cache) == config.num_hidden_layers * 3 * (packed * per_token + full * width * 2 + width * 2)
 
@@ -165,7 +177,9 @@ def test_generate_takes_the_same_cache_config_twice_and_defaults_to_ours(model):
         (dict(nbits=2), "nbits must be 4 or 8"),
         (dict(q_group_size=0), "q_group_size must be at least 1"),
         (dict(residual_length=0), "residual_length must be at least 1"),
-        (dict(backend="gguf"), "'latent', 'quanto' or 'hqq', got 'gguf'"),
+        (dict(backend="fp8", nbits=4), "'fp8' has 8 bits, got nbits=4"),
+        (dict(backend="hqq", max_cache_len=9), "'hqq' cannot be static"),
+        (dict(backend="gguf"), "'latent', 'fp8', 'quanto' or 'hqq', got 'gguf'"),
     ],
 )
 def test_errors_name_the_setting(settings, message):

@@ -1,0 +1,109 @@
+"""The format of quantised cache layers, dynamic or static: the basis in which entries are quantised, and their codes.
+
+With one scale a token, a loud channel takes the resolution of all others. Channels are first scaled to what an error in
+them does to the output (a power of the norm of the weights that read them), then mixed by an orthogonal matrix, after
+which all are alike. Queries and outputs go through the same matrices instead of the entries.
+"""
+
+import torch
+
+from .latent_cache import LatentLayer
+from .latent_decode import Part
+from .latent_quantization import CODE_BITS, dequantize, pack, quantize, random_rotation, unpack
+
+# Tokens whose mean is taken off the rotary keys: the newest when quantisation begins, as left padding is the oldest.
+# A mean of few tokens is a bad one.
+MEAN_TOKENS = 128
+# Numbers quantised at once: a long prompt takes a few buffers of 64 MB, whatever its length.
+MAX_NUMBERS = 2**24
+
+
+class QuantizedEntries(LatentLayer):
+    """
+    What the dynamic and the static quantised layer share: the basis in which entries are quantised, and the codes.
+
+    Args:
+        latent_factors, rope_factors (`torch.Tensor`): From [`importance`], [R] and [n*r].
+        form (`str`): One of `CODE_BITS`.
+        q_group_size (`int`, *optional*): Columns that share a scale; by default all of the latent do, and all of the
+            rotary keys.
+        residual_length (`int`): How many recent tokens are in full precision, at most.
+        kwargs: Of the layer of transformers that this one is.
+    """
+
+    packed = True
+
+    def __init__(
+        self,
+        latent_factors: torch.Tensor,
+        rope_factors: torch.Tensor,
+        form: str = "int4",
+        q_group_size: int | None = None,
+        residual_length: int = 32,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        if q_group_size is not None and q_group_size < 1:
+            raise ValueError(f"q_group_size must be at least 1, or None for one scale a token, got {q_group_size}.")
+        if residual_length < 1:
+            raise ValueError(f"residual_length must be at least 1, got {residual_length}.")
+        self.form, self.residual_length = form, residual_length
+        self.sizes = [len(latent_factors), len(rope_factors)]
+        self.group_sizes = [min(q_group_size or size, size) for size in self.sizes]
+        self.factors = [latent_factors, rope_factors]
+
+    def _make_basis(self, dtype: torch.dtype, device: torch.device) -> None:
+        to, back = [], []
+        for factors in self.factors:
+            factors, rotation = factors.to(device), random_rotation(len(factors)).to(device)
+            to.append((factors[:, None] * rotation).to(dtype))
+            back.append((rotation.T / factors).to(dtype))
+        self.to_rotated, self.from_rotated = to, back
+
+    def rotate(self, entries: torch.Tensor) -> torch.Tensor:
+        """Entries in the basis in which they are quantised; latents and rotary keys each by themselves."""
+        parts = entries.split(self.sizes, dim=-1)
+        return torch.cat([part @ matrix for part, matrix in zip(parts, self.to_rotated, strict=True)], dim=-1)
+
+    def unrotate(self, entries: torch.Tensor) -> torch.Tensor:
+        """The inverse of [`rotate`]."""
+        parts = entries.split(self.sizes, dim=-1)
+        return torch.cat([part @ matrix for part, matrix in zip(parts, self.from_rotated, strict=True)], dim=-1)
+
+    def to_basis(self, query: torch.Tensor) -> torch.Tensor:
+        parts = query.split(self.sizes, dim=-1)
+        matrices = zip(parts, self.from_rotated, strict=True)
+        return torch.cat([part @ matrix.T for part, matrix in matrices], dim=-1)
+
+    def from_basis(self, context: torch.Tensor) -> torch.Tensor:
+        return context @ self.from_rotated[0]
+
+    def encode(self, entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Words of codes [..., tokens, U] and bytes of scales and zeros [..., tokens, 2 * groups] of rotated entries
+        [..., tokens, W]."""
+        codes, scales = [], []
+        for piece in entries.split(max(1, MAX_NUMBERS * entries.shape[-2] // max(1, entries.numel())), dim=-2):
+            sections = zip(piece.split(self.sizes, dim=-1), self.group_sizes, strict=True)
+            made = [quantize(section, self.form, group) for section, group in sections]
+            codes.append(torch.cat([pack(code, CODE_BITS[self.form]) for code, _ in made], dim=-1))
+            scales.append(torch.cat([scale for _, scale in made], dim=-1))
+        return torch.cat(codes, dim=-2), torch.cat(scales, dim=-2)
+
+    def decode(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """Rotated entries [..., W], fp32, that the results of [`encode`] stand for."""
+        nbits = CODE_BITS[self.form]
+        widths = [-(-size * nbits // 16) for size in self.sizes]
+        counts = [2 * -(-size // group) for size, group in zip(self.sizes, self.group_sizes, strict=True)]
+        sections = zip(codes.split(widths, -1), scales.split(counts, -1), self.sizes, self.group_sizes, strict=True)
+        numbers = [dequantize(unpack(c, nbits, size), s, self.form, group) for c, s, size, group in sections]
+        return torch.cat(numbers, dim=-1)
+
+    def packed_part(
+        self,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        mask: torch.Tensor | None,
+        length: torch.Tensor | None = None,
+    ) -> Part:
+        """Codes [B, S, U] and scales [B, S, 2 * groups] as [`decode_attention`] takes them."""
+        return Part(codes, mask, length, False, self.form, scales, *self.group_sizes)
