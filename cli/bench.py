@@ -33,8 +33,8 @@ class BenchArguments:
     caches: Names = field(
         default=Names("dynamic"),
         metadata={
-            "help": "With commas: dynamic, static, static-compiled, int8, int4, int2; the last three also with a "
-            "backend before them (latent-, quanto-, hqq-)."
+            "help": "With commas: dynamic, static, static-compiled, int8, int4, int2, fp8; the ints also with a "
+            "backend before them (latent-, quanto-, hqq-), a converted model's also static (static-compiled-int4)."
         },
     )
     batch_sizes: Sizes = field(default=Sizes("1"), metadata={"help": "With commas."})

@@ -45,8 +45,9 @@ class EvalArguments:
     caches: Names = field(
         default=Names("dynamic"),
         metadata={
-            "help": "How the cache is held, a row each, with commas: dynamic, int8, int4, int2; with a backend before "
-            "it (latent-, quanto-, hqq-) or the model's own, which for the original is quanto, and hqq for int8."
+            "help": "How the cache is held, a row each, with commas: dynamic, int8, fp8, int4, int2; with a backend "
+            "before an int (latent-, quanto-, hqq-) or the model's own, which for the original is quanto, and hqq for "
+            "int8."
         },
     )
     device: str = field(default="cpu", metadata={"help": "cpu, cuda, cuda:1, ..."})

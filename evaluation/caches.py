@@ -4,15 +4,16 @@ import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache, cache_utils
 from transformers.cache_utils import QuantizedCache
 
 from mha2mla.modeling import LatentConfigMixin, quantized_cache
 
 DYNAMIC_NAME, STATIC_NAME, COMPILED_NAME = "dynamic", "static", "static-compiled"
 LATENT = "latent"  # this package's own format, for converted models
+FP8 = "fp8"  # likewise for converted models; for others, transformers' own, from 5.23 on
 # What each backend can do, and what has to be installed for it.
-BACKEND_BITS = {LATENT: (8, 4), "quanto": (4, 2), "hqq": (8, 4, 2)}
+BACKEND_BITS = {LATENT: (8, 4), FP8: (8,), "quanto": (4, 2), "hqq": (8, 4, 2)}
 BACKEND_PACKAGES = {"quanto": "optimum-quanto", "hqq": "hqq"}
 BACKEND_MODULES = {"quanto": "optimum.quanto", "hqq": "hqq"}
 
@@ -27,15 +28,18 @@ class CacheKind:
     """
     Attributes:
         name (`str`): As the user gave it: "dynamic", which grows; "static", of one size; "static-compiled", the same
-            with a compiled decoding step; "int4", or with the backend, "hqq-int4".
+            with a compiled decoding step; "int4", or with the backend, "hqq-int4"; "static-int4",
+            "static-compiled-fp8".
         nbits (`int`, *optional*): None where entries are in full precision.
         backend (`str`, *optional*): None for the model's own: "latent" for a converted one; for others "quanto",
             and "hqq" for 8 bits.
+        layout (`str`): "dynamic", "static" or "static-compiled".
     """
 
     name: str = DYNAMIC_NAME
     nbits: int | None = None
     backend: str | None = None
+    layout: str = DYNAMIC_NAME
 
     @classmethod
     def parse(cls, name: str) -> "CacheKind":
@@ -44,22 +48,26 @@ class CacheKind:
             ValueError: If the name means nothing.
         """
         if name in (DYNAMIC_NAME, STATIC_NAME, COMPILED_NAME):
-            return cls(name)
-        found = re.fullmatch(r"(?:(quanto|hqq|latent)-)?int([248])", name)
-        if found is None:
+            return cls(name, layout=name)
+        found = re.fullmatch(r"(?:(static|static-compiled)-)?(?:(?:(quanto|hqq|latent)-)?int([248])|fp8)", name)
+        if found is None or (found[1] and found[2] in BACKEND_MODULES):
             raise ValueError(
-                f"Unknown cache {name!r}: there are dynamic, static, static-compiled, int8, int4 and int2, the last "
-                "three also with a backend before them (latent-, quanto-, hqq-)."
+                f"Unknown cache {name!r}: there are dynamic, static, static-compiled, int8, int4, int2 and fp8; the "
+                "ints also with a backend before them (latent-, quanto-, hqq-), and all but quanto's and hqq's with "
+                "static- or static-compiled- before that."
             )
-        return cls(name, int(found[2]), found[1])
+        nbits, backend = (int(found[3]), found[2]) if found[3] else (8, FP8)
+        if found[1] and backend is None:
+            backend = LATENT  # no other is static
+        return cls(name, nbits, backend, found[1] or DYNAMIC_NAME)
 
     @property
     def is_static(self) -> bool:
-        return self.name in (STATIC_NAME, COMPILED_NAME)
+        return self.layout != DYNAMIC_NAME
 
     @property
     def is_compiled(self) -> bool:
-        return self.name == COMPILED_NAME
+        return self.layout == COMPILED_NAME
 
     def backend_for(self, config: PreTrainedConfig) -> str | None:
         """The backend that holds the cache of a model; None where entries are in full precision."""
@@ -81,8 +89,11 @@ class CacheKind:
             return True
         if self.nbits not in BACKEND_BITS[backend]:
             return False
-        if backend == LATENT and not isinstance(config, LatentConfigMixin):
-            return False
+        if not isinstance(config, LatentConfigMixin):
+            if backend == LATENT or (
+                backend == FP8 and (self.is_static or not hasattr(cache_utils, "Fp8QuantizedLayer"))
+            ):
+                return False
         if backend in BACKEND_MODULES and not is_installed(BACKEND_MODULES[backend]):
             package = BACKEND_PACKAGES[backend]
             hint = "" if self.backend else f" (latent-{self.name} leaves such models out)"
@@ -93,7 +104,8 @@ class CacheKind:
 
     def can_select(self, config: PreTrainedConfig) -> bool:
         """Whether rows can be chosen from the cache; transformers' quantised ones forget how."""
-        return self.backend_for(config) in (None, LATENT)
+        backend = self.backend_for(config)
+        return backend in (None, LATENT) or (backend == FP8 and isinstance(config, LatentConfigMixin))
 
     def piece(self, chunk: int) -> int:
         """Tokens of a text that go through a model at a time, where they would be `chunk` in full precision."""
@@ -103,21 +115,29 @@ class CacheKind:
         """For `model.generate`."""
         if self.nbits is None:
             return {}
-        settings = dict(backend=self.backend_for(config), nbits=self.nbits, residual_length=RESIDUAL_LENGTH)
-        return dict(cache_implementation="quantized", cache_config=settings)
+        return dict(cache_implementation="quantized", cache_config=self._settings(config))
+
+    def _settings(self, config: PreTrainedConfig) -> dict:
+        backend = self.backend_for(config)
+        if backend != FP8:
+            return dict(backend=backend, nbits=self.nbits, residual_length=RESIDUAL_LENGTH)
+        return dict(
+            backend=backend, **(dict(residual_length=RESIDUAL_LENGTH) if isinstance(config, LatentConfigMixin) else {})
+        )
 
     def make(self, model: PreTrainedModel, length: int | None = None) -> Cache:
         """An empty cache; a static one needs the `length` that it shall have room for."""
-        if self.is_static:
-            assert length is not None
-            return StaticCache(config=model.config, max_cache_len=length)
+        assert length is not None or not self.is_static
         if self.nbits is None:
-            return DynamicCache(config=model.config)
-        backend = self.backend_for(model.config)
-        assert backend is not None
+            return (
+                StaticCache(config=model.config, max_cache_len=length)
+                if self.is_static
+                else DynamicCache(config=model.config)
+            )
+        settings = self._settings(model.config)
         if isinstance(model.config, LatentConfigMixin):
-            return quantized_cache(model, backend, nbits=self.nbits, residual_length=RESIDUAL_LENGTH)
-        return QuantizedCache(backend, model.config, nbits=self.nbits, residual_length=RESIDUAL_LENGTH)
+            return quantized_cache(model, max_cache_len=length if self.is_static else None, **settings)
+        return QuantizedCache(config=model.config, **settings)
 
 
 DYNAMIC = CacheKind()

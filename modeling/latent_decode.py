@@ -1,8 +1,8 @@
 """One decoding step over the latent cache in Triton: absorbed attention, split over the sequence, in two stages.
 
-This is the host's side: which tiles, how many programs, when. The kernels are in `latent_kernels.py`; in
-`latent_packed_kernel.py` the one for packed entries, and in `latent_wide_kernel.py` the one for latents of more than
-1,024 numbers.
+This is the host's side; `latent_tiles.py` says which tiles, and how many programs. The kernels are in
+`latent_kernels.py`; in `latent_packed_kernel.py` the one for packed entries, and in `latent_wide_kernel.py` the one for
+latents of more than 1,024.
 
 - Entries are [B, S, W] in any row strides, W = R + n*r.
 - The number of entries may be a tensor on the device (static cache): nothing here waits for the device, the grid
@@ -16,35 +16,25 @@ Without Triton or a GPU the module imports all the same; [`kernel_can_run`] then
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
 from .latent_kernels import attend_split, combine, triton
 from .latent_packed_kernel import attend_split_packed
 from .latent_quantization import CODE_BITS
-from .latent_wide_kernel import attend_split_wide
-
-# Triton's names of what a query's numbers can be.
-TRITON_DTYPES = (
-    {
-        torch.float16: triton.language.float16,
-        torch.bfloat16: triton.language.bfloat16,
-        torch.float32: triton.language.float32,
-    }
-    if triton is not None
-    else {}
+from .latent_tiles import (
+    MAX_RANK,
+    PackedTiles,
+    Tiles,
+    WideTiles,
+    choose_packed_tiles,
+    choose_splits,
+    choose_tiles,
+    choose_wide_tiles,
+    padded_columns,
+    wide_tiles_fit,
 )
-# Of a wider latent a program of `attend_split` cannot hold the output.
-MAX_RANK = 1024
-# Columns of an entry, padding included, for which the registers and two tiles of `attend_split_wide` suffice.
-MAX_WIDE_COLUMNS = 2560
-# Numbers of output that one program can accumulate in registers (fp32, 256 threads, half of the file).
-MAX_ACCUMULATORS = 32 * 1024
-# Entries and words a tile, warps and stages that are tried for packed entries, in this order.
-PACKED_SIZES = ((128, 128, 8, 3), (64, 64, 4, 2), (32, 64, 4, 2), (16, 64, 4, 2))
-# Columns of a latent that half of the threads hold the output of.
-NARROW_COLUMNS = 128
+from .latent_wide_kernel import attend_split_wide
 
 
 @dataclass
@@ -73,115 +63,6 @@ class Part:
     rope_group_size: int = 1
 
 
-@dataclass
-class Tiles:
-    """Sizes of a launch. [`choose_tiles`] makes the default ones."""
-
-    block_m: int = 16  # rows (head * T + query token) a program does
-    block_n: int = 32  # entries a tile
-    num_warps: int = 8
-    num_stages: int = 2
-    num_splits: int | None = None  # by default what fills the multiprocessors
-
-
-@dataclass
-class PackedTiles:
-    """Sizes of a launch of `attend_split_packed`. [`choose_packed_tiles`] makes the default ones."""
-
-    block_m: int = 32
-    block_n: int = 128
-    block_u: int = 128  # words a tile
-    num_warps: int = 8
-    num_stages: int = 3  # one more than buffers for a tile
-    num_splits: int | None = None
-
-
-@dataclass
-class WideTiles:
-    """Sizes of a launch of `attend_split_wide`. [`choose_wide_tiles`] makes the default ones."""
-
-    block_c: int = 128  # columns of a group, of the low ones and of as many high ones
-    block_rest: int = 64  # columns of a group of those behind them
-    groups: int = 8  # one a warp
-    num_splits: int | None = None
-
-    block_m = 16
-    block_n = 16
-
-    @property
-    def columns(self) -> int:
-        return self.groups * (2 * self.block_c + self.block_rest)
-
-
-def fit_columns(width: int, block_c: int) -> WideTiles:
-    """Tiles of so many low and high columns a group, and room behind them for what is left of the width."""
-    left = max(1, width - 2 * WideTiles.groups * block_c)
-    return WideTiles(block_c, max(16, triton.next_power_of_2(-(-left // WideTiles.groups))))
-
-
-@lru_cache(maxsize=1024)
-def choose_wide_tiles(rank: int, width: int, element_size: int, device: torch.device) -> WideTiles | None:
-    """Tiles for entries of R > 1,024, or None where registers or shared memory do not suffice for two of them: torch,
-    which reads the entries twice, then does the work."""
-    least = 2 ** int(math.log2(rank)) // (2 * WideTiles.groups)
-    tiles = min((fit_columns(width, block_c) for block_c in (least, 2 * least)), key=lambda t: t.columns)
-    columns, first = tiles.columns, tiles.groups * tiles.block_c
-    if columns > MAX_WIDE_COLUMNS:
-        return None
-    if device.type == "cuda":
-        room = shared_memory(device)
-        # Two tiles, the query but for its low part, scores in fp32 and what Triton adds.
-        needed = element_size * (2 * tiles.block_n * columns + tiles.block_m * (columns - first))
-        if needed + 4 * tiles.groups * tiles.block_m * tiles.block_n + 256 > room:
-            return None
-    return tiles
-
-
-@lru_cache(maxsize=1024)
-def choose_tiles(num_rows: int, rank: int, rope: int, element_size: int, device: torch.device) -> Tiles:
-    """Tiles whose operands fit the device's registers and shared memory."""
-    block_c, block_rope = padded_columns(rank), padded_columns(rope)
-    block_m = max(16, min(32, triton.next_power_of_2(num_rows), MAX_ACCUMULATORS // block_c))
-    if device.type != "cuda":
-        return Tiles(block_m)
-    room = shared_memory(device)
-    # A narrow entry of few heads is little work a tile: fewer, longer tiles, by half of the threads.
-    narrow = block_c <= NARROW_COLUMNS and block_m == 16
-    for block_n, buffers in ((128, 2),) * narrow + ((64, 2), (32, 2), (16, 2), (16, 1)):
-        needed = element_size * ((block_c + block_rope) * (block_m + buffers * block_n) + block_m * block_n)
-        if needed <= room:
-            break
-    return Tiles(block_m, block_n, num_warps=4 if narrow else 8, num_stages=buffers + 1)
-
-
-@lru_cache(maxsize=1024)
-def choose_packed_tiles(num_rows: int, rank: int, rope: int, form: str, device: torch.device) -> PackedTiles:
-    """Tiles of packed entries that fit the device's shared memory, where codes lie twice, as keys and as values, and in
-    two buffers; with one buffer and smaller tiles, two programs share a multiprocessor."""
-    num_parts = 16 // CODE_BITS[form]
-    units, block_rope = -(-rank // num_parts), padded_columns(-(-rope // num_parts))
-    block_m = max(16, min(32, triton.next_power_of_2(num_rows), MAX_ACCUMULATORS // (2 * padded_columns(rank))))
-    room = shared_memory(device) if device.type == "cuda" else 2**18
-    for block_n, block_u, num_warps, num_stages in PACKED_SIZES:
-        block_u = min(block_u, padded_columns(units))
-        columns = -(-units // block_u) * block_u
-        keys_and_values = 2 * block_n * (2 * columns + block_rope)
-        needed = (num_stages - 1) * keys_and_values + 2 * block_m * (num_parts * (columns + block_rope) + block_n)
-        if needed + 512 <= room:
-            break
-    return PackedTiles(block_m, block_n, block_u, num_warps, num_stages)
-
-
-def padded_columns(size: int) -> int:
-    """Columns of a section as a kernel holds them: a power of two."""
-    return max(16, triton.next_power_of_2(size))
-
-
-def shared_memory(device: torch.device) -> int:
-    """Bytes that a program can have."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
-
-
 def kernel_can_run(entries: torch.Tensor, rank: int, packed: bool = False) -> bool:
     """
     Whether a kernel serves this: Triton is there, and the numbers are of 16 bits and on a GPU that has room for them.
@@ -198,23 +79,6 @@ def kernel_can_run(entries: torch.Tensor, rank: int, packed: bool = False) -> bo
     if rank <= MAX_RANK:
         return True
     return not packed and wide_tiles_fit(rank, entries.shape[-1], entries.device)
-
-
-@torch.compiler.assume_constant_result
-def wide_tiles_fit(rank: int, width: int, device: torch.device) -> bool:
-    return choose_wide_tiles(rank, width, 2, device) is not None
-
-
-@lru_cache(maxsize=1024)
-def choose_splits(
-    num_programs: int, num_tokens: int, block_n: int, device: torch.device, per_processor: int = 1
-) -> int:
-    """Splits of the sequence for which the last wave of programs wastes least; each gets two tiles or more."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    processors *= per_processor
-    most = min(max(1, num_tokens // (2 * block_n)), max(1, 4 * processors // num_programs), 128)
-    # Waves times the work of a split, and a little for each split's partial output.
-    return min(range(1, most + 1), key=lambda n: -(-num_programs * n // processors) / n * (1 + 0.005 * n))
 
 
 def decode_attention(
@@ -249,7 +113,7 @@ def decode_attention(
     for part in parts:
         sizes = _sizes(part, num_rows, rank, rope, query, tiles)
         programs = -(-num_rows // sizes.block_m)
-        # Where one program leaves half of a multiprocessor's registers and shared memory, a second one works beside it.
+        # Where a program leaves half of a multiprocessor's registers and shared memory, a second one works beside it.
         beside = 2 if isinstance(sizes, PackedTiles) and sizes.num_warps == 4 else 1
         splits = sizes.num_splits or choose_splits(
             programs * batch, part.entries.shape[1], sizes.block_n, query.device, beside
@@ -271,16 +135,15 @@ def decode_attention(
             BLOCK_N=sizes.block_n, PRECISION=precision, num_warps=sizes.num_warps, num_stages=sizes.num_stages,
         )  # fmt: skip
         if isinstance(sizes, PackedTiles):
-            scales, groups, dtype = part.scales, (part.group_size, part.rope_group_size), TRITON_DTYPES[query.dtype]
+            scales, groups, half = part.scales, (part.group_size, part.rope_group_size), query.element_size() == 2
             assert scales is not None
             if groups[0] >= rank and groups[1] >= rope:
                 scales, groups = scales.view(torch.int32), (0, 0)  # the four bytes of a token
-                dtype = triton.language.float16 if query.element_size() == 2 else dtype
             attend_split_packed[grid](
                 query, entries, scales, mask, length, partial, log_sums, scaling, *counts, *strides, scales.stride(0),
                 scales.stride(1), *mask_strides, GROUP=groups[0], ROPE_GROUP=groups[1], FORM=part.form,
                 BLOCK_U=sizes.block_u, BLOCK_ROPE=padded_columns(-(-rope * CODE_BITS[part.form] // 16)),
-                PTX=can_use_ptx(query.device) and groups == (0, 0), dtype=dtype, **common,
+                PTX=half and can_use_ptx(query.device), HALF=half and groups == (0, 0), **common,
             )  # fmt: skip
         else:
             attend_split[grid](
@@ -296,12 +159,14 @@ def _sizes(part: Part, num_rows: int, rank: int, rope: int, query: torch.Tensor,
         if isinstance(tiles, PackedTiles):
             return tiles
         return choose_packed_tiles(num_rows, rank, rope, part.form, query.device)
-    return tiles if isinstance(tiles, Tiles) else choose_tiles(num_rows, rank, rope, query.element_size(), query.device)
+    return (
+        tiles if isinstance(tiles, Tiles) else choose_tiles(num_rows, rank, rope, query.element_size(), query.device)
+    )
 
 
-@lru_cache(maxsize=64)
+@torch.compiler.assume_constant_result
 def can_use_ptx(device: torch.device) -> bool:
-    """Whether the device takes the instructions by which codes become numbers: of CUDA, from compute capability 8.9."""
+    """Whether the device has the instructions by which codes become numbers: CUDA, from compute capability 8.9."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 9)

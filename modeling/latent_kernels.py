@@ -29,8 +29,8 @@ if triton is not None:
 
     @triton.jit
     def ring_positions(slots, count, size):
-        """Positions of the tokens in the slots of a window that holds the first token and a ring of the newest `size` of
-        the others; -1 in slots that nothing was written to. See `StaticQuantizedLayer`."""
+        """Positions of the tokens in the slots of a window that holds the first token and a ring of the newest `size`
+        of the others; -1 in slots that nothing was written to. See `LatentStaticQuantizedLayer`."""
         newest = count - 1
         position = newest - (newest - slots + size) % size
         return tl.where(slots == 0, tl.minimum(0, newest), tl.where(position > 0, position, -1))

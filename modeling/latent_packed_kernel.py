@@ -16,15 +16,11 @@ try:  # within a try block, so that transformers does not ask the user of a chec
 except ImportError:
     triton = None
 
-from .latent_kernels import visible_scores
-
 if triton is not None:
-    # Octaves by which a score may exceed its row's maximum before that is raised: fp16 holds weights of 2 ** 15.
-    HEADROOM = tl.constexpr(8.0)
 
     @triton.jit
     def _codes(raw, INDEX: tl.constexpr, FORM: tl.constexpr, PTX: tl.constexpr, dtype: tl.constexpr):
-        """Part INDEX of the words' codes, [as raw]: code + 16 of "int4", code + 1024 of "int8", the number of "fp8"."""
+        """Part INDEX of the codes in words: code + 16 of "int4", code + 1024 of "int8", the number of "fp8"."""
         if PTX:
             if FORM == "int4":
                 shift: tl.constexpr = (
@@ -90,7 +86,9 @@ if triton is not None:
         columns = INDEX * UNITS + words
         inside = ok & (words < UNITS) & (columns < SIZE)
         at = scales + rows + 2 * (first_group + columns // GROUP)
-        exponent, zero = _scale_and_zero(tl.load(at, mask=inside, other=0), tl.load(at + 1, mask=inside, other=0), FORM)
+        exponent, zero = _scale_and_zero(
+            tl.load(at, mask=inside, other=0), tl.load(at + 1, mask=inside, other=0), FORM
+        )
         numbers = codes.to(tl.float32)
         if FORM != "fp8":
             numbers -= zero
@@ -115,18 +113,20 @@ if triton is not None:
         ALIGN: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, GROUP: tl.constexpr, ROPE_GROUP: tl.constexpr,
         FORM: tl.constexpr, MASK: tl.constexpr, ONE_QUERY: tl.constexpr, HAS_LENGTH: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_ROPE: tl.constexpr,
-        PTX: tl.constexpr, PRECISION: tl.constexpr, dtype: tl.constexpr,
+        PTX: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
         """First stage, as `attend_split`. Grid: (row blocks, splits of this launch, batch).
 
         A tile is BLOCK_N entries by BLOCK_U words, and there are as many parts of the columns as tiles of words times
-        codes in a word. Queries are brought to a power of two in which fp16 holds them.
+        codes in a word. With HALF, products are of fp16 numbers, and queries are brought to a power of two in which
+        fp16 holds them.
         """
         PARTS: tl.constexpr = 4 if FORM == "int4" else 2
         UNITS: tl.constexpr = (RANK + PARTS - 1) // PARTS
         ROPE_UNITS: tl.constexpr = (ROPE + PARTS - 1) // PARTS
         TILES: tl.constexpr = (UNITS + BLOCK_U - 1) // BLOCK_U
         ROPE_FIRST: tl.constexpr = 0 if GROUP == 0 else (RANK + GROUP - 1) // GROUP
+        dtype: tl.constexpr = tl.float16 if HALF else query.dtype.element_ty
         ZEROS: tl.constexpr = GROUP == 0 and FORM != "fp8"
         rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
         row_ok = rows < num_rows
@@ -161,12 +161,12 @@ if triton is not None:
             for part in tl.static_range(PARTS):
                 q = _query(query, query_rows, row_ok, tile * BLOCK_U + words, factor, part, UNITS, RANK, dtype)
                 q_sum += q.to(tl.float32)
-                queries = queries + (tl.trans(q),)
-                sums = sums + (tl.zeros([BLOCK_U, BLOCK_M], tl.float32),)
+                queries += (tl.trans(q),)
+                sums += (tl.zeros([BLOCK_U, BLOCK_M], tl.float32),)
         for part in tl.static_range(PARTS):
             q = _query(query + RANK, query_rows, row_ok, rope_words, factor, part, ROPE_UNITS, ROPE, dtype)
             q_rope_sum += q.to(tl.float32)
-            rope_queries = rope_queries + (tl.trans(q),)
+            rope_queries += (tl.trans(q),)
         q_sum = tl.sum(q_sum, 1)
         q_rope_sum = tl.sum(q_rope_sum, 1)
 
@@ -246,28 +246,19 @@ if triton is not None:
                 else:  # causal: the queries are the last tokens
                     seen = seen & (tokens[:, None] <= (end - num_queries + rows % num_queries)[None, :])
                 scores = tl.where(seen, scores, float("-inf"))
-            # The maximum is kept while it is exceeded by little: sums are then as exact, and nothing has to fade.
-            highest = tl.max(scores, 0)
-            if tl.max((highest > top + HEADROOM).to(tl.int32), 0) > 0:
-                new_top = tl.maximum(top, highest)
-                fade = tl.exp2(top - tl.where(new_top == float("-inf"), 0.0, new_top))
-                total *= fade[None, None, :]
-                offset *= fade[None, None, :]
-                faded = ()
-                for part in tl.static_range(TILES * PARTS):
-                    faded = faded + (sums[part] * fade[None, :],)
-                sums = faded
-                top = new_top
-            shift = tl.where(top == float("-inf"), 0.0, top)  # nothing seen yet: no difference of infinities
+            new_top = tl.maximum(top, tl.max(scores, 0))
+            shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing seen yet: no difference of infinities
             weights = _power(scores - shift[None, :], PTX)
+            fade = _power(top - shift, PTX)
+            top = new_top
             seen_now = weights
             if GROUP == 0:
                 seen_now *= _power(-exponent, PTX)[:, None]
-            total += _sum_pairs(seen_now, BLOCK_N, BLOCK_M)
+            total = total * fade[None, None, :] + _sum_pairs(seen_now, BLOCK_N, BLOCK_M)
             weights = weights.to(dtype)
             if ZEROS:
                 zeros_now = weights.to(tl.float32) * zero[:, None]
-                offset += _sum_pairs(zeros_now, BLOCK_N, BLOCK_M)
+                offset = offset * fade[None, None, :] + _sum_pairs(zeros_now, BLOCK_N, BLOCK_M)
             added = ()
             for tile in tl.static_range(TILES):
                 at = tile * BLOCK_U + words
@@ -275,11 +266,11 @@ if triton is not None:
                 raw = tl.load(entries + token_rows[None, :] + at[:, None], mask=inside, other=0)
                 for part in tl.static_range(PARTS):
                     numbers = _numbers(
-                        raw, scales, scale_rows[None, :], (tokens < stop)[None, :], at[:, None], 0, part, UNITS, RANK, GROUP, FORM,
-                        PTX, dtype,
+                        raw, scales, scale_rows[None, :], (tokens < stop)[None, :], at[:, None], 0, part, UNITS, RANK,
+                        GROUP, FORM, PTX, dtype,
                     )  # fmt: skip
-                    before = sums[tile * PARTS + part]
-                    added = added + (tl.dot(numbers, weights, before, input_precision=PRECISION),)
+                    faded = sums[tile * PARTS + part] * fade[None, :]
+                    added += (tl.dot(numbers, weights, faded, input_precision=PRECISION),)
             sums = added
 
         total, offset = tl.sum(tl.sum(total, 0), 0), tl.sum(tl.sum(offset, 0), 0)

@@ -22,8 +22,8 @@ def random_rotation(size: int) -> torch.Tensor:
 
 
 def pack(codes: torch.Tensor, nbits: int) -> torch.Tensor:
-    """Codes [..., C], uint8 below 2**nbits, to words of 16 bits [..., U], U = ceil(C * nbits / 16): word j holds, from its
-    low bits up, the codes of columns j, j + U, j + 2 U, ..."""
+    """Codes [..., C], uint8 below 2**nbits, to words of 16 bits [..., U], U = ceil(C * nbits / 16): word j holds, from
+    its low bits up, the codes of columns j, j + U, j + 2 U, ..."""
     num_parts = 16 // nbits
     units = -(-codes.shape[-1] // num_parts)
     padded = torch.nn.functional.pad(codes, (0, units * num_parts - codes.shape[-1])).to(torch.int32)
@@ -42,9 +42,9 @@ def unpack(packed: torch.Tensor, nbits: int, columns: int) -> torch.Tensor:
 
 def quantize(x: torch.Tensor, form: str, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Codes with a scale and a zero for `group_size` consecutive columns. Of "int4" and "int8", with L = 2**nbits - 1, code c
-    means (c - zero * L / 255) * 2 ** (scale / 8 - 20); of "fp8" it is the bits of a number in e4m3, which is to be
-    multiplied by that power, and the zero is 0. A byte each is enough, as codes are made with the rounded ones.
+    Codes with a scale and a zero for `group_size` consecutive columns. Of "int4" and "int8", with L = 2**nbits - 1,
+    code c means (c - zero * L / 255) * 2 ** (scale / 8 - 20); of "fp8" it is the bits of a number in e4m3, which is to
+    be multiplied by that power, and the zero is 0. A byte each is enough, as codes are made with the rounded ones.
 
     Args:
         x (`torch.Tensor`): [..., C]; the last group is smaller if `group_size` does not divide C.

@@ -239,7 +239,8 @@ def quantized_cache(
             packages must be installed).
         nbits (`int`, *optional*): 4, the default of "latent", or 8; "quanto" and "hqq" have others.
         max_cache_len (`int`, *optional*): Tokens of a static cache, which "latent" and "fp8" can be.
-        settings: `q_group_size` and `residual_length` of [`QuantizedEntries`], or the arguments of transformers' layers.
+        settings: `q_group_size` and `residual_length` of [`QuantizedEntries`], or the arguments of transformers'
+            layers.
     """
     layers = model.base_model.layers
     if backend in ("latent", "fp8"):
@@ -258,7 +259,9 @@ def quantized_cache(
             f"The backend of a quantised cache must be 'latent', 'fp8', 'quanto' or 'hqq', got {backend!r}."
         )
     if max_cache_len is not None:
-        raise ValueError(f"The backend {backend!r} cannot be static: use 'latent' or 'fp8', or 'quantized' for the cache.")
+        raise ValueError(
+            f"The backend {backend!r} cannot be static: use 'latent' or 'fp8', or 'quantized' for the cache."
+        )
     if nbits is not None:
         settings["nbits"] = nbits
     backend_class = LatentQuantoLayer if backend == "quanto" else LatentHQQLayer

@@ -120,7 +120,9 @@ class LatentStaticQuantizedLayer(QuantizedEntries, StaticLayer):
         numbers = self.decode(self.codes, self.scales).to(self.dtype)
         room = torch.nn.functional.pad(numbers, (0, 0, 1, 1))  # position p in row p, and a row for what has none
         positions = self.cumulative_length - size + torch.arange(size, device=self.device)
-        room.index_copy_(1, torch.where(positions > 0, positions, length), self.window[:, 1:][:, self._slots(positions) - 1])
+        room.index_copy_(
+            1, torch.where(positions > 0, positions, length), self.window[:, 1:][:, self._slots(positions) - 1]
+        )
         room[:, :1] = self.window[:, :1]
         return self.unrotate(room[:, :length] + torch.nn.functional.pad(self.mean, (self.sizes[0], 0))).unsqueeze(1)
 

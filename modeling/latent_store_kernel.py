@@ -1,5 +1,6 @@
-"""What a decoding step does to a static quantised cache, in one launch: the oldest token leaves the window, is quantised
-and packed, and the new one takes its slot. `StaticQuantizedLayer.store` is the same in torch, for any number of tokens.
+"""What a decoding step does to a static quantised cache, in one launch: the oldest token leaves the window, is
+quantised and packed, and the new one takes its slot. `LatentStaticQuantizedLayer._store` is the same in torch, for any
+number of tokens.
 """
 
 try:  # within a try block, so that transformers does not ask the user of a checkpoint to install it
@@ -21,18 +22,24 @@ if triton is not None:
         return (x + 12582912.0) - 12582912.0
 
     @triton.jit
+    def _e4m3(x):
+        """Bits of fp32 numbers of up to 448 in e4m3. After a change of the exponent they are the upper ones of fp32,
+        of subnormal numbers too; the lower 20 round them, ties to even."""
+        bits = (tl.abs(x) * 7.52316384526264e-37).to(tl.int32, bitcast=True)  # 2 ** -120
+        return ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) | tl.where(x < 0, 128, 0)
+
+    @triton.jit
     def _store_section(
-        x, columns, entries, codes, scales, FORM: tl.constexpr, UNITS: tl.constexpr, SIZE: tl.constexpr,
+        x, columns, codes, scales, FORM: tl.constexpr, UNITS: tl.constexpr, SIZE: tl.constexpr,
         BLOCK: tl.constexpr, CLIPPING_1: tl.constexpr, CLIPPING_2: tl.constexpr,
     ):  # fmt: skip
-        """Quantise one section, which is x [parts, words] in fp32, as `quantize` does, and write its words and scale."""
+        """Quantise a section, x [parts, words] in fp32, as `quantize` does; write its words, scale and zero."""
         PARTS: tl.constexpr = 4 if FORM == "int4" else 2
         inside = columns < SIZE
         if FORM == "fp8":
             exponent = _exponent(tl.max(tl.max(tl.abs(x), 1), 0) / 448.0)
             zero = exponent * 0.0
-            numbers = tl.minimum(tl.maximum(x / tl.exp2(exponent / 8 - 20), -448.0), 448.0)
-            best = numbers.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32)
+            best = _e4m3(tl.minimum(tl.maximum(x / tl.exp2(exponent / 8 - 20), -448.0), 448.0))
         else:
             LEVELS: tl.constexpr = 15.0 if FORM == "int4" else 255.0
             low = tl.minimum(tl.min(tl.min(x, 1), 0), 0.0)
@@ -71,7 +78,7 @@ if triton is not None:
         RANK: tl.constexpr, ROPE: tl.constexpr, FORM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_ROPE: tl.constexpr,
         CLIPPING_1: tl.constexpr, CLIPPING_2: tl.constexpr,
     ):  # fmt: skip
-        """Grid: sequences. `length` counts the tokens before this one; the window has `size` slots behind the first."""
+        """Grid: sequences. `length` counts the tokens before this one; the ring has `size` slots."""
         PARTS: tl.constexpr = 4 if FORM == "int4" else 2
         UNITS: tl.constexpr = (RANK + PARTS - 1) // PARTS
         ROPE_UNITS: tl.constexpr = (ROPE + PARTS - 1) // PARTS
@@ -90,10 +97,12 @@ if triton is not None:
         rope_inside = rope_columns < ROPE
 
         if count == size + 1:
-            # The first token leaves: the mean of those in the ring, and of the new one, is taken off the rotary keys from now on.
+            # The first token leaves: from now on, the mean of those in the ring and of the new one is taken off.
             summed = tl.load(entries + RANK + rope_columns, mask=rope_inside, other=0.0).to(tl.float32)
             for i in range(1, size + 1):
-                summed += tl.load(window + i * stride_ws + RANK + rope_columns, mask=rope_inside, other=0.0).to(tl.float32)
+                summed += tl.load(window + i * stride_ws + RANK + rope_columns, mask=rope_inside, other=0.0).to(
+                    tl.float32
+                )
             average = (summed / (size + 1)).to(mean.dtype.element_ty)
             tl.store(mean + rope_columns, average, mask=rope_inside)
             for i in range(0, size + 1):
@@ -108,10 +117,10 @@ if triton is not None:
             codes += batch * stride_cb + place * stride_cs
             scales += batch * stride_sb + place * stride_ss
             x = tl.load(at + columns, mask=inside, other=0.0).to(tl.float32)
-            _store_section(x, columns, entries, codes, scales, FORM, UNITS, RANK, BLOCK_R, CLIPPING_1, CLIPPING_2)
+            _store_section(x, columns, codes, scales, FORM, UNITS, RANK, BLOCK_R, CLIPPING_1, CLIPPING_2)
             x = tl.load(at + RANK + rope_columns, mask=rope_inside, other=0.0).to(tl.float32)
             _store_section(
-                x, rope_columns, entries, codes + UNITS, scales + 2, FORM, ROPE_UNITS, ROPE, BLOCK_ROPE, CLIPPING_1,
+                x, rope_columns, codes + UNITS, scales + 2, FORM, ROPE_UNITS, ROPE, BLOCK_ROPE, CLIPPING_1,
                 CLIPPING_2,
             )  # fmt: skip
         tl.store(at + columns, tl.load(entries + columns, mask=inside, other=0.0), mask=inside)

@@ -48,6 +48,7 @@ CODE_FILES = [
     "latent_shape.py",
     "latent_static_quantized_cache.py",
     "latent_store_kernel.py",
+    "latent_tiles.py",
     "latent_wide_kernel.py",
     "modeling_mla_llama.py",
 ]

@@ -174,9 +174,9 @@ def test_any_packed_shape_gives_the_reference(seed):
     draw = random.Random(seed)
     torch.manual_seed(seed)
     form, dtype = draw.choice(list(CODE_BITS)), draw.choice([torch.float16, torch.bfloat16])
-    rank, rope = draw.choice([(80, 40), (66, 6), (512, 64), (1024, 64), (130, 128)])
+    rank, rope = draw.choice([(80, 40), (66, 6), (130, 128)] + [(512, 64), (1024, 64)] * (DEVICE == "cuda"))
     batch, heads, queries = draw.choice([1, 3]), draw.choice([4, 9, 32, 40]), draw.choice([1, 1, 3])
-    tokens = draw.randint(queries, 3000 if DEVICE == "cuda" else 150)
+    tokens = draw.randint(queries, 3000 if DEVICE == "cuda" else 90)
     kind = draw.choice(["none", "boolean", "additive", "length"])
     rows, count = heads * queries, draw.randint(queries, tokens) if kind == "length" else tokens
     seen, mask = visible(rows, queries, tokens, count).expand(batch, -1, -1), None
@@ -212,7 +212,9 @@ def test_a_ring_is_read_in_the_order_of_its_tokens(count):
     seen[..., 0] = True
     query = torch.randn(batch, rows, width)
     for mask in (None, torch.nn.functional.pad(seen, (0, 6))[:, None]):
-        part = Part(window.to(DEVICE), None if mask is None else mask.to(DEVICE), torch.tensor(count, device=DEVICE), True)
+        part = Part(
+            window.to(DEVICE), None if mask is None else mask.to(DEVICE), torch.tensor(count, device=DEVICE), True
+        )
         got = decode_attention(query.to(DEVICE), [part], 16, 1, 0.2).cpu()
         visible_now = torch.ones(batch, rows, len(kept), dtype=torch.bool) if mask is None else seen[..., kept]
         expected = reference(query, entries[:, kept], 16, 0.2, visible_now.expand(-1, rows, -1))

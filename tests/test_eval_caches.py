@@ -36,11 +36,13 @@ def small_window(monkeypatch):
 def test_names():
     assert CacheKind.parse("dynamic") == DYNAMIC
     assert CacheKind.parse("hqq-int2") == CacheKind("hqq-int2", 2, "hqq")
+    assert CacheKind.parse("static-fp8") == CacheKind("static-fp8", 8, "fp8", "static")
+    assert CacheKind.parse("static-compiled-int4").is_compiled and not CacheKind.parse("fp8").is_static
     source, mla = make_source().config, make_mla().config
     for name, of_source, of_mla in (("int8", "hqq", "latent"), ("int4", "quanto", "latent"), ("dynamic", None, None)):
         kind = CacheKind.parse(name)
         assert (kind.backend_for(source), kind.backend_for(mla)) == (of_source, of_mla)
-    for name in ("int3", "int", "quanto", "fp8", "other-int4"):
+    for name in ("int3", "int", "quanto", "hqq-fp8", "other-int4", "static-hqq-int4", "fp4"):
         with pytest.raises(ValueError, match="dynamic, static, static-compiled, int8, int4"):
             CacheKind.parse(name)
 

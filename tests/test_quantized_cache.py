@@ -128,7 +128,9 @@ def test_bytes_count_codes_scales_mean_and_window(model):
     with torch.no_grad():
         model(tokens(3, 25), **{CACHE_ARGUMENT: cache})
     full, packed = 1 + 2, 25 - 1 - 2  # the first and half a window
-    per_token = 2 * -(-rank // 4) + 2 * -(-rope // 4) + 4  # words of four codes, and a scale and a zero for the latent, and for the rotary keys
+    per_token = (
+        2 * -(-rank // 4) + 2 * -(-rope // 4) + 4
+    )  # words of four codes, and a scale and a zero for the latent, and for the rotary keys
     width = rank + rope
     assert cache_nbytes(cache) == config.num_hidden_layers * 3 * (packed * per_token + full * width * 2 + width * 2)
 

@@ -9,7 +9,7 @@ from transformers import Cache
 
 from mha2mla.common.loading import head_dim
 from mha2mla.evaluation.caches import CacheKind
-from mha2mla.modeling import CACHE_ARGUMENT, LatentConfigMixin, LatentQuantizedLayer, cache_nbytes
+from mha2mla.modeling import CACHE_ARGUMENT, LatentConfigMixin, cache_nbytes
 from mha2mla.modeling.latent_cache import round_up
 
 from .timing import synchronize
@@ -87,7 +87,7 @@ def fill(model, cache: Cache, batch: int, context: int) -> None:
                 heads = config.num_key_value_heads
                 shape = (batch, heads, count, numbers_per_token(config) // 2 // heads)
             keys = torch.randn(shape, dtype=model.dtype, device=model.device)
-            if isinstance(layer, LatentQuantizedLayer):
+            if getattr(layer, "packed", False):
                 layer.append(keys)  # update() would make numbers of the whole history each time
             else:
                 cache.update(keys, keys[..., : getattr(config, "kv_lora_rank", shape[-1])], index)
