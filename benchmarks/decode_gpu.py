@@ -1,4 +1,4 @@
-"""The GPU figures of docs/dev/performance.md in one run: decode kernel, 7B step, largest batch, int4 cache.
+"""The GPU figures of docs/dev/performance.md in one run: decode kernel, steps of 7B and 8B, largest batch, int4 cache.
 
     python benchmarks/decode_gpu.py                   # on one GPU; about ten minutes
     python benchmarks/decode_gpu.py --only kernel,step
@@ -60,10 +60,36 @@ def step_case(sizes) -> Iterator[dict]:
             except Exception as problem:
                 yield dict(model=name, cache=kind, failed=str(problem)[:300])
         del model
-        torch._dynamo.reset()
-        gc.collect()
-        if DEVICE.type == "cuda":
-            torch.cuda.empty_cache()
+        release()
+
+
+def llama3_case(sizes) -> Iterator[dict]:
+    """One compiled decoding step of Llama-3-8B's dimensions at 512 + 64, in full precision and as codes."""
+    name, ranks, shapes = "pico", (8, 4), [(2, 24)]
+    if DEVICE.type == "cuda":
+        name, ranks, shapes = "llama-3-8b", (512, 64), [(16, sizes["step_context"]), (64, sizes["step_context"])]
+    model = random_models(name, sizes["dtype"], DEVICE.type, *ranks, 1)["converted"]()
+    weights = sum(held.numel() * held.element_size() for held in model.parameters())
+    prefix = "static-compiled" if DEVICE.type == "cuda" else "static"
+    for batch, context in shapes:
+        for kind in (prefix, f"{prefix}-int4", f"{prefix}-fp8"):
+            torch._dynamo.utils.counters.clear()
+            shown = dict(model=name, cache=kind, batch=batch, context=context)
+            try:
+                cache = CacheKind.parse(kind)
+                done = measure_speed(model, name, cache, batch, context, sizes["steps"], prefill=False)
+                read = (weights + done.cache_bytes) / 1e9
+                yield shown | dict(ms=done.step_ms, gigabytes=read, recompiles=recompiles())
+            except Exception as problem:
+                yield shown | dict(failed=str(problem)[:300])
+            release()
+
+
+def release() -> None:
+    torch._dynamo.reset()
+    gc.collect()
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def eager_case(sizes) -> Iterator[dict]:
@@ -96,7 +122,8 @@ def batch_case(sizes) -> Iterator[dict]:
     makers = random_models(
         sizes["name"], sizes["dtype"], DEVICE.type, *((512, 64) if DEVICE.type == "cuda" else (8, 4)), 1
     )
-    for name, kinds in (("original", ["static"]), ("converted", ["static", "int4"])):
+    packed = "static-compiled-int4" if DEVICE.type == "cuda" else "static-int4"
+    for name, kinds in (("original", ["static"]), ("converted", ["static", packed])):
         model = makers[name]()
         for kind in kinds:
             torch._dynamo.reset()
@@ -116,7 +143,7 @@ def batch_case(sizes) -> Iterator[dict]:
                 total = torch.cuda.get_device_properties(DEVICE).total_memory
                 left = 0.97 * total - torch.cuda.memory_allocated()
                 sequence = numbers_per_token(model.config) * model.config.num_hidden_layers * 2 * context
-                batch = int(left // (sequence * (0.27 if kind == "int4" else 1.0)))
+                batch = int(left // (sequence * (0.27 if kind.endswith("int4") else 1.0)))
             else:
                 batch = 4
             done = None
@@ -147,7 +174,7 @@ def bytes_case(sizes) -> Iterator[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="shapes,kernel,eager,step,bytes,batch")
+    parser.add_argument("--only", default="shapes,kernel,eager,step,llama3,bytes,batch")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     sizes, sweep = (TINY, TINY_SWEEP) if args.tiny else (FULL, SWEEP)
@@ -200,7 +227,8 @@ def main() -> None:
                     f"{row['share_of_copy_bandwidth']:.0%} of copy; "
                     f"torch {row['torch_us']:.0f}"
                 )
-    for name, case in (("eager", eager_case), ("step", step_case), ("bytes", bytes_case), ("batch", batch_case)):
+    cases = dict(eager=eager_case, step=step_case, llama3=llama3_case, bytes=bytes_case, batch=batch_case)
+    for name, case in cases.items():
         if name in wanted:
             run(name, lambda case=case: case(sizes))
     print(f"Wrote {path}")

@@ -8,21 +8,24 @@ from multiprocessing import get_context
 import torch
 
 from mha2mla.evaluation.speed.timing import time_calls
-from mha2mla.modeling.latent_decode import MAX_RANK, Part, Tiles, decode_attention
-from mha2mla.modeling.latent_quantization import dequantize, pack, quantize, unpack
+from mha2mla.modeling.latent_decode import MAX_RANK, PackedTiles, Part, Tiles, decode_attention
+from mha2mla.modeling.latent_quantization import CODE_BITS, dequantize, pack, quantize, unpack
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-# heads, R, rotary columns, bits, whether mask and length are given as the static cache does, microseconds wanted
+# heads, R, rotary columns, format of packed entries, whether mask and length are given as a static cache does,
+# microseconds wanted
 KERNEL_CASES = [
-    ("32 heads, R=512 + 64", 32, 512, 64, 16, False, 135),
-    ("32 heads, R=512 + 64, mask and length", 32, 512, 64, 16, True, 135),
-    ("32 heads, R=512 + 64, int4", 32, 512, 64, 4, False, 60),
-    ("32 heads, R=512 + 64, int8", 32, 512, 64, 8, False, 90),
-    ("9 heads, R=80 + 40", 9, 80, 40, 16, True, 40),
-    ("32 heads, R=1024 + 64", 32, 1024, 64, 16, True, 270),
-    ("32 heads, R=2048 + 32x16", 32, 2048, 512, 16, False, 600),
-    ("32 heads, R=2048 + 32x16, mask and length", 32, 2048, 512, 16, True, 600),
+    ("32 heads, R=512 + 64", 32, 512, 64, None, False, 135),
+    ("32 heads, R=512 + 64, mask and length", 32, 512, 64, None, True, 135),
+    ("32 heads, R=512 + 64, int4", 32, 512, 64, "int4", False, 70),
+    ("32 heads, R=512 + 64, int8", 32, 512, 64, "int8", False, 85),
+    ("32 heads, R=512 + 64, fp8", 32, 512, 64, "fp8", False, 80),
+    ("32 heads, R=512 + 64, int4, mask and length", 32, 512, 64, "int4", True, 70),
+    ("9 heads, R=80 + 40", 9, 80, 40, None, True, 40),
+    ("32 heads, R=1024 + 64", 32, 1024, 64, None, True, 270),
+    ("32 heads, R=2048 + 32x16", 32, 2048, 512, None, False, 600),
+    ("32 heads, R=2048 + 32x16, mask and length", 32, 2048, 512, None, True, 600),
 ]
 # block_m, block_n, num_warps, num_stages: which are tried is decided here, not on the machine
 SWEEP = [
@@ -40,6 +43,8 @@ SWEEP = [
     (16, 32, 4, 3),
 ]
 TINY_SWEEP = [(16, 16, 4, 1)]
+# The same for packed entries, and before num_warps words a tile.
+PACKED_SWEEP = [(32, 128, 128, 8, 3), (32, 128, 128, 8, 2), (32, 64, 64, 4, 3), (32, 64, 64, 4, 2)]
 
 
 def error(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -47,51 +52,54 @@ def error(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def make_part(
-    batch: int, tokens: int, rank: int, rope: int, nbits: int, masked: bool, dtype
+    batch: int, tokens: int, rank: int, rope: int, form: str | None, masked: bool, dtype
 ) -> tuple[Part, torch.Tensor]:
     """Random entries for the kernel, and the numbers they stand for (made a few tokens at a time)."""
     numbers = torch.randn(batch, tokens, rank + rope, device=DEVICE).to(dtype)
-    if masked:
-        mask = torch.ones(batch, 1, 1, tokens, dtype=torch.bool, device=DEVICE)
-        return Part(numbers, mask, torch.tensor([tokens], device=DEVICE)), numbers
-    if nbits == 16:
-        return Part(numbers), numbers
-    codes, scales = [], []
+    mask = torch.ones(batch, 1, 1, tokens, dtype=torch.bool, device=DEVICE) if masked else None
+    length = torch.tensor([tokens], device=DEVICE) if masked else None
+    if form is None:
+        return Part(numbers, mask, length), numbers
+    codes, scales, nbits = [], [], CODE_BITS[form]
     for piece in numbers.split(512, dim=1):
-        made = [quantize(x, nbits, x.shape[-1]) for x in piece.split([rank, rope], -1)]
+        made = [quantize(x, form, x.shape[-1]) for x in piece.split([rank, rope], -1)]
         codes.append(torch.cat([pack(c, nbits) for c, _ in made], -1))
         scales.append(torch.cat([s for _, s in made], -1))
-        back = [dequantize(unpack(pack(c, nbits), nbits, c.shape[-1]), s, nbits, c.shape[-1]) for c, s in made]
+        back = [dequantize(unpack(pack(c, nbits), nbits, c.shape[-1]), s, form, c.shape[-1]) for c, s in made]
         piece.copy_(torch.cat(back, -1))
-    return Part(torch.cat(codes, 1), None, None, torch.cat(scales, 1), nbits, rank, rope), numbers
+    return Part(torch.cat(codes, 1), mask, length, False, form, torch.cat(scales, 1), rank, rope), numbers
 
 
-def tiles_to_try(rank: int, sweep) -> list[Tiles | None]:
+def tiles_to_try(rank: int, form: str | None, sweep) -> list[Tiles | PackedTiles | None]:
     """The default, and the sweep's for the kernel that it is for."""
-    return [None] if rank > MAX_RANK else [None, *(Tiles(m, n, w, s) for m, n, w, s in sweep)]
+    if rank > MAX_RANK:
+        return [None]
+    if form is not None:
+        return [None, *(PackedTiles(*sizes) for sizes in PACKED_SWEEP * (sweep is SWEEP))]
+    return [None, *(Tiles(*sizes) for sizes in sweep)]
 
 
-def compile_kernel(case: tuple, tiles: Tiles | None, dtype) -> None:
+def compile_kernel(case: tuple, tiles: Tiles | PackedTiles | None, dtype) -> None:
     """Run one variant once at a small size, in a process of its own: its binary is then in Triton's cache."""
-    _, heads, rank, rope, nbits, masked, _ = case
+    _, heads, rank, rope, form, masked, _ = case
     try:
-        part, _ = make_part(1, 256, rank, rope, nbits, masked, dtype)
+        part, _ = make_part(1, 256, rank, rope, form, masked, dtype)
         decode_attention(torch.randn(1, heads, rank + rope, device=DEVICE).to(dtype), [part], rank, 1, 0.05, tiles)
     except Exception:  # reported where it is timed
         pass
 
 
 def compile_kernels(sizes, sweep) -> None:
-    jobs = [(case, tiles) for case in KERNEL_CASES for tiles in tiles_to_try(case[2], sweep)]
+    jobs = [(case, tiles) for case in KERNEL_CASES for tiles in tiles_to_try(case[2], case[4], sweep)]
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         for job in [pool.submit(compile_kernel, case, tiles, sizes["dtype"]) for case, tiles in jobs]:
             job.result()
 
 
-def kernel_case(name, heads, rank, rope, nbits, masked, target, sizes, sweep, bandwidth) -> dict:
+def kernel_case(name, heads, rank, rope, form, masked, target, sizes, sweep, bandwidth) -> dict:
     """Time of one layer's attention by the kernel, with its best tiles and its default ones, and by torch."""
     batch, tokens, dtype = sizes["batch"], sizes["context"], sizes["dtype"]
-    part, numbers = make_part(batch, tokens, rank, rope, nbits, masked, dtype)
+    part, numbers = make_part(batch, tokens, rank, rope, form, masked, dtype)
     query = torch.randn(batch, heads, rank + rope, device=DEVICE).to(dtype)
     scaling = 0.05
     expected = torch.cat(  # in fp64, one sequence at a time
@@ -101,7 +109,7 @@ def kernel_case(name, heads, rank, rope, nbits, masked, target, sizes, sweep, ba
         ]
     )
     variants = []
-    for tiles in tiles_to_try(rank, sweep):
+    for tiles in tiles_to_try(rank, form, sweep):
         label = (
             "default" if tiles is None else f"{tiles.block_m}/{tiles.block_n}/{tiles.num_warps}w/{tiles.num_stages}s"
         )

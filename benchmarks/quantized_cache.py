@@ -17,6 +17,7 @@ from mha2mla.modeling import CACHE_ARGUMENT, cache_nbytes, quantized_cache
 
 SETTINGS = [
     dict(nbits=8),
+    dict(backend="fp8"),
     dict(nbits=4),
     dict(nbits=4, residual_length=8),
     dict(nbits=4, residual_length=64),
@@ -31,6 +32,11 @@ def log_probabilities(model, blocks: torch.Tensor, cache, piece: int) -> torch.T
     return torch.cat(made, dim=1)[:, :-1]
 
 
+def full_precision(layer) -> list[torch.Tensor]:
+    """What a quantised layer holds as numbers, dynamic or static."""
+    return [getattr(layer, name) for name in ("first", "recent", "window", "mean") if hasattr(layer, name)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
@@ -39,6 +45,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--piece", type=int, default=8, help="tokens that go through the model at once")
+    parser.add_argument("--static", action="store_true", help="caches of a fixed size, with their own window")
     parser.add_argument("--original-numbers", type=int, default=0, help="cached per token and layer by the original")
     arguments = parser.parse_args()
 
@@ -65,11 +72,11 @@ def main() -> None:
     print(f"{'full precision':42} {math.exp(loss(exact)):10.3f}  1.0000  0.0000  {2 * numbers:.1f} (bf16)")
     for settings in SETTINGS:
         started = time.perf_counter()
-        cache = quantized_cache(model, **settings)
+        cache = quantized_cache(model, max_cache_len=arguments.length if arguments.static else None, **settings)
         got = log_probabilities(model, blocks, cache, arguments.piece)
         divergence = (exact.exp() * (exact - got)).sum(-1).mean().item()
         # The tokens in full precision are fp32 here; a model in bf16 would hold half of that.
-        halves = sum((layer.first.numel() + layer.recent.numel() + layer.mean.numel()) * 2 for layer in cache.layers)
+        halves = 2 * sum(held.numel() for layer in cache.layers for held in full_precision(layer))
         per_token = (cache_nbytes(cache) - halves) / blocks.numel() / len(cache.layers)
         share = f", {per_token / arguments.original_numbers / 2:.2%}" if arguments.original_numbers else ""
         print(

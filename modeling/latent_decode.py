@@ -1,8 +1,8 @@
 """One decoding step over the latent cache in Triton: absorbed attention, split over the sequence, in two stages.
 
 This is the host's side; `latent_tiles.py` says which tiles, and how many programs. The kernels are in
-`latent_kernels.py`; in `latent_packed_kernel.py` the one for packed entries, and in `latent_wide_kernel.py` the one for
-latents of more than 1,024.
+`latent_kernels.py`; the one for packed entries is in `latent_packed_kernel.py`, the one for latents of more than 1,024
+numbers in `latent_wide_kernel.py`.
 
 - Entries are [B, S, W] in any row strides, W = R + n*r.
 - The number of entries may be a tensor on the device (static cache): nothing here waits for the device, the grid
@@ -136,7 +136,7 @@ def decode_attention(
         )  # fmt: skip
         if isinstance(sizes, PackedTiles):
             scales, groups, half = part.scales, (part.group_size, part.rope_group_size), query.element_size() == 2
-            assert scales is not None
+            assert scales is not None and part.form is not None
             if groups[0] >= rank and groups[1] >= rope:
                 scales, groups = scales.view(torch.int32), (0, 0)  # the four bytes of a token
             attend_split_packed[grid](
@@ -231,10 +231,10 @@ def decode_attention_op(
     scaling: float,
 ) -> torch.Tensor:
     """[`decode_attention`] for `torch.compile`, by [`decode_attention_in_graph`]."""
-    names = forms.split(",")
+    held = zip(entries, masks, lengths, rings, forms.split(","), scales, strict=True)
     parts = [
-        Part(*tensors, ring, name or None, scale, *group_sizes)
-        for *tensors, ring, name, scale in zip(entries, masks, lengths, rings, names, scales, strict=True)
+        Part(entry, mask, length, ring, form or None, scale, group_sizes[0], group_sizes[1])
+        for entry, mask, length, ring, form, scale in held
     ]
     return decode_attention(query, parts, rank, num_queries, scaling)
 

@@ -18,30 +18,23 @@ except ImportError:
 
 if triton is not None:
 
+    @triton.constexpr_function
+    def _ptx(form, index):
+        """What makes two numbers in fp16 of part `index` of two words: bits of a code become bits of the mantissa of
+        16 or 1024; e4m3 is converted by the hardware."""
+        if form == "int4":
+            shift = ("shl.b32 t, $1, 6", "shl.b32 t, $1, 2", "shr.b32 t, $1, 2", "shr.b32 t, $1, 6")[index]
+            return "{ .reg .b32 t; " + shift + "; lop3.b32 $0, t, 0x03C003C0, 0x4C004C00, 0xEA; }"
+        if form == "int8":
+            return "prmt.b32 $0, $1, 0x64646464, " + ("0x4240;", "0x4341;")[index]
+        pick = "prmt.b32 t, $1, 0, " + ("0x4420; ", "0x4431; ")[index]
+        return "{ .reg .b32 t; .reg .b16 a, b; " + pick + "mov.b32 {a, b}, t; cvt.rn.f16x2.e4m3x2 $0, a; }"
+
     @triton.jit
     def _codes(raw, INDEX: tl.constexpr, FORM: tl.constexpr, PTX: tl.constexpr, dtype: tl.constexpr):
         """Part INDEX of the codes in words: code + 16 of "int4", code + 1024 of "int8", the number of "fp8"."""
         if PTX:
-            if FORM == "int4":
-                shift: tl.constexpr = (
-                    "shl.b32 t, $1, 6;"
-                    if INDEX == 0
-                    else "shl.b32 t, $1, 2;"
-                    if INDEX == 1
-                    else "shr.b32 t, $1, 2;"
-                    if INDEX == 2
-                    else "shr.b32 t, $1, 6;"
-                )
-                asm: tl.constexpr = "{ .reg .b32 t; " + shift + " lop3.b32 $0, t, 0x03C003C0, 0x4C004C00, 0xEA; }"
-            elif FORM == "int8":
-                asm: tl.constexpr = "prmt.b32 $0, $1, 0x64646464, " + ("0x4240;" if INDEX == 0 else "0x4341;")
-            else:
-                pick: tl.constexpr = "0x4420; " if INDEX == 0 else "0x4431; "
-                asm: tl.constexpr = (
-                    "{ .reg .b32 t; .reg .b16 a, b; prmt.b32 t, $1, 0, "
-                    + pick
-                    + "mov.b32 {a, b}, t; cvt.rn.f16x2.e4m3x2 $0, a; }"
-                )
+            asm: tl.constexpr = _ptx(FORM, INDEX)
             return tl.inline_asm_elementwise(asm, "=r,r", [raw], dtype=tl.float16, is_pure=True, pack=2)
         elif FORM == "int4":
             return (((raw.to(tl.int32) >> (4 * INDEX)) & 15) + 16).to(dtype)
@@ -161,12 +154,12 @@ if triton is not None:
             for part in tl.static_range(PARTS):
                 q = _query(query, query_rows, row_ok, tile * BLOCK_U + words, factor, part, UNITS, RANK, dtype)
                 q_sum += q.to(tl.float32)
-                queries += (tl.trans(q),)
-                sums += (tl.zeros([BLOCK_U, BLOCK_M], tl.float32),)
+                queries += (tl.trans(q),)  # type: ignore[assignment]
+                sums += (tl.zeros([BLOCK_U, BLOCK_M], tl.float32),)  # type: ignore[assignment]
         for part in tl.static_range(PARTS):
             q = _query(query + RANK, query_rows, row_ok, rope_words, factor, part, ROPE_UNITS, ROPE, dtype)
             q_rope_sum += q.to(tl.float32)
-            rope_queries += (tl.trans(q),)
+            rope_queries += (tl.trans(q),)  # type: ignore[assignment]
         q_sum = tl.sum(q_sum, 1)
         q_rope_sum = tl.sum(q_rope_sum, 1)
 
@@ -270,7 +263,7 @@ if triton is not None:
                         GROUP, FORM, PTX, dtype,
                     )  # fmt: skip
                     faded = sums[tile * PARTS + part] * fade[None, :]
-                    added += (tl.dot(numbers, weights, faded, input_precision=PRECISION),)
+                    added += (tl.dot(numbers, weights, faded, input_precision=PRECISION),)  # type: ignore[assignment]
             sums = added
 
         total, offset = tl.sum(tl.sum(total, 0), 0), tl.sum(tl.sum(offset, 0), 0)

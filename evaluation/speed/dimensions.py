@@ -20,6 +20,17 @@ DIMENSIONS: dict[str, dict[str, Any]] = {
         head_dim=128,
         max_position_embeddings=65536,
     ),
+    "llama-3-8b": dict(
+        model_type="llama",
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=65536,
+    ),
     "mixtral-8x7b": dict(
         model_type="mixtral",
         vocab_size=32000,

@@ -14,6 +14,7 @@ from mha2mla.modeling.latent_cache import round_up
 
 from .timing import synchronize
 
+FILL_TOKENS = 2**17  # put in a cache at once: a large batch leaves little memory
 WARM_UP_STEPS = 3  # a compiled step is recorded as a CUDA graph in the second and third run
 
 
@@ -79,8 +80,9 @@ def fill(model, cache: Cache, batch: int, context: int) -> None:
     """Put `context` random tokens in the cache, as a prompt would, without the time and the memory of a prompt."""
     config = model.config
     for index, layer in enumerate(cache.layers):
-        for start in range(0, context, 512):
-            count = min(512, context - start)
+        piece = max(1, min(512, FILL_TOKENS // batch))
+        for start in range(0, context, piece):
+            count = min(piece, context - start)
             if isinstance(config, LatentConfigMixin):
                 shape = (batch, 1, count, config.latent_cache_dim)
             else:
