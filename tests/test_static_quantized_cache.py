@@ -54,14 +54,14 @@ def test_all_but_the_first_and_the_window_is_what_its_codes_stand_for(form, q_gr
 
 
 @pytest.mark.parametrize("form", CODE_BITS)
-@pytest.mark.parametrize("prompt", [1, 3, 8])
-def test_the_kernel_stores_what_torch_stores(monkeypatch, form, prompt):
+def test_the_kernel_stores_what_torch_stores(monkeypatch, form):
+    """From the second token on, until the ring of two has been round twice."""
     pytest.importorskip("triton")
-    plain, fast = make_layer(form), make_layer(form)
-    entries = torch.randn(3, 1, 20, 32).to(DEVICE)
+    plain, fast = make_layer(form, size=2), make_layer(form, size=2)
+    entries = torch.randn(2, 1, 7, 32).to(DEVICE)
     for layer in (plain, fast):
-        layer.append(entries[:, :, :prompt])
-    for position in range(prompt, 20):
+        layer.append(entries[:, :, :1])
+    for position in range(1, 7):
         entry = entries[:, :, position : position + 1]
         monkeypatch.setattr(latent_static_quantized_cache, "can_use_ptx", lambda _: False)
         plain.append(entry)
@@ -69,10 +69,10 @@ def test_the_kernel_stores_what_torch_stores(monkeypatch, form, prompt):
         fast.append(entry)
         torch.testing.assert_close(fast.window, plain.window)
         torch.testing.assert_close(fast.mean, plain.mean)
+        # Behind them is a row that torch's version writes what does not leave to.
         used = int(plain.num_packed)
-        difference = fast.decode(fast.codes, fast.scales) - plain.decode(plain.codes, plain.scales)
-        assert difference[:, :used].abs().max() <= 0.02 if used else True
-        assert (fast.codes[:, :used] != plain.codes[:, :used]).float().mean() < 0.02 if used else True
+        numbers = [layer.decode(layer.codes, layer.scales)[:, :used] for layer in (fast, plain)]
+        torch.testing.assert_close(*numbers, rtol=1e-3, atol=1e-3)
 
 
 def generate(model, ids, **kwargs):
@@ -127,20 +127,20 @@ def test_a_compiled_step_is_one_graph(monkeypatch, by_kernel):
         pytest.importorskip("triton")
         monkeypatch.setattr(latent_module, "kernel_can_run", lambda *_: True)
         monkeypatch.setattr(latent_static_quantized_cache, "can_use_ptx", lambda _: True)
-    ids, graphs = tokens(2, 16).to(DEVICE), []
-    cache = quantized_cache(model, nbits=8, residual_length=4, max_cache_len=16)
+    ids, graphs = tokens(1, 8).to(DEVICE), []
+    cache = quantized_cache(model, nbits=8, residual_length=3, max_cache_len=8)
     with torch.no_grad():
         model(ids[:, :3], **{CACHE_ARGUMENT: cache})
         compiled = torch.compile(model, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
-        for i in range(3, 16):
-            position = torch.full((2, 1), i, device=DEVICE)
+        for i in range(3, 8):
+            position = torch.full((1, 1), i, device=DEVICE)
             got = compiled(ids[:, i : i + 1], position_ids=position, **{CACHE_ARGUMENT: cache}).logits
         expected = model(ids, use_cache=False).logits[:, -1:]
     assert len(graphs) == 1
     for name in ("decode_attention", "store_entry"):
         assert sum(f"mha2mla.{name}" in str(node.target) for node in graphs[0].graph.nodes) == 2 * by_kernel
     assert (got - expected).norm() < 0.02 * expected.norm()
-    assert cache.layers[0].num_packed == 16 - 5
+    assert cache.layers[0].num_packed == 8 - 4
 
 
 def test_rows_are_chosen_and_a_reset_forgets(model):
