@@ -22,12 +22,19 @@ def generate(model, ids, **kwargs):
     )
 
 
-@pytest.mark.parametrize("implementation", ["dynamic", "static"])
-def test_generate_gives_what_no_cache_gives(model, implementation):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(cache_implementation="dynamic"),
+        dict(cache_implementation="static"),
+        dict(cache_implementation="static", cache_config=dict(nbits=8, residual_length=4)),
+    ],
+)
+def test_generate_gives_what_no_cache_gives(model, settings):
     """`static` compiles the step by itself on a GPU (mode reduce-overhead)."""
     ids = tokens(2, 9).cuda()
     expected = generate(model, ids, use_cache=False)
-    assert generate(model, ids, cache_implementation=implementation).tolist() == expected.tolist()
+    assert generate(model, ids, **settings).tolist() == expected.tolist()
 
 
 def test_the_kernel_does_what_torch_does(model, monkeypatch):
@@ -45,6 +52,8 @@ def test_the_kernel_does_what_torch_does(model, monkeypatch):
     for make in (
         lambda: StaticCache(config=model.config, max_cache_len=64),
         lambda: quantized_cache(model, nbits=8, residual_length=4),
+        lambda: quantized_cache(model, nbits=4, residual_length=4, max_cache_len=64),
+        lambda: quantized_cache(model, "fp8", residual_length=4, max_cache_len=64),
     ):
         logits = []
         for judge in (watch, lambda *_: False):
@@ -59,9 +68,14 @@ def test_the_kernel_does_what_torch_does(model, monkeypatch):
     assert used and all(used)
 
 
-def test_a_compiled_step_is_not_compiled_again(model):
+@pytest.mark.parametrize("form", [None, "latent", "fp8"])
+def test_a_compiled_step_is_not_compiled_again(model, form):
     """One graph for all lengths; the cache's count of tokens lies on the device."""
-    cache = StaticCache(config=model.config, max_cache_len=64)
+    if form is None:
+        cache = StaticCache(config=model.config, max_cache_len=64)
+    else:
+        model.to(torch.bfloat16)  # the kernels are for 16 bits
+        cache = quantized_cache(model, form, residual_length=8, max_cache_len=64)
     ids = tokens(2, 9).cuda()
     with torch.no_grad():
         model(ids, **{CACHE_ARGUMENT: cache})
