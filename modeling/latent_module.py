@@ -33,7 +33,7 @@ from .latent_cache import CACHE_ARGUMENT, LatentLayer, latent_layer
 from .latent_decode import decode_attention, decode_attention_in_graph, kernel_can_run
 from .latent_projection import HeadwiseLinear, as_matrix, is_linear_map, is_plain_linear
 from .latent_quantization import importance
-from .latent_quantized_cache import quantized_cache
+from .latent_quantized_cache import cache_for_generation
 
 logger = logging.getLogger(__name__)
 
@@ -283,23 +283,19 @@ class LatentModelMixin:
             )
         super().add_adapter(adapter_config, *args, **kwargs)  # type: ignore[misc]
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args, **kwargs) -> None:
-        """`generate` would build a cache that quantises keys and values; ours quantises latents. A static cache with a
-        `cache_config` is one of codes, too."""
-        implementation, settings = generation_config.cache_implementation, dict(generation_config.cache_config or {})
-        wanted = implementation == "quantized" or (implementation == "static" and settings)
-        if not wanted or generation_config.use_cache is False or model_kwargs.get(CACHE_ARGUMENT) is not None:
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs: dict, generation_mode, batch_size: int, max_cache_length: int
+    ) -> None:
+        """`generate` would build a cache that quantises keys and values; ours quantises latents."""
+        cache = None
+        if generation_config.use_cache is not False and model_kwargs.get(CACHE_ARGUMENT) is None:
+            cache = cache_for_generation(self, generation_config, batch_size, max_cache_length)
+        if cache is not None:
+            model_kwargs[CACHE_ARGUMENT] = cache
+        else:
             super()._prepare_cache_for_generation(  # type: ignore[misc]
-                generation_config, model_kwargs, *args, **kwargs
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
-            return
-        if implementation == "static":
-            # No smaller than the last one, as transformers' own: a compiled step holds for caches of one size.
-            length = kwargs["max_cache_length"] if "max_cache_length" in kwargs else args[-1]
-            length = max(length, getattr(self, "_previous_max_cache_length", 0))
-            self._previous_max_cache_length = length
-            settings["max_cache_len"] = length
-        model_kwargs[CACHE_ARGUMENT] = quantized_cache(self, **settings)
 
     @staticmethod
     def create_masks_for_generate(

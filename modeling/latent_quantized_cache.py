@@ -266,3 +266,22 @@ def quantized_cache(
         settings["nbits"] = nbits
     backend_class = LatentQuantoLayer if backend == "quanto" else LatentHQQLayer
     return Cache(layers=[backend_class(**settings) for _ in layers])
+
+
+def cache_for_generation(model, generation_config, batch_size: int, max_cache_length: int) -> Cache | None:
+    """The quantised cache that `generate` is asked for, if it is: `cache_implementation="quantized"`, or "static" with
+    a `cache_config`."""
+    implementation, settings = generation_config.cache_implementation, dict(generation_config.cache_config or {})
+    if implementation != "static":
+        return quantized_cache(model, **settings) if implementation == "quantized" else None
+    if not settings:
+        return None
+    # No smaller than the last one, as transformers' own: a compiled step holds for caches of one size.
+    lengths = getattr(generation_config, "max_cache_len", None), getattr(model, "_previous_max_cache_length", None)
+    length = model._previous_max_cache_length = max(max_cache_length, *(length or 0 for length in lengths))
+    cache = quantized_cache(model, max_cache_len=length, **settings)
+    if generation_config.prefill_chunk_size is not None:
+        # On a GPU, chunks of a prompt go through a compiled model, which is no place to make the memory in.
+        rows = max(generation_config.num_beams, generation_config.num_return_sequences) * batch_size
+        cache.early_initialization(rows, 1, model.config.latent_cache_dim, model.dtype, model.device)
+    return cache

@@ -54,7 +54,9 @@ class LatentStaticQuantizedLayer(QuantizedEntries, StaticLayer):
         self.cumulative_length = self.cumulative_length.to(self.device)
         self.num_packed = torch.zeros_like(self.cumulative_length)
         if not is_torchdynamo_compiling():
-            for tensor in (*self._buffers(), self.cumulative_length, self.num_packed):
+            # Without a static address, CUDA graphs copy them on every step.
+            counts, basis = (self.cumulative_length, self.num_packed), (self.to_rotated, self.from_rotated)
+            for tensor in (*self._buffers(), *counts, *basis):
                 torch._dynamo.mark_static_address(tensor)
         self.is_initialized = True
 
