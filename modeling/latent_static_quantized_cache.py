@@ -15,10 +15,11 @@ from transformers.cache_utils import StaticLayer
 from transformers.utils import is_torchdynamo_compiling
 
 from .latent_cache import not_of_entries, round_up
-from .latent_decode import Part, can_use_ptx, padded_columns
+from .latent_decode import Part
 from .latent_quantization import CLIPPING, CODE_BITS
 from .latent_quantized_entries import MEAN_TOKENS, QuantizedEntries
 from .latent_store_kernel import store_entry
+from .latent_tiles import padded_columns
 
 
 class LatentStaticQuantizedLayer(QuantizedEntries, StaticLayer):
@@ -70,7 +71,7 @@ class LatentStaticQuantizedLayer(QuantizedEntries, StaticLayer):
         self.is_empty = False
         rotated = self.rotate(entries.detach()).squeeze(1)
         one_scale = all(group >= size for group, size in zip(self.group_sizes, self.sizes, strict=True))
-        if rotated.shape[1] == 1 and one_scale and can_use_ptx(self.device):
+        if rotated.shape[1] == 1 and one_scale and store_kernel_can_run(self.device):
             store_entry_op(rotated, *self._buffers(), self.cumulative_length, *self.sizes, self.form)
         else:
             self._store(rotated)
@@ -179,6 +180,10 @@ class LatentStaticQuantizedLayer(QuantizedEntries, StaticLayer):
         if not self.is_initialized:
             return 0
         return sum(tensor.numel() * tensor.element_size() for tensor in self._buffers())
+
+
+def store_kernel_can_run(device: torch.device) -> bool:
+    return store_entry is not None and device.type == "cuda"
 
 
 # One node in a compiled graph, as `decode_attention_op`.

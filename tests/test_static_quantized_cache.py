@@ -63,9 +63,9 @@ def test_the_kernel_stores_what_torch_stores(monkeypatch, form):
         layer.append(entries[:, :, :1])
     for position in range(1, 7):
         entry = entries[:, :, position : position + 1]
-        monkeypatch.setattr(latent_static_quantized_cache, "can_use_ptx", lambda _: False)
+        monkeypatch.setattr(latent_static_quantized_cache, "store_kernel_can_run", lambda _: False)
         plain.append(entry)
-        monkeypatch.setattr(latent_static_quantized_cache, "can_use_ptx", lambda _: True)
+        monkeypatch.setattr(latent_static_quantized_cache, "store_kernel_can_run", lambda _: True)
         fast.append(entry)
         torch.testing.assert_close(fast.window, plain.window)
         torch.testing.assert_close(fast.mean, plain.mean)
@@ -126,7 +126,7 @@ def test_a_compiled_step_is_one_graph(monkeypatch, by_kernel):
     if by_kernel:
         pytest.importorskip("triton")
         monkeypatch.setattr(latent_module, "kernel_can_run", lambda *_: True)
-        monkeypatch.setattr(latent_static_quantized_cache, "can_use_ptx", lambda _: True)
+        monkeypatch.setattr(latent_static_quantized_cache, "store_kernel_can_run", lambda _: True)
     ids, graphs = tokens(1, 8).to(DEVICE), []
     cache = quantized_cache(model, nbits=8, residual_length=3, max_cache_len=8)
     with torch.no_grad():
