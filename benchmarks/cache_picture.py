@@ -1,46 +1,21 @@
-"""The README's picture: bytes of cache a token against points lost, of conversions and of the original's own cache.
+"""The README's picture: bytes of cache a token against what they cost, of the original's cache and of conversions'.
 
     python benchmarks/cache_picture.py docs/cache.svg
 
-Every figure is read from the pages in docs/dev: conversions from `recovery.jsonl`, quantised caches of the original
-from the first table of section (c) of `results.md`, which says how they were measured.
+Every figure is read from `docs/dev/pareto.jsonl`, which `pareto.py` wrote.
 """
 
 import argparse
-import re
 from pathlib import Path
 
-from recovery_table import ORIGINAL, points_lost, read_results
+from pareto import PLAIN, points_lost
+from recovery_table import ORIGINAL, read_results
 
-from mha2mla.evaluation.measures.multiple_choice import paired_difference
-
-PAGES = Path(__file__).parents[1] / "docs" / "dev"
-ORIGINAL_BYTES = 23_040  # SmolLM2-135M in 16 bits: 30 layers x 384 values x 2
-BYTES = {"31": 7_200, "19": 4_320, "12": 2_880}  # 120, 72 and 48 values instead
-NUM_ITEMS = 300  # of ARC-Easy, the first: those of the quantised caches
-QUANTISED = re.compile(r"\| original, (int\d) \(\w+\) \| ([\d,]+) \| [^|]+ \| [^|]+ \| (-?[\d.]+) ± ([\d.]+) \|")
-
-
-def quantised_caches(page: str) -> dict[str, tuple[int, float, float]]:
-    """Bytes a token, points lost and their standard error of the original's quantised caches, by format."""
-    return {
-        name: (int(size.replace(",", "")), -float(difference), float(error))
-        for name, size, difference, error in QUANTISED.findall(page)
-    }
-
-
-def recovered(rows: list[dict]) -> list[dict]:
-    """The rows in bold of the table: what was trained longest at each size, without the second run at 31 %."""
-    names = ("calibrated-31", "calibrated-19", "calibrated-12-512-attention-rate")
-    longest = max(row["run"]["tokens"] for row in rows)
-    return [row for name in names for row in rows if row["run"]["model"] == name and row["run"]["tokens"] == longest]
-
-
-def arc_easy_lost(row: dict, original: dict) -> tuple[float, float]:
-    """Points lost on the items that the quantised caches were measured on, and their standard error."""
-    mine, other = (source["right"]["arc_easy"][:NUM_ITEMS] for source in (row, original))
-    difference, error = paired_difference(mine, other)
-    return -100 * difference, 100 * error
+ROWS = Path(__file__).parents[1] / "docs" / "dev" / "pareto.jsonl"
+TEXT = "corpus"
+GREY, ORANGE = "#808080", "#d9822b"  # to be read on white and on black
+# Forms of the conversions' latents that are drawn, each a line over their sizes.
+LATENTS = {PLAIN: ("16 bits", "#8a9fd6"), "fp8": ("fp8", "#3b7dd8"), "int4": ("4 bits", "#1b4f9c")}
 
 
 def main() -> None:
@@ -51,46 +26,59 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     args = parser.parse_args()
 
-    rows = read_results(PAGES / "recovery.jsonl")
-    original = next(row for row in rows if row["run"]["model"] == ORIGINAL)
-    trained = recovered(rows)
-    sizes = [BYTES[row["run"]["model"].split("-")[1]] for row in trained]
-    caches = quantised_caches((PAGES / "results.md").read_text(encoding="utf-8"))
+    rows = sorted(read_results(ROWS), key=lambda row: row["bytes"])
+    original = next(row for row in rows if (row["model"], row["cache"]) == (ORIGINAL, PLAIN))
+    quantised = [row for row in rows if row["model"] == ORIGINAL and row is not original]
 
-    grey = "#808080"  # to be read on white and on black
+    def divergence(row: dict) -> tuple[float, float]:
+        return row["text"][TEXT]["kl"]
+
+    def lost(row: dict) -> tuple[float, float]:
+        return points_lost(row, original, list(original["right"]))
+
     rcParams.update(
-        {"svg.fonttype": "none", "svg.hashsalt": "mha2mla", "font.family": "sans-serif", "text.color": grey}
-        | {f"{part}color": grey for part in ("axes.edge", "axes.label", "xtick.", "ytick.")}
+        {"svg.fonttype": "none", "svg.hashsalt": "mha2mla", "font.family": "sans-serif", "text.color": GREY}
+        | {f"{part}color": GREY for part in ("axes.edge", "axes.label", "xtick.", "ytick.")}
     )
-    figure = Figure(figsize=(8, 4.4), layout="constrained", facecolor="none")
-    axes = figure.subplots()
-    axes.set_facecolor("none")
-    axes.axhline(0, color=grey, linewidth=0.8)
-    axes.plot([ORIGINAL_BYTES], [0], "s", color=grey, label="original, 16 bits")
-    style = dict(capsize=3, linewidth=1.2)
-    x, y, error = zip(*caches.values(), strict=True)
-    axes.errorbar(
-        x, y, error, fmt="^", color="#d9822b", label=f"original, cache quantised: {NUM_ITEMS} questions", **style
-    )
-    for name, (size, lost, _) in caches.items():
-        axes.annotate(name, (size, lost), (6, 6), textcoords="offset points", color="#d9822b")
-    for measure, shift, fmt, label in (
-        (arc_easy_lost, 1.04, "o", f"converted and recovered: the same {NUM_ITEMS} questions"),
-        (points_lost, 0.96, "D", "converted and recovered: seven sets, 7,574 questions"),
+    figure = Figure(figsize=(10, 5), layout="constrained", facecolor="none")
+    for axes, measure, label in zip(
+        figure.subplots(1, 2),
+        (divergence, lost),
+        ("KL to the original, nats a token", f"points of accuracy lost, {len(original['right'])} sets"),
+        strict=True,
     ):
-        y, error = zip(*(measure(row, original) for row in trained), strict=True)
-        color = "#8a9fd6" if measure is arc_easy_lost else "#3b7dd8"
-        axes.errorbar([shift * size for size in sizes], y, error, fmt=f"{fmt}-", color=color, label=label, **style)
-    ticks = sorted({ORIGINAL_BYTES, *sizes, *(size for size, _, _ in caches.values())} - {6_480, 3_600})
-    axes.set_xscale("log")
-    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    axes.minorticks_off()
-    axes.invert_yaxis()
-    axes.set(xlabel="bytes of cache per token", ylabel="points of accuracy lost")
-    axes.set_title("SmolLM2-135M-Instruct: what a smaller cache costs", color=grey)
-    axes.legend(loc="lower right", frameon=False)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+        groups = [("original, cache quantised", ORANGE, "^", quantised)]
+        for form, (name, color) in LATENTS.items():
+            members = [row for row in rows if row["model"] != ORIGINAL and row["cache"] == form]
+            groups.append((f"converted and recovered, {name}", color, "o-", members))
+        for name, color, marker, members in groups:
+            members = [row for row in members if measure is divergence or row["right"]]
+            if not members:
+                continue
+            sizes = [row["bytes"] for row in members]
+            values, errors = zip(*map(measure, members), strict=True)
+            axes.errorbar(sizes, values, errors, fmt=marker, color=color, label=name, capsize=3, linewidth=1.2)
+        for row in quantised:
+            if measure is lost and not row["right"]:
+                continue
+            place = (row["bytes"], measure(row)[0])
+            axes.annotate(row["cache"], place, (5, 5), textcoords="offset points", color=ORANGE, fontsize="x-small")
+        drawn = [row for row in rows if row["cache"] in (PLAIN, "int4") and row not in quantised]
+        ticks = sorted({row["bytes"] for row in drawn})
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks], rotation=45)
+        axes.minorticks_off()
+        axes.set(xlabel="bytes of cache per token", ylabel=label)
+        axes.set_facecolor("none")
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        if measure is divergence:
+            axes.set_yscale("log")
+            handles = axes.get_legend_handles_labels()
+        else:
+            axes.axhline(0, color=GREY, linewidth=0.8)
+    figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False)
+    figure.suptitle("SmolLM2-135M-Instruct: what a smaller cache costs", color=GREY)
     figure.savefig(args.output, metadata={"Date": None}, transparent=True)
 
 
