@@ -1,26 +1,8 @@
 """What conversion cost and what it bought."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
-# Where each name lives; imported when it is first asked for, so that `mha2mla eval --help` does without torch.
-_HOMES = {
-    "Agreement": "agreement",
-    "MultipleChoice": "multiple_choice",
-    "Perplexity": "perplexity",
-    "PositionRange": "long_context",
-    "Retrieval": "long_context",
-    "choice_bytes": "multiple_choice",
-    "measure_agreement": "agreement",
-    "measure_multiple_choice": "multiple_choice",
-    "measure_perplexity": "perplexity",
-    "measure_position_perplexity": "long_context",
-    "measure_retrieval": "long_context",
-    "measure_text_perplexity": "perplexity",
-    "preference_error": "multiple_choice",
-    "read_items": "items",
-    "score_choices": "multiple_choice",
-}
+from mha2mla.common.lazy import lazy_names
 
 if TYPE_CHECKING:
     from .measures.agreement import Agreement as Agreement
@@ -38,13 +20,24 @@ if TYPE_CHECKING:
     from .measures.perplexity import Perplexity as Perplexity
     from .measures.perplexity import measure_perplexity as measure_perplexity
     from .measures.perplexity import measure_text_perplexity as measure_text_perplexity
-else:  # hidden from type checkers, to which it would say that any name is there
-
-    def __getattr__(name: str):
-        if name not in _HOMES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module(f"{__name__}.measures.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "Agreement": "measures.agreement",
+            "MultipleChoice": "measures.multiple_choice",
+            "Perplexity": "measures.perplexity",
+            "PositionRange": "measures.long_context",
+            "Retrieval": "measures.long_context",
+            "choice_bytes": "measures.multiple_choice",
+            "measure_agreement": "measures.agreement",
+            "measure_multiple_choice": "measures.multiple_choice",
+            "measure_perplexity": "measures.perplexity",
+            "measure_position_perplexity": "measures.long_context",
+            "measure_retrieval": "measures.long_context",
+            "measure_text_perplexity": "measures.perplexity",
+            "preference_error": "measures.multiple_choice",
+            "read_items": "measures.items",
+            "score_choices": "measures.multiple_choice",
+        },
+    )

@@ -1,25 +1,8 @@
 """Recovery fine-tuning of converted checkpoints on the stock Trainer."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
-# Where each name lives; imported when it is first asked for, so that `mha2mla train --help` does without torch.
-_HOMES = {
-    "DataArguments": "arguments",
-    "LossArguments": "arguments",
-    "ModelArguments": "arguments",
-    "RecoveryOutput": "loss",
-    "RecoveryTrainer": "trainer",
-    "RecoveryTrainingArguments": "trainer_arguments",
-    "add_lora": "parameters",
-    "collate_packed": "packing",
-    "describe_trainable": "parameters",
-    "freeze_except": "parameters",
-    "make_losses": "losses",
-    "pack_documents": "packing",
-    "recover": "trainer",
-    "use_losses": "loss",
-}
+from mha2mla.common.lazy import lazy_names
 
 if TYPE_CHECKING:
     from .arguments import DataArguments as DataArguments
@@ -36,13 +19,23 @@ if TYPE_CHECKING:
     from .trainer import RecoveryTrainer as RecoveryTrainer
     from .trainer import recover as recover
     from .trainer_arguments import RecoveryTrainingArguments as RecoveryTrainingArguments
-else:  # hidden from type checkers, to which it would say that any name is there
-
-    def __getattr__(name: str):
-        if name not in _HOMES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "DataArguments": "arguments",
+            "LossArguments": "arguments",
+            "ModelArguments": "arguments",
+            "RecoveryOutput": "loss",
+            "RecoveryTrainer": "trainer",
+            "RecoveryTrainingArguments": "trainer_arguments",
+            "add_lora": "parameters",
+            "collate_packed": "packing",
+            "describe_trainable": "parameters",
+            "freeze_except": "parameters",
+            "make_losses": "losses",
+            "pack_documents": "packing",
+            "recover": "trainer",
+            "use_losses": "loss",
+        },
+    )
