@@ -10,7 +10,7 @@ from .cache_plan import CachePlan
 from .config import ConversionConfig
 
 BODY = """{source_sentence} whose attention has been converted to Multi-head Latent Attention (MLA) with
-[mha2mla]: its cache holds **{width} numbers per token and layer instead of {source_width}
+[mha2mla]: its cache holds **{width} values per token and layer instead of {source_width}
 ({percent:+.2f} %)**.
 
 {note}

@@ -39,7 +39,7 @@ class LatentConfigMixin:
         mla_format_version (`int`, *optional*, defaults to the newest):
             Layout of the checkpoint's weights and config.
 
-    The cache holds `kv_lora_rank + num_rope_key_heads * qk_rope_head_dim` numbers per token and layer
+    The cache holds `kv_lora_rank + num_rope_key_heads * qk_rope_head_dim` values per token and layer
     (`latent_cache_dim`), against `2 * num_key_value_heads * head_dim` of the source.
     """
 

@@ -189,7 +189,7 @@ def test_convert_train_eval_and_push(kind, preset, save_source, calibration_file
     assert main(["push", str(merged), "me/model", "--dry-run"]) == 0
     listed = {line.split()[-1] for line in capsys.readouterr().out.splitlines() if line}
     assert {f"modeling_mla_{kind}.py", f"configuration_mla_{kind}.py", "latent_qk_norm.py", "README.md"} <= listed
-    assert "numbers per token and layer" in (merged / "README.md").read_text()
+    assert "values per token and layer" in (merged / "README.md").read_text()
     sets = tmp_path / "sets"
     sets.mkdir()
     (sets / "texts.jsonl").write_text(json.dumps({"id": "0", "text": "w5 w6 w7 w8 w9 w10"}) + "\n")
