@@ -41,7 +41,7 @@ from mha2mla.evaluation.measures.multiple_choice import mean_stderr, paired_diff
 from mha2mla.evaluation.measures.scoring import encode_request, score_requests
 from mha2mla.modeling import CACHE_ARGUMENT, LatentConfigMixin
 from mha2mla.modeling.latent_cache import LatentDynamicLayer
-from mha2mla.modeling.latent_quantization import dequantize, quantize, random_rotation
+from mha2mla.modeling.latent_quantization import quantize_integers, random_rotation
 from mha2mla.modeling.latent_quantized_cache import LatentQuantizedLayer
 
 Rounding = Callable[[torch.Tensor], torch.Tensor]  # of numbers [..., tokens, C]
@@ -68,9 +68,10 @@ def round_channels(x: torch.Tensor, bits: int) -> torch.Tensor:
 
 def round_rotated(x: torch.Tensor, bits: int) -> torch.Tensor:
     """Each head of a token by itself, in the basis and the format of our latents."""
-    width, rotation = x.shape[-1], random_rotation(x.shape[-1]).to(x.device)
-    codes, scales = quantize(x.float() @ rotation, bits, width)
-    return (dequantize(codes, scales, bits, width) @ rotation.T).to(x.dtype)
+    rotation = random_rotation(x.shape[-1]).to(x.device)
+    codes, exponents, zeros = quantize_integers(x.float() @ rotation, bits)
+    numbers = (codes - zeros * ((2**bits - 1) / 255)) * torch.exp2(exponents / 8 - 20)
+    return (numbers @ rotation.T).to(x.dtype)
 
 
 def round_fp8(x: torch.Tensor) -> torch.Tensor:
@@ -163,18 +164,17 @@ class Rounded(CacheKind):
         return Cache(layers=[RoundedLayer(FORMS[self.name]) for _ in range(model.config.num_hidden_layers)])
 
 
-def latent_rounding(factors, nbits: int, entries: torch.Tensor) -> Rounding:
+def latent_rounding(factors, form: str, entries: torch.Tensor) -> Rounding:
     """That of one layer in this package's format; the mean of the rotary keys is that of a text's entries
     [1, 1, tokens, W]."""
-    layer = LatentQuantizedLayer(*factors, nbits=nbits)
+    layer = LatentQuantizedLayer(*factors, form=form)
     layer.lazy_initialization(entries, entries)
     mean = layer.rotate(entries).float().mean(dim=2, keepdim=True).to(entries.dtype)
     mean[..., : layer.sizes[0]] = 0
 
     def rounding(x: torch.Tensor) -> torch.Tensor:
-        parts = (layer.rotate(x) - mean).split(layer.sizes, dim=-1)
-        made = [dequantize(*quantize(part, nbits, part.shape[-1]), nbits, part.shape[-1]) for part in parts]
-        return layer.unrotate(torch.cat(made, dim=-1).to(x.dtype) + mean)
+        numbers = layer.decode(*layer.encode(layer.rotate(x) - mean))
+        return layer.unrotate(numbers.to(x.dtype) + mean)
 
     return rounding
 
@@ -196,7 +196,7 @@ def cache_form(name: str, model: PreTrainedModel, ids: torch.Tensor) -> tuple[Ca
     model(ids, logits_to_keep=1, **{CACHE_ARGUMENT: cache})
     attentions = [layer.self_attn for layer in model.base_model.layers]
     roundings = [
-        latent_rounding(attention.channel_factors(model.dtype), nbits, layer.keys)
+        latent_rounding(attention.channel_factors(model.dtype), name, layer.keys)
         for attention, layer in zip(attentions, cache.layers, strict=True)
     ]
     return Rounded(name, roundings=roundings), (width * nbits / 8 + LATENT_SCALES) * config.num_hidden_layers

@@ -118,22 +118,20 @@ class CacheKind:
         return dict(cache_implementation="quantized", cache_config=self._settings(config))
 
     def _settings(self, config: PreTrainedConfig) -> dict:
-        backend = self.backend_for(config)
-        if backend != FP8:
-            return dict(backend=backend, nbits=self.nbits, residual_length=RESIDUAL_LENGTH)
-        return dict(
-            backend=backend, **(dict(residual_length=RESIDUAL_LENGTH) if isinstance(config, LatentConfigMixin) else {})
-        )
+        settings: dict = dict(backend=self.backend_for(config))
+        if settings["backend"] != FP8:
+            settings["nbits"] = self.nbits
+        elif not isinstance(config, LatentConfigMixin):
+            return settings  # transformers' own, at its defaults
+        return settings | dict(residual_length=RESIDUAL_LENGTH)
 
     def make(self, model: PreTrainedModel, length: int | None = None) -> Cache:
         """An empty cache; a static one needs the `length` that it shall have room for."""
         assert length is not None or not self.is_static
+        if self.nbits is None and self.is_static:
+            return StaticCache(config=model.config, max_cache_len=length)
         if self.nbits is None:
-            return (
-                StaticCache(config=model.config, max_cache_len=length)
-                if self.is_static
-                else DynamicCache(config=model.config)
-            )
+            return DynamicCache(config=model.config)
         settings = self._settings(model.config)
         if isinstance(model.config, LatentConfigMixin):
             return quantized_cache(model, max_cache_len=length if self.is_static else None, **settings)

@@ -60,12 +60,12 @@ def quantize(x: torch.Tensor, form: str, group_size: int) -> tuple[torch.Tensor,
         numbers = (groups / torch.exp2(exponents / 8 - 20)).clamp(-FP8_MAX, FP8_MAX)
         codes = numbers.to(torch.float8_e4m3fn).view(torch.uint8)
     else:
-        codes, exponents, zeros = _quantize_integers(groups, CODE_BITS[form])
+        codes, exponents, zeros = quantize_integers(groups, CODE_BITS[form])
     codes = codes.flatten(-2)[..., : x.shape[-1]].to(torch.uint8)
     return codes, torch.cat((exponents, zeros), dim=-1).flatten(-2).to(torch.uint8)
 
 
-def _quantize_integers(groups: torch.Tensor, nbits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def quantize_integers(groups: torch.Tensor, nbits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes of groups [..., groups, group_size], and their exponents and zeros [..., groups, 1], still as fp32."""
     levels = 2**nbits - 1
     low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)

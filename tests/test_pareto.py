@@ -1,0 +1,36 @@
+"""The benchmark of cache forms: each rounds what is written, and no more than its bits ask for."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mha2mla.modeling import CACHE_ARGUMENT
+from pico import make_mla, make_source, tokens
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import pareto
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {"original": make_source(), "latents": make_mla("shared")}
+
+
+@pytest.mark.parametrize(
+    "name, form",
+    [*(("original", form) for form in pareto.FORMS), *(("latents", form) for form in pareto.LATENT_BITS)],
+)
+@torch.no_grad()
+def test_rounding_is_within_its_bits(models, name, form):
+    model, ids = models[name], tokens(1, 24)
+    kind, size = pareto.cache_form(form, model, ids)
+    plain = model(ids, use_cache=False).logits.log_softmax(-1)
+    found = model(ids, **{CACHE_ARGUMENT: kind.make(model)}).logits.log_softmax(-1)
+    kl = (plain.exp() * (plain - found)).sum(-1).mean()
+    assert 0 < size <= pareto.cache_form(pareto.PLAIN, model, ids)[1]
+    if form == pareto.PLAIN:
+        assert kl.abs() < 1e-6
+    else:
+        assert 0 < kl < {"int8": 1e-3, "fp8": 1e-2}.get(form, 1.0)
