@@ -20,28 +20,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MixtralConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mha2mla.conversion.checkpoint import CheckpointWriter
+from mha2mla.evaluation.speed.dimensions import DIMENSIONS
 
-LAYERS: dict[str, dict[str, int]] = {
-    "llama-2-70b": dict(hidden_size=8192, intermediate_size=28672, num_attention_heads=64),
-    "llama-3-8b": dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32),
-    "mixtral-8x7b": dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32),
-}
+MODELS = ("llama-2-70b", "llama-3-8b", "mixtral-8x7b")
+SCALED = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 # What the process that converts prints at its end, bytes.
 PEAK = "import torch; print('peak', torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0)"
 
 
 def make_checkpoint(folder: Path, args: argparse.Namespace, num_layers: int) -> None:
     """A random bf16 checkpoint with the layers of a known model, its width over `scale`, written tensor by tensor."""
-    sizes = {name: size // args.scale for name, size in LAYERS[args.model].items()} | dict(
-        vocab_size=len(AutoTokenizer.from_pretrained(args.tokenizer)),
-        num_hidden_layers=num_layers,
-        num_key_value_heads=max(1, 8 // args.scale),
-        head_dim=128,
+    sizes = DIMENSIONS[args.model] | dict(
+        vocab_size=len(AutoTokenizer.from_pretrained(args.tokenizer)), num_hidden_layers=num_layers
     )
-    config = MixtralConfig(**sizes) if args.model.startswith("mixtral") else LlamaConfig(**sizes)
+    config = AutoConfig.for_model(**sizes | {name: max(1, sizes[name] // args.scale) for name in SCALED})
     with torch.device("meta"):
         state = AutoModelForCausalLM.from_config(config).state_dict()
     folder.mkdir()
@@ -72,7 +67,7 @@ def convert_and_report(source: Path, output: Path, args: argparse.Namespace) -> 
         options += ["--serve", "vllm"]
     else:
         # The split is given, not searched: the search would carry several streams through layers that mean nothing.
-        groups = max(1, 8 // args.scale)
+        groups = max(1, DIMENSIONS[args.model]["num_key_value_heads"] // args.scale)
         options += ["--qk-rope-head-dim", str(16 * groups), "--kv-lora-rank", str(64 * groups), "--score-samples", "2"]
         options += ["--samples", str(args.samples), "--refine-steps", str(args.refine_steps)]
     program = f"from mha2mla.cli.main import main; status = main({options!r}); {PEAK}; raise SystemExit(status)"
@@ -93,7 +88,7 @@ def convert_and_report(source: Path, output: Path, args: argparse.Namespace) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=LAYERS, default="llama-2-70b", help="Whose layers.")
+    parser.add_argument("--model", choices=MODELS, default="llama-2-70b", help="Whose layers.")
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 6])
     parser.add_argument("--scale", type=int, default=1, help="Divides the width of the layers.")
     parser.add_argument("--tokenizer", required=True, help="Any tokenizer folder.")

@@ -20,6 +20,17 @@ DIMENSIONS: dict[str, dict[str, Any]] = {
         head_dim=128,
         max_position_embeddings=65536,
     ),
+    "llama-2-70b": dict(
+        model_type="llama",
+        vocab_size=32000,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=65536,
+    ),
     "llama-3-8b": dict(
         model_type="llama",
         vocab_size=128256,
