@@ -15,6 +15,7 @@ import os
 import time
 import traceback
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -39,15 +40,16 @@ FULL = dict(
 TINY = dict(batch=2, context=200, step_batch=2, step_context=24, steps=2, name="pico", dtype=torch.float32)
 
 
-def step_case(sizes) -> Iterator[dict]:
-    """One decoding step of stock and converted model, static cache and compiled; at 512 + 64 and at -68.75 %."""
+def step_case(sizes, wide: bool) -> Iterator[dict]:
+    """One decoding step, static cache and compiled, of the stock model and at 512 + 64, or at -68.75 %."""
     per_token = numbers_per_token(random_config(sizes["name"]))
-    ranks = [(512, 64), (per_token * 5 // 16 - 128, 128)] if DEVICE.type == "cuda" else [(8, 4)]
-    makers = {"stock": random_models(sizes["name"], sizes["dtype"], DEVICE.type, 8, 4, 1)["original"]}
-    for rank, rope in ranks:
-        makers[f"R={rank} + {rope}"] = random_models(sizes["name"], sizes["dtype"], DEVICE.type, rank, rope, 1)[
-            "converted"
-        ]
+    rank, rope = (per_token * 5 // 16 - 128, 128) if wide else (512, 64)
+    if DEVICE.type != "cuda":
+        rank, rope = 8, 4
+    made = random_models(sizes["name"], sizes["dtype"], DEVICE.type, rank, rope, 1)
+    makers = {f"R={rank} + {rope}": made["converted"]}
+    if not wide:
+        makers["stock"] = made["original"]
     for name, make in makers.items():
         model = make()
         for kind in ("dynamic", "static-compiled") if DEVICE.type == "cuda" else ("dynamic", "static"):
@@ -63,26 +65,26 @@ def step_case(sizes) -> Iterator[dict]:
         release()
 
 
-def llama3_case(sizes) -> Iterator[dict]:
-    """One compiled decoding step of Llama-3-8B's dimensions at 512 + 64, in full precision and as codes."""
+def llama3_case(sizes, form: str | None) -> Iterator[dict]:
+    """One compiled decoding step of Llama-3-8B's dimensions at 512 + 64, in full precision or as codes."""
     name, ranks, shapes = "pico", (8, 4), [(2, 24)]
     if DEVICE.type == "cuda":
         name, ranks, shapes = "llama-3-8b", (512, 64), [(16, sizes["step_context"]), (64, sizes["step_context"])]
     model = random_models(name, sizes["dtype"], DEVICE.type, *ranks, 1)["converted"]()
     weights = sum(held.numel() * held.element_size() for held in model.parameters())
-    prefix = "static-compiled" if DEVICE.type == "cuda" else "static"
+    kind = "static-compiled" if DEVICE.type == "cuda" else "static"
+    kind += f"-{form}" if form else ""
     for batch, context in shapes:
-        for kind in (prefix, f"{prefix}-int4", f"{prefix}-fp8"):
-            torch._dynamo.utils.counters.clear()
-            shown = dict(model=name, cache=kind, batch=batch, context=context)
-            try:
-                cache = CacheKind.parse(kind)
-                done = measure_speed(model, name, cache, batch, context, sizes["steps"], prefill=False)
-                read = (weights + done.cache_bytes) / 1e9
-                yield shown | dict(ms=done.step_ms, gigabytes=read, recompiles=recompiles())
-            except Exception as problem:
-                yield shown | dict(failed=str(problem)[:300])
-            release()
+        torch._dynamo.utils.counters.clear()
+        shown = dict(model=name, cache=kind, batch=batch, context=context)
+        try:
+            cache = CacheKind.parse(kind)
+            done = measure_speed(model, name, cache, batch, context, sizes["steps"], prefill=False)
+            read = (weights + done.cache_bytes) / 1e9
+            yield shown | dict(ms=done.step_ms, gigabytes=read, recompiles=recompiles())
+        except Exception as problem:
+            yield shown | dict(failed=str(problem)[:300])
+        release()
 
 
 def release() -> None:
@@ -94,16 +96,23 @@ def release() -> None:
 
 def eager_case(sizes) -> Iterator[dict]:
     """A dynamic cache without compilation, where launches count: with the kernel and with torch's attention."""
-    name, ranks, shapes = "pico", (8, 4), [(1, 24)]
+    cases = [("pico", (8, 4), [(1, 24)])]
     if DEVICE.type == "cuda":
-        name, ranks, shapes = "smollm2-135m", (80, 40), [(1, 1024), (1, 7000), (16, 2048)]
-    model = random_models(name, sizes["dtype"], DEVICE.type, *ranks, 1)
-    for which, kernel in (("original", False), ("converted", True), ("converted", False)):
-        made = model[which]()
-        with patch.object(latent_module, "kernel_can_run", kernel_can_run if kernel else lambda *_: False):
-            for batch, context in shapes:
-                done = measure_speed(made, which, DYNAMIC, batch, context, sizes["steps"], prefill=False)
-                yield dict(model=which, kernel=kernel, batch=batch, context=context, ms=done.step_ms)
+        cases = [
+            ("llama-3-8b", (512, 64), [(1, 4096)]),
+            ("smollm2-135m", (80, 40), [(1, 1024), (1, 7000), (16, 2048)]),
+        ]
+    for name, ranks, shapes in cases:
+        model = random_models(name, sizes["dtype"], DEVICE.type, *ranks, 1)
+        for which, kernel in (("original", False), ("converted", True), ("converted", False)):
+            made = model[which]()
+            with patch.object(latent_module, "kernel_can_run", kernel_can_run if kernel else lambda *_: False):
+                for batch, context in shapes:
+                    done = measure_speed(made, which, DYNAMIC, batch, context, sizes["steps"], prefill=False)
+                    shown = dict(dimensions=name, model=which, kernel=kernel, batch=batch, context=context)
+                    yield shown | dict(ms=done.step_ms)
+            del made
+            release()
 
 
 def random_config(name: str):
@@ -123,7 +132,7 @@ def batch_case(sizes) -> Iterator[dict]:
         sizes["name"], sizes["dtype"], DEVICE.type, *((512, 64) if DEVICE.type == "cuda" else (8, 4)), 1
     )
     packed = "static-compiled-int4" if DEVICE.type == "cuda" else "static-int4"
-    for name, kinds in (("original", ["static"]), ("converted", ["static", packed])):
+    for name, kinds in (("converted", [packed, "static"]), ("original", ["static"])):
         model = makers[name]()
         for kind in kinds:
             torch._dynamo.reset()
@@ -143,7 +152,8 @@ def batch_case(sizes) -> Iterator[dict]:
                 total = torch.cuda.get_device_properties(DEVICE).total_memory
                 left = 0.97 * total - torch.cuda.memory_allocated()
                 sequence = numbers_per_token(model.config) * model.config.num_hidden_layers * 2 * context
-                batch = int(left // (sequence * (0.27 if kind.endswith("int4") else 1.0)))
+                # Of codes a quarter of the bytes, scales, the ring; and room for a step's activations.
+                batch = int(left // (sequence * (0.3 if kind.endswith("int4") else 1.0)))
             else:
                 batch = 4
             done = None
@@ -172,9 +182,21 @@ def bytes_case(sizes) -> Iterator[dict]:
     yield dict(context=context, nbytes=cache_nbytes(cache), **shares)
 
 
+CASES = {
+    "eager": eager_case,
+    "step": partial(step_case, wide=False),
+    "wide": partial(step_case, wide=True),
+    "llama3": partial(llama3_case, form=None),
+    "llama3-int4": partial(llama3_case, form="int4"),
+    "llama3-fp8": partial(llama3_case, form="fp8"),
+    "bytes": bytes_case,
+    "batch": batch_case,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="shapes,kernel,eager,step,llama3,bytes,batch")
+    parser.add_argument("--only", default=",".join(["shapes", "kernel", *CASES]))
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     sizes, sweep = (TINY, TINY_SWEEP) if args.tiny else (FULL, SWEEP)
@@ -227,8 +249,7 @@ def main() -> None:
                     f"{row['share_of_copy_bandwidth']:.0%} of copy; "
                     f"torch {row['torch_us']:.0f}"
                 )
-    cases = dict(eager=eager_case, step=step_case, llama3=llama3_case, bytes=bytes_case, batch=batch_case)
-    for name, case in cases.items():
+    for name, case in CASES.items():
         if name in wanted:
             run(name, lambda case=case: case(sizes))
     print(f"Wrote {path}")

@@ -51,6 +51,7 @@ from mha2mla.evaluation import (
     score_choices,
 )
 from mha2mla.training import RecoveryTrainer, pack_documents, recover
+from mha2mla.training.lookback import add_lookback
 from mha2mla.training.loss import token_losses
 from mha2mla.training.losses.distillation import Distillation
 from mha2mla.training.packing import IGNORED, collate_packed, packed_inputs, tokenize
@@ -95,6 +96,7 @@ def write_tokens(args: argparse.Namespace) -> None:
             batch = []
     documents += tokenize(batch, tokenizer)
     packed = pack_documents(documents, args.length, args.short_length)
+    add_lookback(packed, args.lookback_share, seed=0)
     counts = [len(lengths) for lengths in packed["lengths"]]
     np.savez(
         args.output,
@@ -314,6 +316,7 @@ def main() -> None:
     tokens.add_argument("output", type=Path)
     tokens.add_argument("--length", type=int, default=2048)
     tokens.add_argument("--short-length", type=int, help="In every second row documents are cut to so many tokens.")
+    tokens.add_argument("--lookback-share", type=float, default=0.0, help="Share of rows in which passages return.")
     tokens.set_defaults(call=write_tokens)
     run = commands.add_parser("run", help="Train and measure what the results file does not hold yet.")
     run.add_argument("results", type=Path)

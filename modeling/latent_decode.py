@@ -143,7 +143,8 @@ def decode_attention(
                 query, entries, scales, mask, length, partial, log_sums, scaling, *counts, *strides, scales.stride(0),
                 scales.stride(1), *mask_strides, GROUP=groups[0], ROPE_GROUP=groups[1], FORM=part.form,
                 BLOCK_U=sizes.block_u, BLOCK_ROPE=padded_columns(-(-rope * CODE_BITS[part.form] // 16)),
-                PTX=half and can_use_ptx(query.device), HALF=half and groups == (0, 0), **common,
+                PTX=half and can_use_ptx(query.device), SMALL=torch.version.hip is None,
+                HALF=half and groups == (0, 0), **common,
             )  # fmt: skip
         else:
             attend_split[grid](

@@ -2,9 +2,10 @@
 
 Words of 16 bits hold 2 or 4 codes of one entry (see `pack`), so that codes are to shared memory, and to the loads that
 feed the matrix units, what bf16 numbers are: `raw` [tokens, words] is copied there asynchronously, read as an operand,
-and becomes part after part of the columns in registers, on its way to the product. A code needs a shift and a
-logical operation, half of each: it becomes the upper bits of the mantissa of a power of two in fp16, so that what is
-multiplied is code + OFFSET. Scale and zero of an entry are factors and summands of scores and weights.
+and becomes part after part of the columns in registers, on its way to the product. Half of a logical operation makes a
+number of a code: its bits are those of a subnormal number in fp16, code * 2^-24, or * 2^-20 where they lie four bits
+higher; matrix units take those as they take others. Queries and outputs make up for the powers of two. Scale and zero
+of an entry are factors and summands of scores and weights.
 
 The products are transposed, entries by queries: a matrix unit takes 64 rows on one side, of which queries would fill
 half or less, and only that side may come from registers. Codes are read once as keys and once, transposed, as values.
@@ -20,26 +21,43 @@ if triton is not None:
 
     @triton.constexpr_function
     def _ptx(form, index):
-        """What makes two numbers in fp16 of part `index` of two words: bits of a code become bits of the mantissa of
-        16 or 1024; e4m3 is converted by the hardware."""
+        """What makes two numbers in fp16 of part `index` of two words (of "int4", shifted by 8 for the upper two):
+        bits of a code become those of a subnormal number; e4m3 is converted by the hardware."""
         if form == "int4":
-            shift = ("shl.b32 t, $1, 6", "shl.b32 t, $1, 2", "shr.b32 t, $1, 2", "shr.b32 t, $1, 6")[index]
-            return "{ .reg .b32 t; " + shift + "; lop3.b32 $0, t, 0x03C003C0, 0x4C004C00, 0xEA; }"
+            return "and.b32 $0, $1, " + ("0x000F000F;", "0x00F000F0;")[index % 2]
         if form == "int8":
-            return "prmt.b32 $0, $1, 0x64646464, " + ("0x4240;", "0x4341;")[index]
+            return ("and.b32 $0, $1, 0x00FF00FF;", "prmt.b32 $0, $1, 0, 0x4341;")[index]
         pick = "prmt.b32 t, $1, 0, " + ("0x4420; ", "0x4431; ")[index]
         return "{ .reg .b32 t; .reg .b16 a, b; " + pick + "mov.b32 {a, b}, t; cvt.rn.f16x2.e4m3x2 $0, a; }"
 
+    @triton.constexpr_function
+    def _unit(form, index, small):
+        """What a number that `_codes` gives is to be multiplied by, for a code: 1 unless they are subnormal ones."""
+        if form == "fp8" or not small:
+            return 1.0
+        return 2.0**20 if form == "int4" and index % 2 == 1 else 2.0**24
+
+    @triton.constexpr_function
+    def _shift(form, index, small):
+        """By what queries that meet this part are multiplied, for scores of all parts in the unit of the first."""
+        return _unit(form, index, small) / _unit(form, 0, small)
+
     @triton.jit
-    def _codes(raw, INDEX: tl.constexpr, FORM: tl.constexpr, PTX: tl.constexpr, dtype: tl.constexpr):
-        """Part INDEX of the codes in words: code + 16 of "int4", code + 1024 of "int8", the number of "fp8"."""
+    def _codes(
+        raw, INDEX: tl.constexpr, FORM: tl.constexpr, PTX: tl.constexpr, SMALL: tl.constexpr, dtype: tl.constexpr
+    ):  # fmt: skip
+        """Part INDEX of the codes in words, in units of `_unit`."""
         if PTX:
+            if FORM == "int4" and INDEX >= 2:
+                raw = tl.inline_asm_elementwise(
+                    "shr.b32 $0, $1, 8;", "=r,r", [raw], dtype=tl.int16, is_pure=True, pack=2
+                )
             asm: tl.constexpr = _ptx(FORM, INDEX)
             return tl.inline_asm_elementwise(asm, "=r,r", [raw], dtype=tl.float16, is_pure=True, pack=2)
         elif FORM == "int4":
-            return (((raw.to(tl.int32) >> (4 * INDEX)) & 15) + 16).to(dtype)
+            return (((raw.to(tl.int32) >> (4 * INDEX)) & 15).to(tl.float32) / _unit(FORM, INDEX, SMALL)).to(dtype)
         elif FORM == "int8":
-            return (((raw.to(tl.int32) >> (8 * INDEX)) & 255) + 1024).to(dtype)
+            return (((raw.to(tl.int32) >> (8 * INDEX)) & 255).to(tl.float32) / _unit(FORM, INDEX, SMALL)).to(dtype)
         else:
             byte = (raw.to(tl.int32) >> (8 * INDEX)) & 255
             bits = ((byte & 128) << 8) | ((byte & 127) << 7)  # of a 256th in fp16
@@ -56,10 +74,9 @@ if triton is not None:
 
     @triton.jit
     def _scale_and_zero(exponent, zero, FORM: tl.constexpr):
-        """The binary logarithm of a scale, and the zero on the scale of what `_codes` gives, from their bytes."""
+        """The binary logarithm of a scale, and the zero on the scale of codes, from their bytes."""
         step: tl.constexpr = 15.0 / 255.0 if FORM == "int4" else 1.0
-        offset: tl.constexpr = 16.0 if FORM == "int4" else 1024.0
-        return exponent.to(tl.float32) * 0.125 - 20.0, zero.to(tl.float32) * step + offset
+        return exponent.to(tl.float32) * 0.125 - 20.0, zero.to(tl.float32) * step
 
     @triton.jit
     def _sum_pairs(x, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
@@ -69,11 +86,11 @@ if triton is not None:
     @triton.jit
     def _numbers(
         raw, scales, rows, ok, words, first_group, INDEX: tl.constexpr, UNITS: tl.constexpr, SIZE: tl.constexpr,
-        GROUP: tl.constexpr, FORM: tl.constexpr, PTX: tl.constexpr, dtype: tl.constexpr,
+        GROUP: tl.constexpr, FORM: tl.constexpr, PTX: tl.constexpr, SMALL: tl.constexpr, dtype: tl.constexpr,
     ):  # fmt: skip
         """What a product is given: codes, or, where columns have scales of their own (GROUP > 0), numbers. `rows` and
         `ok` of the tokens and `words` are [tokens, 1] and [1, words], or the other way round."""
-        codes = _codes(raw, INDEX, FORM, PTX, dtype)
+        codes = _codes(raw, INDEX, FORM, PTX, SMALL, dtype)
         if GROUP == 0:
             return codes
         columns = INDEX * UNITS + words
@@ -82,7 +99,7 @@ if triton is not None:
         exponent, zero = _scale_and_zero(
             tl.load(at, mask=inside, other=0), tl.load(at + 1, mask=inside, other=0), FORM
         )
-        numbers = codes.to(tl.float32)
+        numbers = codes.to(tl.float32) * _unit(FORM, INDEX, SMALL)
         if FORM != "fp8":
             numbers -= zero
         return tl.where(inside, numbers * tl.exp2(exponent), 0.0).to(dtype)
@@ -90,13 +107,12 @@ if triton is not None:
     @triton.jit
     def _query(
         query, rows, ok, words, factor, INDEX: tl.constexpr, UNITS: tl.constexpr, SIZE: tl.constexpr,
-        dtype: tl.constexpr,
     ):  # fmt: skip
-        """The query's columns that meet part INDEX of these words, [rows, words]."""
+        """The query's columns that meet part INDEX of these words, [rows, words], in fp32."""
         columns = INDEX * UNITS + words
         inside = ok[:, None] & ((words < UNITS) & (columns < SIZE))[None, :]
         q = tl.load(query + rows[:, None] + columns[None, :], mask=inside, other=0.0)
-        return (q.to(tl.float32) * factor[:, None]).to(dtype)
+        return q.to(tl.float32) * factor[:, None]
 
     @triton.jit(do_not_specialize=["num_rows", "num_queries", "num_tokens", "first_split", "num_splits"])
     def attend_split_packed(
@@ -106,13 +122,13 @@ if triton is not None:
         ALIGN: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, GROUP: tl.constexpr, ROPE_GROUP: tl.constexpr,
         FORM: tl.constexpr, MASK: tl.constexpr, ONE_QUERY: tl.constexpr, HAS_LENGTH: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_ROPE: tl.constexpr,
-        PTX: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
+        PTX: tl.constexpr, SMALL: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
         """First stage, as `attend_split`. Grid: (row blocks, splits of this launch, batch).
 
         A tile is BLOCK_N entries by BLOCK_U words, and there are as many parts of the columns as tiles of words times
         codes in a word. With HALF, products are of fp16 numbers, and queries are brought to a power of two in which
-        fp16 holds them.
+        fp16 holds them. With SMALL, codes become subnormal numbers, which not every matrix unit takes.
         """
         PARTS: tl.constexpr = 4 if FORM == "int4" else 2
         UNITS: tl.constexpr = (RANK + PARTS - 1) // PARTS
@@ -121,6 +137,8 @@ if triton is not None:
         ROPE_FIRST: tl.constexpr = 0 if GROUP == 0 else (RANK + GROUP - 1) // GROUP
         dtype: tl.constexpr = tl.float16 if HALF else query.dtype.element_ty
         ZEROS: tl.constexpr = GROUP == 0 and FORM != "fp8"
+        LEFT: tl.constexpr = SMALL and GROUP == 0  # whether units are left in the products
+        UNIT: tl.constexpr = _unit(FORM, 0, LEFT)  # of scores, until rows are scaled
         rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
         row_ok = rows < num_rows
         split, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -146,22 +164,22 @@ if triton is not None:
             largest = tl.maximum(largest, tl.abs(q.to(tl.float32)))
         power = tl.floor(tl.log2(tl.maximum(tl.max(largest, 1), 1e-30)))
         factor = tl.exp2(-power)
-        row_scaling = tl.exp2(power) * (scaling * 1.4426950408889634)
+        row_scaling = tl.exp2(power) * (scaling * 1.4426950408889634 * UNIT)
         q_sum = tl.zeros([BLOCK_M, BLOCK_U], tl.float32)
         q_rope_sum = tl.zeros([BLOCK_M, BLOCK_ROPE], tl.float32)
         queries, rope_queries, sums = (), (), ()
         for tile in tl.static_range(TILES):
             for part in tl.static_range(PARTS):
-                q = _query(query, query_rows, row_ok, tile * BLOCK_U + words, factor, part, UNITS, RANK, dtype)
-                q_sum += q.to(tl.float32)
-                queries += (tl.trans(q),)  # type: ignore[assignment]
+                q = _query(query, query_rows, row_ok, tile * BLOCK_U + words, factor, part, UNITS, RANK)
+                q_sum += q
+                queries += (tl.trans((q * _shift(FORM, part, LEFT)).to(dtype)),)  # type: ignore[assignment]
                 sums += (tl.zeros([BLOCK_U, BLOCK_M], tl.float32),)  # type: ignore[assignment]
         for part in tl.static_range(PARTS):
-            q = _query(query + RANK, query_rows, row_ok, rope_words, factor, part, ROPE_UNITS, ROPE, dtype)
-            q_rope_sum += q.to(tl.float32)
-            rope_queries += (tl.trans(q),)  # type: ignore[assignment]
-        q_sum = tl.sum(q_sum, 1)
-        q_rope_sum = tl.sum(q_rope_sum, 1)
+            q = _query(query + RANK, query_rows, row_ok, rope_words, factor, part, ROPE_UNITS, ROPE)
+            q_rope_sum += q
+            rope_queries += (tl.trans((q * _shift(FORM, part, LEFT)).to(dtype)),)  # type: ignore[assignment]
+        q_sum = tl.sum(q_sum, 1) / UNIT
+        q_rope_sum = tl.sum(q_rope_sum, 1) / UNIT
 
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_N // 16, 8, BLOCK_M], tl.float32)
@@ -193,7 +211,7 @@ if triton is not None:
             for part in tl.static_range(PARTS):
                 numbers = _numbers(
                     raw, scales, scale_rows[:, None], ok[:, None], rope_words[None, :], ROPE_FIRST, part, ROPE_UNITS,
-                    ROPE, ROPE_GROUP, FORM, PTX, dtype,
+                    ROPE, ROPE_GROUP, FORM, PTX, SMALL, dtype,
                 )  # fmt: skip
                 scores = tl.dot(numbers, rope_queries[part], scores, input_precision=PRECISION)
             if GROUP == 0:  # a scale and a zero of the latent, and of the rotary keys
@@ -214,7 +232,7 @@ if triton is not None:
                 for part in tl.static_range(PARTS):
                     numbers = _numbers(
                         raw, scales, scale_rows[:, None], ok[:, None], at[None, :], 0, part, UNITS, RANK, GROUP, FORM,
-                        PTX, dtype,
+                        PTX, SMALL, dtype,
                     )  # fmt: skip
                     scores = tl.dot(numbers, queries[tile * PARTS + part], scores, input_precision=PRECISION)
             if GROUP == 0:
@@ -260,7 +278,7 @@ if triton is not None:
                 for part in tl.static_range(PARTS):
                     numbers = _numbers(
                         raw, scales, scale_rows[None, :], (tokens < stop)[None, :], at[:, None], 0, part, UNITS, RANK,
-                        GROUP, FORM, PTX, dtype,
+                        GROUP, FORM, PTX, SMALL, dtype,
                     )  # fmt: skip
                     faded = sums[tile * PARTS + part] * fade[None, :]
                     added += (tl.dot(numbers, weights, faded, input_precision=PRECISION),)  # type: ignore[assignment]
@@ -274,7 +292,7 @@ if triton is not None:
             for part in tl.static_range(PARTS):
                 columns = part * UNITS + at
                 inside = ((at < UNITS) & (columns < RANK))[:, None] & row_ok[None, :]
-                output = (sums[tile * PARTS + part] - offset[None, :]) * share[None, :]
+                output = (sums[tile * PARTS + part] * _unit(FORM, part, LEFT) - offset[None, :]) * share[None, :]
                 tl.store(partial + place[None, :] * RANK + columns[:, None], output, mask=inside)
         # A row of no sum has the weight 0 in the second stage.
         log_sum = tl.where(total > 0, top + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
