@@ -4,8 +4,9 @@
     python benchmarks/llama_cpp_speed.py original.gguf converted.gguf --contexts 128,2048,8192 --threads 2
 
 Needs the package `xllamacpp`. Each file is served by a process of its own; files take turns, so that a machine's other
-work falls on all of them; medians of the repetitions. What the cache holds is float16, llama.cpp's default, unless
---cache-type says f32. Rows go to $OUT/llama_cpp_speed.json (or ./llama_cpp_speed.json).
+work falls on all of them; medians of the repetitions. Beside the time of a step stands the processor's time that it
+took (Linux): that of all threads, which other work on the machine moves less. What the cache holds is float16,
+llama.cpp's default, unless --cache-type says f32. Rows go to $OUT/llama_cpp_speed.json (or ./llama_cpp_speed.json).
 """
 
 import argparse
@@ -41,6 +42,12 @@ def ask(port: int, **body) -> dict:
     data = json.dumps(body).encode()
     request = urllib.request.Request(f"http://127.0.0.1:{port}/completion", data, {"Content-Type": "application/json"})
     return json.loads(urllib.request.urlopen(request, timeout=600).read())
+
+
+def processor_ms(pid: int) -> float:
+    """Of a process since it began, in user and system mode."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return 1e3 * (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def start(args: argparse.Namespace, file: Path) -> tuple[subprocess.Popen, int]:
@@ -81,15 +88,20 @@ def main() -> None:
     try:
         for context in args.contexts:
             steps: dict[Path, list[float]] = {file: [] for file in args.files}
+            works: dict[Path, list[float]] = {file: [] for file in args.files}
+            draw = random.Random(context)
+            prompt = [draw.randrange(1000, 20000) for _ in range(context)]
+            body = dict(prompt=prompt, temperature=0, ignore_eos=True, cache_prompt=True)
+            for _, port in servers.values():  # the prompt is read once, and cached
+                ask(port, **body, n_predict=1)
             for _ in range(args.repetitions):
-                for file, (_, port) in servers.items():
-                    draw = random.Random(context)
-                    prompt = [draw.randrange(1000, 20000) for _ in range(context)]
-                    body = dict(prompt=prompt, n_predict=args.new, temperature=0, ignore_eos=True, cache_prompt=True)
-                    steps[file].append(ask(port, **body)["timings"]["predicted_per_token_ms"])
+                for file, (process, port) in servers.items():
+                    before = processor_ms(process.pid)
+                    steps[file].append(ask(port, **body, n_predict=args.new)["timings"]["predicted_per_token_ms"])
+                    works[file].append((processor_ms(process.pid) - before) / args.new)
             for file in args.files:
-                step = statistics.median(steps[file])
-                row = dict(file=file.name, context=context, threads=args.threads, step_ms=step)
+                step, work = (statistics.median(values[file]) for values in (steps, works))
+                row = dict(file=file.name, context=context, threads=args.threads, step_ms=step, processor_ms=work)
                 rows.append(row | dict(tokens_per_s=1e3 / step))
                 print("ROW", json.dumps(rows[-1]), flush=True)
     finally:
