@@ -3,9 +3,9 @@
     python benchmarks/conversion_ablation.py SOURCE --data 'corpus/train-*.jsonl.gz' \\
         --eval wikitext=wikitext2_valid.jsonl:raw --eval book=longdoc_book.jsonl --device cuda --workers 8
 
-Rows whose name matches --rows (a regular expression) are run, several at a time; a row already in --results is not run
-again. The rows that take an idea away exchange one of the preset's steps for a function of this file: there is no
-option for them.
+Rows whose name matches --rows (regular expressions) are run, several at a time, in the order of the expressions; a row
+already in --results is not run again. The rows that take an idea away exchange one of the preset's steps for a
+function of this file: there is no option for them. With --keep the models stay, for `recovery.py run` to train.
 """
 
 import argparse
@@ -32,10 +32,14 @@ from mha2mla.conversion.presets.calibrated.steps import Steps
 from mha2mla.evaluation import measure_perplexity
 
 SIZES = {120: (40, 80), 72: (24, 48), 48: (16, 32)}  # cache of SmolLM2-135M: rotary key + latent; a third rotary
+PER_HEAD = {
+    120: (14, 78),
+    72: (8, 48),
+    48: (6, 30),
+}  # the same, a rotary key a key/value head
 
 
-def sizes(cache: int) -> dict:
-    rope, rank = SIZES[cache]
+def sizes(rope: int, rank: int) -> dict:
     return dict(qk_rope_head_dim=rope, kv_lora_rank=rank)
 
 
@@ -52,6 +56,21 @@ def by_energy(moments, factors, ridge=1e-3):
     """The best rotation, but pairs ranked by the energy of their scores, not by the error of un-rotating them."""
     rotation, _ = mean_rotation(moments, factors, ridge)
     return rotation, score_energy(moments, factors)
+
+
+def energy_alone(moments, factors, ridge=1e-3):
+    """No mean rotation, and pairs ranked by the energy of their scores."""
+    return torch.ones_like(factors), score_energy(moments, factors)
+
+
+def scores_alike(probabilities):
+    """Every pair of tokens counts the same for each query."""
+    return (probabilities > 0).to(probabilities) / probabilities.shape[-1]
+
+
+def tokens_alike(probabilities):
+    """Every token counts the same."""
+    return torch.ones_like(probabilities[0, 0])
 
 
 def weights_alone(keys, values, root, rank):
@@ -79,22 +98,26 @@ ROWS: dict[str, tuple[int, dict, Steps]] = {}
 for rule in ("high", "low", "uniform", "2-norm"):
     ROWS[f"paper {rule} joint"] = (120, dict(preset="paper", rope_selection=rule, cache_ratio=120 / 384), Steps())
 ROWS["paper 2-norm split"] = (120, dict(preset="paper", svd="split", cache_ratio=120 / 384), Steps())
-for cache in SIZES:
+VARIANTS: dict[str, tuple[dict, Steps]] = {
+    "no mean rotation": ({}, Steps(mean_rotation=no_rotation)),
+    "ranked by energy": ({}, Steps(mean_rotation=by_energy)),
+    "scores unweighted": ({}, Steps(score_weight=scores_alike)),
+    "tokens unweighted": ({}, Steps(token_weight=tokens_alike)),
+    # What is left: the shared key, the covariance of plain tokens, refinement.
+    "plain": ({}, Steps(scores_alike, tokens_alike, energy_alone)),
+    "weights alone": ({}, Steps(low_rank=weights_alone)),
+    "refined behind attention": (dict(refine_steps=192), Steps(refine=refine_residual)),
+    "per-layer lists": (dict(rope_frequencies="per-layer"), Steps()),
+    "seed 1": (dict(seed=1), Steps()),  # how much a row is worth
+}
+for cache, split in SIZES.items():
     if cache != 120:
         ROWS[f"paper 2-norm joint {cache}"] = (cache, dict(preset="paper", cache_ratio=cache / 384), Steps())
-    ROWS[f"closed {cache}"] = (cache, dict(refine_steps=0, **sizes(cache)), Steps())
-    ROWS[f"default {cache}"] = (cache, sizes(cache), Steps())
-for name, options, steps in (
-    ("per-head key", dict(rope_layout="per-head", qk_rope_head_dim=14, kv_lora_rank=78), Steps()),
-    ("no mean rotation", {}, Steps(mean_rotation=no_rotation)),
-    ("ranked by energy", {}, Steps(mean_rotation=by_energy)),
-    ("scores unweighted", {}, Steps(score_weight=lambda p: (p > 0).to(p) / p.shape[-1])),
-    ("tokens unweighted", {}, Steps(token_weight=lambda p: torch.ones_like(p[0, 0]))),
-    ("refined behind attention", dict(refine_steps=192), Steps(refine=refine_residual)),
-    ("weights alone", {}, Steps(low_rank=weights_alone)),
-):
-    ROWS[f"closed 120, {name}"] = (120, dict(refine_steps=0) | sizes(120) | options, steps)
-    ROWS[f"default 120, {name}"] = (120, sizes(120) | options, steps)
+    per_head = (dict(rope_layout="per-head") | sizes(*PER_HEAD[cache]), Steps())
+    for name, (options, steps) in {"": ({}, Steps()), "per-head key": per_head, **VARIANTS}.items():
+        tail = f", {name}" if name else ""
+        ROWS[f"default {cache}{tail}"] = (cache, sizes(*split) | options, steps)
+        ROWS[f"closed {cache}{tail}"] = (cache, sizes(*split) | options | dict(refine_steps=0), steps)
 
 
 def make_config(options: dict, steps: Steps, args: argparse.Namespace) -> ConversionConfig:
@@ -116,26 +139,32 @@ def read_blocks(spec: str, tokenizer, num_blocks: int) -> torch.Tensor:
     return torch.tensor(ids[: num_blocks * 1024]).view(num_blocks, 1024)
 
 
+def model_folder(name: str, parent: Path) -> Path:
+    """Where the model of a row is kept."""
+    return parent / re.sub(r"[^a-z0-9]+", "-", name)
+
+
 def run_row(name: str, args: argparse.Namespace) -> dict:
+    """Convert and measure; the model is gone afterwards, unless it is to be kept."""
     cache, options, steps = ROWS[name] if name != "original" else (384, {}, Steps())
-    folder = Path(tempfile.mkdtemp(prefix="ablation-"))
+    scratch = Path(tempfile.mkdtemp(prefix="ablation-"))
     start = time.perf_counter()
     try:
-        if name == "original":
-            model_folder = Path(args.source)
-        else:
-            model_folder = convert(args.source, folder / "model", make_config(options, steps, args))
+        folder = Path(args.source) if name == "original" else model_folder(name, args.keep or scratch)
+        if not folder.exists():
+            convert(args.source, folder, make_config(options, steps, args))
         seconds = time.perf_counter() - start
-        tokenizer = AutoTokenizer.from_pretrained(args.source)
-        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).to(args.device)
         row = {"name": name, "cache": cache, "options": options, "set": args.set, "seconds": round(seconds, 1)}
-        for item in args.eval:
-            text, spec = item.split("=", 1)
-            measured = measure_perplexity(model, read_blocks(spec, tokenizer, args.blocks))
-            row[text] = [round(measured.perplexity, 3), round(measured.stderr, 3)]
+        if args.eval:
+            tokenizer = AutoTokenizer.from_pretrained(args.source)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(args.device)
+            for item in args.eval:
+                text, spec = item.split("=", 1)
+                measured = measure_perplexity(model, read_blocks(spec, tokenizer, args.blocks))
+                row[text] = [round(measured.perplexity, 3), round(measured.stderr, 3)]
         return row
     finally:
-        shutil.rmtree(folder)
+        shutil.rmtree(scratch)
 
 
 def work(args: argparse.Namespace, queue, deadline: float) -> None:
@@ -161,7 +190,8 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="Calibration text.")
     parser.add_argument("--eval", action="append", default=[], metavar="NAME=FILE[:FIELD]")
     parser.add_argument("--blocks", type=int, default=40)
-    parser.add_argument("--rows", default=".*")
+    parser.add_argument("--rows", nargs="+", default=[".*"])
+    parser.add_argument("--keep", type=Path, help="Folder for the models: default-72 for the row `default 72`.")
     parser.add_argument("--set", action="append", default=[], metavar="OPTION=JSON", help="Overrules every row.")
     parser.add_argument("--results", default="ablation.jsonl")
     parser.add_argument("--device", default="cpu")
@@ -173,8 +203,9 @@ def main() -> None:
     done = {json.loads(line)["name"] for line in results.read_text().splitlines()} if results.exists() else set()
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    for name in ["original", *ROWS]:
-        if re.search(args.rows, name) and name not in done:
+    found = [name for pattern in args.rows for name in ["original", *ROWS] if re.search(pattern, name)]
+    for name in dict.fromkeys(found):
+        if name not in done:
             queue.put(name)
     deadline = time.time() + args.seconds
     workers = [context.Process(target=work, args=(args, queue, deadline)) for _ in range(args.workers)]

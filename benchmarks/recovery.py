@@ -11,8 +11,9 @@
 A row of the table is a run of its own, with its own decay, from the converted checkpoint. The original model, measured
 untrained and trained in full on the same tokens by the same Trainer, is the control, for quality and throughput alike.
 Rows that are in the results file are not run again, and with --work a stopped row goes on from its last checkpoint, so
-that several sessions can share the work; --workers runs rows side by side (their rates mean nothing then). Behind `--`
-stand arguments of `mha2mla train`. Neither `run` nor `tokens` needs the `datasets` library.
+that several sessions can share the work; --workers runs rows side by side (their rates mean nothing then), with --wait
+those first whose models are there, while others are converted. Behind `--` stand arguments of `mha2mla train`. Neither
+`run` nor `tokens` needs the `datasets` library.
 """
 
 import argparse
@@ -30,24 +31,32 @@ from dataclasses import asdict
 from glob import glob
 from itertools import chain, pairwise, product
 from pathlib import Path
-from queue import Empty
 
 import numpy as np
 import torch
 import torch.multiprocessing as multiprocessing
+from conversion_ablation import read_blocks
 from recovery_table import ORIGINAL, SETS, Run, read_results, write_table
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 
 import mha2mla.modeling  # noqa: F401  # registers the family
 from mha2mla.cli.train import parse_arguments
-from mha2mla.evaluation import MultipleChoice, choice_bytes, preference_error, read_items, score_choices
+from mha2mla.evaluation import (
+    MultipleChoice,
+    choice_bytes,
+    measure_perplexity,
+    preference_error,
+    read_items,
+    score_choices,
+)
 from mha2mla.training import RecoveryTrainer, pack_documents, recover
+from mha2mla.training.lookback import add_lookback
 from mha2mla.training.loss import token_losses
 from mha2mla.training.losses.distillation import Distillation
 from mha2mla.training.packing import IGNORED, collate_packed, packed_inputs, tokenize
 from mha2mla.training.resume import find_checkpoint
-from mha2mla.training.trainer import compile_layers
+from mha2mla.training.trainer import compile_layers, prepare_model, token_perplexity
 
 
 class TokenRows(Dataset):
@@ -87,6 +96,7 @@ def write_tokens(args: argparse.Namespace) -> None:
             batch = []
     documents += tokenize(batch, tokenizer)
     packed = pack_documents(documents, args.length, args.short_length)
+    add_lookback(packed, args.lookback_share, seed=0)
     counts = [len(lengths) for lengths in packed["lengths"]]
     np.savez(
         args.output,
@@ -113,7 +123,7 @@ def plan_runs(args: argparse.Namespace) -> Iterator[tuple[Run, str]]:
 
 def train(run: Run, folder: str, args: argparse.Namespace, output: str) -> RecoveryTrainer:
     """One run; `tokens` of 0 train nothing and measure the checkpoint as it is."""
-    rows, eval_rows = TokenRows(args.rows, seed=0), TokenRows(args.eval_rows)
+    rows, eval_rows = TokenRows(args.rows, seed=args.order), TokenRows(args.eval_rows)
     common = ["--model", folder, "--data", str(args.rows), "--output_dir", output]
     if args.work:
         common += ["--save_strategy", "steps", "--save_total_limit", "1", "--resume_from_checkpoint", "true"]
@@ -127,8 +137,6 @@ def train(run: Run, folder: str, args: argparse.Namespace, output: str) -> Recov
     model_args, loss, _, training = parse_arguments([*common, *distil, *chosen, "--max_steps", "1", *args.arguments])
     per_step = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
     training.max_steps = max(1, round(run.tokens / (per_step * rows[0]["input_ids"].size)))
-    if not run.tokens:
-        training.max_steps, training.learning_rate = 1, 0.0
     set_seed(training.seed)
 
     def load(path: str, dtype: str) -> torch.nn.Module:
@@ -136,11 +144,16 @@ def train(run: Run, folder: str, args: argparse.Namespace, output: str) -> Recov
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
 
     student, teacher = load(folder, model_args.dtype), None
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not run.tokens:
+        prepared = prepare_model(student, None, model_args, loss)
+        measure = dict(eval_dataset=eval_rows, data_collator=collate_packed, compute_metrics=token_perplexity)
+        trainer = RecoveryTrainer(prepared, training, processing_class=tokenizer, **measure)
+        trainer.evaluate()
+        return trainer
     if distil:
         teacher = load(args.source, "bfloat16" if training.bf16 else model_args.dtype)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    checkpoint = find_checkpoint(training)
-    return recover(student, tokenizer, rows, eval_rows, model_args, loss, training, teacher, checkpoint)
+    return recover(student, tokenizer, rows, eval_rows, model_args, loss, training, teacher, find_checkpoint(training))
 
 
 def throughput(history: list[dict]) -> float:
@@ -213,6 +226,7 @@ def measure_choices(model: PreTrainedModel, original: PreTrainedModel, tokenizer
 def run_row(run: Run, folder: str, args: argparse.Namespace) -> None:
     """Train and measure one row, and append it to the results."""
     print(run.name, flush=True)
+    torch._dynamo.reset()  # what earlier rows compiled counts against a limit, behind which layers run uncompiled
     with tempfile.TemporaryDirectory() as scratch:
         output = str(args.work / run.name.replace("/", "-")) if args.work else scratch
         trainer = train(run, folder, args, output)
@@ -220,7 +234,12 @@ def run_row(run: Run, folder: str, args: argparse.Namespace) -> None:
         last = next(line for line in reversed(history) if "eval_perplexity" in line)
         model, tokenizer, batch_size = trained_model(trainer), trainer.processing_class, trainer.args.eval_batch_size
         original = AutoModelForCausalLM.from_pretrained(args.source, dtype=model.dtype).to(model.device).eval()
-        texts, sets = {"validation": list(TokenRows(args.eval_rows))}, {}
+        texts, sets, perplexities = {"validation": list(TokenRows(args.eval_rows))}, {}, {}
+        for name, spec in (item.split("=", 1) for item in args.text):
+            blocks = read_blocks(spec, tokenizer, args.blocks)
+            texts[name] = [dict(input_ids=block.numpy(), lengths=[len(block)]) for block in blocks]
+            measured = measure_perplexity(model, blocks)
+            perplexities[name] = [measured.perplexity, measured.stderr]
         if args.sets:
             sets = {name: read_items(args.sets / f"{name}.jsonl")[: args.limit] for name in SETS}
             texts["sets"] = pack_items(list(chain.from_iterable(sets.values())), tokenizer)
@@ -228,6 +247,7 @@ def run_row(run: Run, folder: str, args: argparse.Namespace) -> None:
             "run": asdict(run),
             "steps": trainer.state.global_step if run.tokens else 0,
             "eval_perplexity": [last["eval_perplexity"], last["eval_perplexity_stderr"]],
+            "perplexity": perplexities,
             "tokens_per_second": throughput(history),
             "divergence": {
                 name: measure_divergence(model, original, rows, batch_size) for name, rows in texts.items()
@@ -236,6 +256,7 @@ def run_row(run: Run, folder: str, args: argparse.Namespace) -> None:
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "workers": args.workers,
             "rows": args.rows.name,
+            "order": args.order,
             "hidden_weight": args.hidden_weight if run.distillation else 0.0,
             "arguments": args.arguments,
         }
@@ -243,29 +264,38 @@ def run_row(run: Run, folder: str, args: argparse.Namespace) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def work(args: argparse.Namespace, queue) -> None:
-    """Rows from the queue, on the one GPU that this process sees."""
-    while True:
+def take_row(rows: list[tuple[Run, str]], deadline: float) -> tuple[Run, str] | None:
+    """The first row whose model is there, out of the list; after the deadline the first."""
+    for index, (_, folder) in enumerate(rows):
+        if Path(folder).exists() or time.time() >= deadline:
+            return rows.pop(index)
+    return None
+
+
+def work(args: argparse.Namespace, rows, lock, deadline: float) -> None:
+    """Rows of the shared list, on the one GPU that this process sees."""
+    while rows:
+        with lock:
+            taken = take_row(rows, deadline)
+        if taken is None:
+            time.sleep(1)
+            continue
         try:
-            run, folder = queue.get(timeout=1)
-        except Empty:
-            return
-        try:
-            run_row(run, folder, args)
+            run_row(*taken, args)
         except Exception:  # the other rows do not depend on this one
             traceback.print_exc()
 
 
 def run_all(args: argparse.Namespace) -> None:
     done = {Run(**row["run"]).key for row in read_results(args.results)} if args.results.is_file() else set()
+    wanted = [row for row in plan_runs(args) if row[0].key not in done and re.search(args.only, row[0].name)]
     context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    for run, folder in plan_runs(args):
-        if run.key not in done and re.search(args.only, run.name):
-            queue.put((run, folder))
+    manager = context.Manager()
+    rows, lock = manager.list(wanted), manager.Lock()
     every = ",".join(map(str, range(torch.cuda.device_count())))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
-    workers = [context.Process(target=work, args=(args, queue)) for _ in range(args.workers)]
+    shared = (args, rows, lock, time.time() + args.wait)
+    workers = [context.Process(target=work, args=shared) for _ in range(args.workers)]
     for number, worker in enumerate(workers):
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[number % len(visible)]  # the worker inherits it
         worker.start()
@@ -286,6 +316,7 @@ def main() -> None:
     tokens.add_argument("output", type=Path)
     tokens.add_argument("--length", type=int, default=2048)
     tokens.add_argument("--short-length", type=int, help="In every second row documents are cut to so many tokens.")
+    tokens.add_argument("--lookback-share", type=float, default=0.0, help="Share of rows in which passages return.")
     tokens.set_defaults(call=write_tokens)
     run = commands.add_parser("run", help="Train and measure what the results file does not hold yet.")
     run.add_argument("results", type=Path)
@@ -298,6 +329,12 @@ def main() -> None:
     run.add_argument("--work", type=Path, help="Folder for checkpoints, from which rows that were killed go on.")
     run.add_argument("--workers", type=int, default=1, help="Processes, spread over the GPUs: rows side by side.")
     run.add_argument("--seconds", type=float, default=math.inf, help="Stop then; with --work rows go on another time.")
+    run.add_argument("--wait", type=float, default=0, help="Seconds to wait for models that are not there yet.")
+    run.add_argument(
+        "--text", action="append", default=[], metavar="NAME=FILE[:FIELD]", help="More text to measure on."
+    )
+    run.add_argument("--blocks", type=int, default=40, help="Blocks of 1,024 tokens of each such text at most.")
+    run.add_argument("--order", type=int, default=0, help="Seed of the order of the rows of tokens.")
     run.add_argument("--limit", type=int, help="Items of each set at most.")
     run.add_argument("--trainable", nargs="+", default=["all", "attention", "lora"])
     run.add_argument("--distillation", nargs="+", type=float, default=[0.0, 1.0], help="Weights of the teacher.")

@@ -37,17 +37,23 @@ def read_results(path: Path) -> list[dict]:
 def write_table(args: argparse.Namespace) -> None:
     rows = read_results(args.results)
     original = next((row for row in rows if row["run"]["model"] == ORIGINAL and not row["run"]["tokens"]), None)
-    names = "model|trained|distillation|tokens|perplexity|KL|preference error|accuracy|lost|tokens/s".split("|")
+    texts = list(dict.fromkeys(name for row in rows for name in row.get("perplexity", {})))
+    measured = list(dict.fromkeys(name for row in rows for name in row.get("divergence", {})))
+    names = ["model", "trained", "distillation", "tokens", "perplexity", *texts, *(f"KL, {name}" for name in measured)]
+    names += ["preference error", "accuracy", "lost", "tokens/s"]
     print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
     for row in rows:
-        run, (perplexity, stderr) = Run(**row["run"]), row["eval_perplexity"]
+        run = Run(**row["run"])
         accuracy, error = (100 * value for value in row["accuracy"]["average"])
-        divergence = f"{row['divergence']['sets']:.3f}" if "sets" in row.get("divergence", {}) else ""
+        perplexities = [row["eval_perplexity"], *(row.get("perplexity", {}).get(name) for name in texts)]
+        divergences = [row.get("divergence", {}).get(name) for name in measured]
+        cells = [f"{value[0]:.2f} ± {value[1]:.2f}" if value else "" for value in perplexities]
+        cells += ["" if value is None else f"{value:.3f}" for value in divergences]
         preference = f"{row['preference_error']['average']:.3f}" if "preference_error" in row else ""
         speed = "" if math.isnan(row["tokens_per_second"]) else f"{row['tokens_per_second']:,.0f}"
         print(
             f"| {run.model} | {run.trainable} | {run.distillation:g} | {run.tokens / 1e6:g}M "
-            f"| {perplexity:.2f} ± {stderr:.2f} | {divergence} | {preference} | {accuracy:.2f} ± {error:.2f} "
+            f"| {' | '.join(cells)} | {preference} | {accuracy:.2f} ± {error:.2f} "
             f"| {lost(row, original)} | {speed} |"
         )
     if args.plot:

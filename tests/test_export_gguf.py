@@ -53,6 +53,21 @@ def test_a_file_holds_the_model(dtype, save, tmp_path, caplog):
     assert [p.name for p in path.parent.iterdir()] == ["model.gguf"]
 
 
+def test_padding_fills_whole_blocks(save, tmp_path, caplog):
+    """What llama.cpp's CPU code would take number by number; 8 bits hold the up-projection of values then, too."""
+    folder, path = save(exportable([0, 1, 4], vocab_size=128, hidden_size=64)), tmp_path / "model.gguf"
+    with caplog.at_level("INFO", logger="mha2mla"):
+        export(folder, path, ExportConfig(format="gguf", dtype="q8_0"))
+        assert "with --pad 32 a cache of 64 values is read faster" in caplog.text
+        caplog.clear()
+        export(folder, path, ExportConfig(format="gguf", dtype="q8_0", pad=32, overwrite=True))
+    assert "Check: logits differ" in caplog.text and "--pad" not in caplog.text
+    sizes = ("attention.kv_lora_rank", "rope.dimension_count", "attention.key_length", "attention.key_length_mla")
+    assert [field(path, f"deepseek2.{name}") for name in sizes] == [32, 32, 64, 40]
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    assert tensors["blk.0.attn_v_b.weight"].tensor_type == gguf.GGMLQuantizationType.Q8_0
+
+
 def test_llama3_scaling_and_float16_sources(save, tmp_path):
     rope = {**ROPES["llama3"], "original_max_position_embeddings": 2048, "rope_theta": 1e5}
     model = exportable([0, 1, 2], rope_parameters=rope).half()
@@ -65,8 +80,10 @@ def test_what_a_file_cannot_hold_is_refused(save, tmp_path):
     out = tmp_path / "out.gguf"
     with pytest.raises(ValueError, match=r"must end in \.gguf"):
         export(save(exportable([0, 1])), tmp_path / "out", ExportConfig(format="gguf"))
-    with pytest.raises(ValueError, match=r"pad=512 belongs to format='deepseek-v3'"):
-        ExportConfig(format="gguf", pad=512)
+    with pytest.raises(ValueError, match=r"pad=80 must be a multiple of 32 with format='gguf'"):
+        ExportConfig(format="gguf", pad=80)
+    with pytest.raises(ValueError, match=r"kv_lora_rank=40 is more than pad=32"):
+        export(save(exportable([0, 1], kv_lora_rank=40)), out, ExportConfig(format="gguf", pad=32))
     with pytest.raises(ValueError, match=r"WordLevel tokenizer .* known are gpt-2, smollm, llama-bpe"):
         export(save(exportable([0, 1]), pico_tokenizer()), out, ExportConfig(format="gguf"))
     for file in (tmp_path / "model").glob("tokenizer*"):

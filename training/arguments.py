@@ -115,6 +115,13 @@ class DataArguments:
         default=None,
         metadata={"help": "In every second row cut documents to so many tokens, for predictions from little text."},
     )
+    lookback_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the rows in which passages of the text return at the end, word by word, so that looking "
+            "up is trained; see the docs."
+        },
+    )
     streaming: bool = field(default=False, metadata={"help": "Read while training, without a copy on the disk."})
     shuffle_buffer: int = field(default=2000, metadata={"help": "streaming: rows among which the next is drawn."})
     num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise; not for streaming."})
@@ -123,6 +130,7 @@ class DataArguments:
         check_least(self, length=2, shuffle_buffer=1, num_proc=1)
         if self.short_length is not None and not 2 <= self.short_length <= self.length:
             raise ValueError(f"short_length={self.short_length} must lie between 2 and length={self.length}.")
+        check_between(self, lookback_share=(0, 1))
         if not 0 <= self.eval_fraction < 1:
             raise ValueError(f"eval_fraction={self.eval_fraction} must lie between 0 and 1.")
         if self.eval_fraction > 0 and self.eval_data is not None:

@@ -37,6 +37,7 @@ from mha2mla.common.text_sources import (
 )
 
 from .arguments import DataArguments
+from .lookback import add_lookback
 from .packing import pack_documents, tokenize
 
 DOCUMENTS_PER_BATCH = 1000  # packed together; what does not fill the last row of a batch is dropped
@@ -52,28 +53,24 @@ def pack_batch(
     tokenizer: PreTrainedTokenizerBase,
     length: int,
     short_length: int | None,
+    lookback_share: float,
+    seed: int,
 ) -> dict[str, list[list[int]]]:
-    """[`tokenize`] and [`pack_documents`] on a batch of a source's rows."""
+    """[`tokenize`], [`pack_documents`] and [`add_lookback`] on a batch of a source's rows."""
     documents = clean_documents(batch[column], source, column)
-    return pack_documents(tokenize(documents, tokenizer), length, short_length)
+    rows = pack_documents(tokenize(documents, tokenizer), length, short_length)
+    add_lookback(rows, lookback_share, seed)
+    return rows
 
 
-def pack_source(
-    documents: Rows,
-    source: TextSource,
-    column: str,
-    tokenizer: PreTrainedTokenizerBase,
-    length: int,
-    short_length: int | None,
-    num_proc: int | None,
-) -> Rows:
-    """The packed rows of a source's documents; a stream stays one."""
+def pack_source(documents: Rows, num_proc: int | None, **how) -> Rows:
+    """The rows that [`pack_batch`] makes of a source's documents; a stream stays one."""
     columns = documents.column_names or list(next(iter(documents)))
     return documents.map(
         pack_batch,
         batched=True,
         batch_size=DOCUMENTS_PER_BATCH,
-        fn_kwargs=dict(source=source, column=column, tokenizer=tokenizer, length=length, short_length=short_length),
+        fn_kwargs=how,
         remove_columns=columns,
         features=ROW_FEATURES,
         **({} if isinstance(documents, IterableDataset) else {"num_proc": num_proc}),
@@ -110,10 +107,20 @@ def load_rows(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, seed
     sources, eval_sources = data_sources(arguments)
     columns = {source: check_source(source, tokenizer) for source in (*sources, *eval_sources)}
 
-    def pack(documents: Rows, source: TextSource, short_length: int | None = None) -> Rows:
+    def pack(
+        documents: Rows, source: TextSource, short_length: int | None = None, lookback_share: float = 0.0
+    ) -> Rows:
         with reading(source):
             return pack_source(
-                documents, source, columns[source].name, tokenizer, arguments.length, short_length, arguments.num_proc
+                documents,
+                arguments.num_proc,
+                source=source,
+                column=columns[source].name,
+                tokenizer=tokenizer,
+                length=arguments.length,
+                short_length=short_length,
+                lookback_share=lookback_share,
+                seed=seed,
             )
 
     train, held_out = [], [pack(load_source(source, streaming=False), source) for source in eval_sources]
@@ -128,7 +135,7 @@ def load_rows(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, seed
             parts = documents.train_test_split(test_size=arguments.eval_fraction, seed=seed)
             documents = parts["train"]
             held_out.append(pack(parts["test"], source))
-        train.append(pack(documents, source, arguments.short_length))
+        train.append(pack(documents, source, arguments.short_length, arguments.lookback_share))
     for part, name in ((train, "data"), (held_out, "held-out data")):
         for rows in part:
             if next(iter(rows), None) is None:

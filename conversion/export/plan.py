@@ -14,7 +14,7 @@ from mha2mla.conversion.checkpoint import CheckpointReader
 from mha2mla.modeling import LatentConfigMixin, MLALlamaConfig, MLAMixtralConfig
 from mha2mla.modeling.latent_config import NORMALISED_PROJECTIONS
 
-from .config import ExportConfig
+from .config import CPU_BLOCK, ExportConfig
 from .rope_table import LENGTH_DEPENDENT, RopeTable, fit_table, frequency_places
 
 OurConfig = MLALlamaConfig | MLAMixtralConfig  # of what DeepSeek's block can express
@@ -55,6 +55,22 @@ class ExportPlan:
         if self.width > ours:
             line += f". {ours} of them hold something; the others are zeros, and cost {self.width / ours - 1:.1%} more"
         return line
+
+
+def whole_blocks(size: int) -> int:
+    """The next size that llama.cpp's CPU code has nothing left over of."""
+    return -(-size // CPU_BLOCK) * CPU_BLOCK
+
+
+def advise_padding(plan: ExportPlan) -> str | None:
+    """What would make llama.cpp faster on a CPU, if something would."""
+    rank, rope = whole_blocks(plan.kv_lora_rank), whole_blocks(plan.qk_rope_head_dim)
+    if rank == plan.kv_lora_rank:
+        return None
+    return (
+        f"On a CPU llama.cpp takes {CPU_BLOCK} numbers of a latent at a time (64 with AVX-512), and what is left of "
+        f"{plan.kv_lora_rank} one by one: with --pad {rank} a cache of {rank + rope} values is read faster"
+    )
 
 
 def load_model_config(folder: Path, model: str) -> OurConfig:
@@ -211,6 +227,10 @@ def plan_export(
             f"kv_lora_rank={config.kv_lora_rank} is more than pad={options.pad}. Pad to more, or convert with a "
             f"smaller latent: `{remedy}`."
         )
+    if options.format == "gguf":
+        table = find_table(config, frequencies, allow_step, None, remedy)
+        rope = whole_blocks(2 * table.num_slots)
+        return ExportPlan(table, options.pad, rope, config.qk_nope_head_dim, config.v_head_dim)
     for field in ("qk_nope_head_dim", "v_head_dim"):
         if getattr(config, field) > KERNEL_HEAD_DIM:
             raise ValueError(

@@ -29,7 +29,7 @@ from .engines import engines_for
 from .experts import has_experts, reference_config
 from .from_deepseek import find_layout, find_rope, load_stock_config, our_config, our_tensors
 from .gguf import GGUFTensors, atomic_file, big_gauge, check_output_file, check_package, write_gguf
-from .plan import load_model_config, plan_export
+from .plan import advise_padding, load_model_config, plan_export
 from .record import EXPORT_RECORD_NAME, write_record
 
 logger = logging.getLogger(__name__)
@@ -167,6 +167,8 @@ def export_gguf(folder: Path, model: str, output: Path, options: ExportConfig) -
     gauge = big_gauge(config.rms_norm_eps, dtype)
     stock = stock_config(config, plan, gauge, torch.float32)
     logger.info(plan.describe(config, 2))
+    if (advice := advise_padding(plan)) is not None:
+        logger.info(advice)
     ids = check_ids(folder, config)
     ours = streamed_logits(config, reader, ids, RUNNING)
     with atomic_file(output) as partial:

@@ -66,6 +66,16 @@ def test_the_cache_holds_latents_and_one_rotary_key(llama_cpp, exports):
     assert keys == pytest.approx(cells * layers * (40 + 22) * 4 / 2**20, abs=0.01)
 
 
+def test_a_padded_file_gives_the_same(exports, prompts, tmp_path):
+    """Latents of 40 in 64 numbers and 22 rotary dims in 32, which a CPU reads faster."""
+    model = exports.gguf["float32"].parent / "model"
+    export(model, tmp_path / "padded.gguf", ExportConfig(format="gguf", dtype="float32", pad=64))
+    with llama_server(tmp_path / "padded.gguf", tmp_path / "log") as server:
+        for prompt in prompts:
+            answer = server.post("/completion", prompt=prompt, temperature=0, n_predict=NEW, return_tokens=True)
+            assert answer["tokens"] == exports.greedy(prompt, NEW)[0]
+
+
 def test_sentencepiece(exports, tmp_path):
     """Tokens of Llama 2's kind, whose order of merging llama.cpp takes from scores."""
     tokenizer = byte_pair_tokenizer("sentencepiece")
