@@ -170,6 +170,8 @@ class MultiHeadLatentAttention(nn.Module):
             return AttentionPath.ABSORBED, "an offloaded layer is on the device during its update only"
         if not kernel_can_run(entries, self.shape.kv_lora_rank, layer.packed):
             return AttentionPath.ABSORBED, "no kernel for this device, dtype or size"
+        if layer.packed and num_queries > max(1, layer.residual_length // 2):
+            return AttentionPath.ABSORBED, "new entries may leave the window at once, and would be read rounded"
         if torch.is_grad_enabled():
             return AttentionPath.ABSORBED, "a backward pass may follow"
         if implementation == "eager" or probabilities:

@@ -122,9 +122,9 @@ def test_model_absorbed_equals_expanded(monkeypatch, layout, implementation, num
 def test_the_path_of_a_step_and_why(monkeypatch):
     model = make_mla()
     attention, full = model.model.layers[0].self_attn, DynamicCache(config=model.config)
-    packed = quantized_cache(model)
+    packed, narrow = quantized_cache(model), quantized_cache(model, residual_length=4)
     with torch.no_grad():
-        for cache in (full, packed):
+        for cache in (full, packed, narrow):
             model(tokens(2, 8), **{CACHE_ARGUMENT: cache})
 
     def path(num_new=1, mask=None, cache=full, probabilities=None):
@@ -142,6 +142,9 @@ def test_the_path_of_a_step_and_why(monkeypatch):
     assert path() == (absorbed, "a backward pass may follow")
     with torch.no_grad():
         assert path() == path(3, mask) == path(cache=packed) == path(3, mask, packed) == (kernel, "")
+        assert path(cache=narrow) == (kernel, "")
+        left = "new entries may leave the window at once, and would be read rounded"
+        assert path(3, mask, narrow) == (absorbed, left)
         assert path(probabilities=True) == (absorbed, "probabilities may be asked for")
         assert path(mask=mask[:, 0, 0]) == (absorbed, "the mask is one of padding, for flash attention")
         model.set_attn_implementation("eager")

@@ -125,8 +125,8 @@ def test_a_compiled_step_is_one_graph(monkeypatch, by_kernel):
     model = make_mla("shared").to(DEVICE)
     if by_kernel:
         pytest.importorskip("triton")
-        monkeypatch.setattr(latent_module, "kernel_can_run", lambda *_: True)
-        monkeypatch.setattr(latent_static_quantized_cache, "store_kernel_can_run", lambda _: True)
+    monkeypatch.setattr(latent_module, "kernel_can_run", lambda *_: by_kernel)
+    monkeypatch.setattr(latent_static_quantized_cache, "store_kernel_can_run", lambda _: by_kernel)
     ids, graphs = tokens(1, 8).to(DEVICE), []
     cache = quantized_cache(model, nbits=8, residual_length=3, max_cache_len=8)
     with torch.no_grad():
