@@ -17,7 +17,6 @@ those first whose models are there, while others are converted. Behind `--` stan
 """
 
 import argparse
-import gzip
 import json
 import math
 import os
@@ -28,16 +27,14 @@ import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import asdict
-from glob import glob
 from itertools import chain, pairwise, product
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.multiprocessing as multiprocessing
 from conversion_ablation import read_blocks
+from recovery_rows import TokenRows, write_tokens
 from recovery_table import ORIGINAL, SETS, Run, read_results, write_table
-from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 
 import mha2mla.modeling  # noqa: F401  # registers the family
@@ -51,60 +48,11 @@ from mha2mla.evaluation import (
     score_choices,
 )
 from mha2mla.training import RecoveryTrainer, pack_documents, recover
-from mha2mla.training.lookback import add_lookback
 from mha2mla.training.loss import token_losses
 from mha2mla.training.losses.distillation import Distillation
 from mha2mla.training.packing import IGNORED, collate_packed, packed_inputs, tokenize
 from mha2mla.training.resume import find_checkpoint
 from mha2mla.training.trainer import compile_layers, prepare_model, token_perplexity
-
-
-class TokenRows(Dataset):
-    """Packed rows of a file that `tokens` wrote, in an order drawn from a seed."""
-
-    def __init__(self, path: Path, seed: int | None = None):
-        with np.load(path) as file:
-            self.input_ids, flat, counts = file["input_ids"], file["lengths"], file["counts"]
-        self.lengths = np.split(flat, np.cumsum(counts)[:-1])
-        size = len(self.input_ids)
-        self.order = np.arange(size) if seed is None else np.random.default_rng(seed).permutation(size)
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        row = self.order[index]
-        return {"input_ids": self.input_ids[row].astype(np.int64), "lengths": self.lengths[row]}
-
-
-def iterate_documents(pattern: str) -> Iterator[str]:
-    for path in sorted(glob(pattern)):
-        with gzip.open(path, "rt") if path.endswith(".gz") else open(path) as file:
-            for line in file:
-                yield json.loads(line)["text"]
-
-
-def write_tokens(args: argparse.Namespace) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    assert len(tokenizer) <= 2**16, "uint16 holds no larger vocabulary"
-    documents: list[list[int]] = []
-    batch: list[str] = []
-    for text in chain.from_iterable(map(iterate_documents, args.data)):
-        batch.append(text)
-        if len(batch) == 1000:
-            documents += tokenize(batch, tokenizer)
-            batch = []
-    documents += tokenize(batch, tokenizer)
-    packed = pack_documents(documents, args.length, args.short_length)
-    add_lookback(packed, args.lookback_share, seed=0)
-    counts = [len(lengths) for lengths in packed["lengths"]]
-    np.savez(
-        args.output,
-        input_ids=np.array(packed["input_ids"], dtype=np.uint16),
-        lengths=np.concatenate([np.array(lengths, dtype=np.int32) for lengths in packed["lengths"]]),
-        counts=np.array(counts, dtype=np.int32),
-    )
-    print(f"{len(counts):,} rows of {args.length} tokens, {len(counts) * args.length:,} in all, in {args.output}")
 
 
 def plan_runs(args: argparse.Namespace) -> Iterator[tuple[Run, str]]:

@@ -6,9 +6,7 @@ from typing import Literal
 from mha2mla.common.kernel_sizes import KERNEL_RANKS
 from mha2mla.common.options import shard_bytes
 
-CPU_BLOCK = (
-    32  # numbers that llama.cpp's CPU code takes at a time (64 with AVX-512); what is left over goes one by one
-)
+CPU_BLOCK = 32  # numbers that llama.cpp's CPU code takes at a time (64 with AVX-512); what is left over goes singly
 # Types of weights that each format can hold, the first being what `auto` makes of any other.
 DTYPES = {
     "deepseek-v3": ("bfloat16", "float32"),
