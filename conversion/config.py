@@ -11,6 +11,8 @@ from .cache_sizes import CacheSizes
 from .presets import Preset, preset_classes
 from .presets.calibrated import Calibrated
 
+CALIBRATION_TOKENS = 2**16
+
 
 @dataclass(kw_only=True)
 class CalibrationText:
@@ -34,8 +36,13 @@ class CalibrationText:
             "text. A recipe has its own."
         },
     )
-    samples: int = field(default=64, metadata={"help": "Blocks of calibration text."})
-    length: int = field(default=512, metadata={"help": "Tokens of a block."})
+    samples: int | None = field(
+        default=None, metadata={"help": f"Blocks of calibration text; by default {CALIBRATION_TOKENS:,} tokens of them."}
+    )
+    length: int | None = field(
+        default=None,
+        metadata={"help": "Tokens of a block; by default 2,048, or 1,024 on a CPU, where long contexts take longer."},
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the choice of calibration text."})
 
 
@@ -99,6 +106,10 @@ class ConversionConfig(CacheSizes, ServingOptions, CalibrationText, OutputOption
             names = ", ".join(f"{preset.__name__}()" for preset in preset_classes().values())
             raise ValueError(f"preset={self.preset!r} must be an object with the preset's options: {names}.")
         check_choices(self)
+        if self.length is None:
+            self.length = 1024 if self.device == "cpu" else 2048
+        if self.samples is None:
+            self.samples = max(1, CALIBRATION_TOKENS // self.length)
         check_least(self, samples=1, length=2)
         check_between(self, seed=SEEDS)
         shard_bytes(self.max_shard_size)

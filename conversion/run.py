@@ -157,7 +157,7 @@ def load_text(
     length] to measure the result on, if there is so much."""
     if options.preset.use_of_text is None:
         return None, None
-    assert options.data is not None
+    assert options.data is not None and options.samples is not None and options.length is not None
     blocks = load_blocks(
         folder,
         options.data,

@@ -114,7 +114,7 @@ def main() -> None:
     blocks = pack_blocks((tokenize_piece(text, tokenizer) for text in held_out), num_blocks=12, length=512)
 
     rows = [measure("original", source, blocks)]
-    text = dict(data=str(calibration), samples=24, length=512, overwrite=True)
+    text = dict(data=str(calibration), samples=12, overwrite=True)
     # Far fewer refinement steps than the default, to keep the demo short; more text and steps give a better model.
     # Few steps want a lower rate.
     for preset in (Paper(), Calibrated(refine_steps=24, refine_learning_rate=0.012)):

@@ -38,9 +38,9 @@ class Calibrated(Preset):
             DeepSeek's inference engines can express, or each layer's own, `"per-layer"`. Rotary keys per head have
             their own.
         refine_steps (`int`, *optional*, defaults to 320): Gradient steps on each layer.
-        refine_batch_size (`int`, *optional*, defaults to 2): Blocks of text a step.
+        refine_batch_size (`int`, *optional*, defaults to 1): Blocks of text a step.
         refine_learning_rate (`float`, *optional*, defaults to 0.03): Relative to the root mean square of each matrix.
-        score_samples (`int`, *optional*, defaults to 8): Blocks from which the cost of un-rotating is measured.
+        score_samples (`int`, *optional*, defaults to 4): Blocks from which the cost of un-rotating is measured.
         calibration_state (`str`, *optional*): Folder that keeps the statistics for another conversion.
     """
 
@@ -66,11 +66,11 @@ class Calibrated(Preset):
     refine_steps: int = field(
         default=320, metadata={"help": "Gradient steps on each layer against the original's; 0: none."}
     )
-    refine_batch_size: int = field(default=2, metadata={"help": "Blocks of text a refinement step."})
+    refine_batch_size: int = field(default=1, metadata={"help": "Blocks of text a refinement step."})
     refine_learning_rate: float = field(
         default=0.03, metadata={"help": "Relative to the root mean square of each matrix."}
     )
-    score_samples: int = field(default=8, metadata={"help": "Blocks from which the cost of un-rotating is measured."})
+    score_samples: int = field(default=4, metadata={"help": "Blocks from which the cost of un-rotating is measured."})
     calibration_state: str | None = field(
         default=None, metadata={"help": "Folder that keeps the statistics, to convert again at another size."}
     )
@@ -119,7 +119,7 @@ class Calibrated(Preset):
         return {"qk_nope_head_dim": head_dim(source), "num_nope_key_heads": source.num_attention_heads}
 
     def card_rows(self) -> dict[str, str]:
-        return {"Refinement": f"{self.refine_steps} steps a layer x {self.refine_batch_size} blocks"}
+        return {"Refinement": f"{self.refine_steps} steps a layer, blocks a step: {self.refine_batch_size}"}
 
     def passes(self, job: ConversionJob) -> Passes:
         from .passes import Passes

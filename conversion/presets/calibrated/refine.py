@@ -102,8 +102,9 @@ def refine_layer(
         while len(order) < settings.batch_size:
             order += torch.randperm(len(stream), generator=generator).tolist()
         chosen, order = order[: settings.batch_size], order[settings.batch_size :]
-        before = torch.cat([stream[i] for i in chosen]).to(device)
-        wanted = torch.cat([visit.outputs[i] for i in chosen]).to(device)
+        # Moved before they are joined: joining on the CPU would keep all its cores waiting between the steps of a GPU.
+        before = torch.cat([stream[i].to(device) for i in chosen])
+        wanted = torch.cat([visit.outputs[i].to(device) for i in chosen])
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * group["scale"] * rate_factor(step, settings)
         optimizer.zero_grad()
