@@ -95,7 +95,7 @@ def refine_layer(
     groups = [
         {"params": [w], "scale": max(scales[n], floor) if "bias" in n else scales[n]} for n, w in weights.items()
     ]
-    optimizer = torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-12)
+    optimizer = torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-12, fused=True)
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     for step in range(settings.steps):
