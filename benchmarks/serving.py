@@ -248,8 +248,9 @@ def main() -> None:
         run_case(args, args.case)
         return
     cases = args.cases.split(",")
-    process = start_case(cases[0])
+    process: subprocess.Popen | None = start_case(cases[0])
     for case, following in zip(cases, [*cases[1:], None], strict=True):
+        assert process is not None and process.stdin is not None
         process.stdin.write("\n")
         process.stdin.close()
         waiting = None if following is None else start_case(following)  # imports while this one starts its engine
