@@ -18,6 +18,7 @@ test: .venv-test/ready
 	.venv-test/bin/ruff check .
 	.venv-test/bin/ruff format --check .
 	.venv-test/bin/mypy -p mha2mla
+	.venv-test/bin/mypy benchmarks
 	.venv-test/bin/python -m pytest -q -n 2 --dist loadgroup
 
 # Exports in real engines, vLLM on the CPU and llama.cpp: 3.5 GB in a virtual environment of their own.

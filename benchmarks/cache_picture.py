@@ -19,7 +19,7 @@ LATENTS = {PLAIN: ("16 bits", "#8a9fd6"), "fp8": ("fp8", "#3b7dd8"), "int4": ("4
 
 
 def main() -> None:
-    from matplotlib import rcParams
+    from matplotlib import rc
     from matplotlib.figure import Figure
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -36,10 +36,11 @@ def main() -> None:
     def lost(row: dict) -> tuple[float, float]:
         return points_lost(row, original, list(original["right"]))
 
-    rcParams.update(
-        {"svg.fonttype": "none", "svg.hashsalt": "mha2mla", "font.family": "sans-serif", "text.color": GREY}
-        | {f"{part}color": GREY for part in ("axes.edge", "axes.label", "xtick.", "ytick.")}
-    )
+    rc("svg", fonttype="none", hashsalt="mha2mla")
+    rc("font", family="sans-serif")
+    rc("axes", edgecolor=GREY, labelcolor=GREY)
+    for part in ("text", "xtick", "ytick"):
+        rc(part, color=GREY)
     figure = Figure(figsize=(10, 5), layout="constrained", facecolor="none")
     for axes, measure, label in zip(
         figure.subplots(1, 2),

@@ -125,7 +125,7 @@ def make_config(options: dict, steps: Steps, args: argparse.Namespace) -> Conver
     values = ConversionConfig.from_dict(dict(data=args.data, device=args.device) | options).to_dict()
     overrides = {key: json.loads(value) for key, value in (item.split("=") for item in args.set)}
     config = ConversionConfig.from_dict(values | {key: overrides[key] for key in overrides.keys() & values.keys()})
-    config.preset.steps = steps
+    vars(config.preset)["steps"] = steps  # for this row alone: steps are no option, but a class's
     return config
 
 

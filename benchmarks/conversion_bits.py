@@ -69,7 +69,7 @@ BASE = dict(
     eos_token_id=2,
     pad_token_id=0,
 )
-KINDS = {
+KINDS: dict[str, tuple[type, dict]] = {
     "mha": (LlamaConfig, dict(num_key_value_heads=4)),
     "gqa": (LlamaConfig, dict(num_key_value_heads=2)),
     "mqa": (LlamaConfig, dict(num_key_value_heads=1, tie_word_embeddings=True)),
@@ -78,7 +78,7 @@ KINDS = {
     "mistral": (MistralConfig, dict(num_key_value_heads=2, sliding_window=None)),
     "qwen2": (Qwen2Config, dict(num_key_value_heads=2)),
 }
-ROPES = {
+ROPES: dict[str, dict] = {
     "default": {},
     "linear": dict(factor=2.0),
     "dynamic": dict(factor=2.0),

@@ -14,7 +14,7 @@ import json
 import os
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -182,7 +182,7 @@ def bytes_case(sizes) -> Iterator[dict]:
     yield dict(context=context, nbytes=cache_nbytes(cache), **shares)
 
 
-CASES = {
+CASES: dict[str, Callable[[dict], Iterator[dict]]] = {
     "eager": eager_case,
     "step": partial(step_case, wide=False),
     "wide": partial(step_case, wide=True),
@@ -212,7 +212,7 @@ def main() -> None:
     def write() -> None:
         path.write_text(json.dumps(results, indent=1, default=str) + "\n")
 
-    def run(name: str, case) -> None:
+    def run(name: str, case: Callable[[], object]) -> None:
         started = time.perf_counter()
         try:
             made = case()
@@ -240,7 +240,7 @@ def main() -> None:
         for case in KERNEL_CASES[:: 4 if args.tiny else 1]:
             if args.tiny:
                 case = (case[0], 9, 16, 8, *case[4:])
-            run(case[0], lambda case=case: kernel_case(*case, sizes, sweep, bandwidth))
+            run(case[0], partial(kernel_case, *case, sizes, sweep, bandwidth))
             if row := results.get(case[0]):
                 print(
                     f"{row['case']}: target {row['target_us']}, floor {row['floor_us']:.0f}, default "
@@ -249,9 +249,9 @@ def main() -> None:
                     f"{row['share_of_copy_bandwidth']:.0%} of copy; "
                     f"torch {row['torch_us']:.0f}"
                 )
-    for name, case in CASES.items():
+    for name, rows in CASES.items():
         if name in wanted:
-            run(name, lambda case=case: case(sizes))
+            run(name, partial(rows, sizes))
     print(f"Wrote {path}")
 
 

@@ -3,6 +3,7 @@
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 
 import torch
@@ -108,15 +109,15 @@ def kernel_case(name, heads, rank, rope, form, masked, target, sizes, sweep, ban
             for q, e in zip(query, numbers, strict=True)
         ]
     )
-    variants = []
+    variants: list[dict] = []
     for tiles in tiles_to_try(rank, form, sweep):
         label = (
             "default" if tiles is None else f"{tiles.block_m}/{tiles.block_n}/{tiles.num_warps}w/{tiles.num_stages}s"
         )
         try:
-            got = decode_attention(query, [part], rank, 1, scaling, tiles)
-            seconds = time_calls(lambda t=tiles: decode_attention(query, [part], rank, 1, scaling, t), DEVICE, 0.2)
-            variants.append(dict(tiles=label, us=seconds * 1e6, error=error(got, expected)))
+            attention = partial(decode_attention, query, [part], rank, 1, scaling, tiles)
+            wrong = error(attention(), expected)
+            variants.append(dict(tiles=label, us=time_calls(attention, DEVICE, 0.2) * 1e6, error=wrong))
         except Exception as problem:  # too much shared memory, say: the other tiles still tell something
             variants.append(dict(tiles=label, us=float("inf"), failed=str(problem)[:300]))
 

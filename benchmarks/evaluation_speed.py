@@ -52,7 +52,8 @@ def main() -> None:
             ]
             return [log_likelihood for log_likelihood, _ in harness.loglikelihood(instances, disable_tqdm=True)]
 
-        best, values = {}, {}
+        best: dict[str, float] = {}
+        values: dict[str, list[float]] = {}
         for _ in range(2):
             for name, measure in (("mha2mla", ours), ("lm-evaluation-harness", theirs)):
                 start = time.perf_counter()

@@ -72,7 +72,8 @@ def main() -> None:
     args = parser.parse_args()
 
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(args.device).eval()
-    architecture, seen = architecture_of(model.config), [[] for _ in model.model.layers]
+    architecture = architecture_of(model.config)
+    seen: list[list[torch.Tensor]] = [[] for _ in model.model.layers]
     for layer, inputs in zip(model.model.layers, seen, strict=True):
         layer.self_attn.k_proj.register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0][0]))
     for block in load_blocks(args.model, args.data, args.blocks, 512):

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from mha2mla.modeling import CACHE_ARGUMENT, cache_nbytes, quantized_cache
 
-SETTINGS = [
+SETTINGS: list[dict] = [
     dict(nbits=8),
     dict(backend="fp8"),
     dict(nbits=4),

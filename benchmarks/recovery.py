@@ -182,7 +182,8 @@ def run_row(run: Run, folder: str, args: argparse.Namespace) -> None:
         last = next(line for line in reversed(history) if "eval_perplexity" in line)
         model, tokenizer, batch_size = trained_model(trainer), trainer.processing_class, trainer.args.eval_batch_size
         original = AutoModelForCausalLM.from_pretrained(args.source, dtype=model.dtype).to(model.device).eval()
-        texts, sets, perplexities = {"validation": list(TokenRows(args.eval_rows))}, {}, {}
+        held_out, sets, perplexities = TokenRows(args.eval_rows), {}, {}
+        texts: dict[str, list[dict]] = {"validation": [held_out[index] for index in range(len(held_out))]}
         for name, spec in (item.split("=", 1) for item in args.text):
             blocks = read_blocks(spec, tokenizer, args.blocks)
             texts[name] = [dict(input_ids=block.numpy(), lengths=[len(block)]) for block in blocks]

@@ -32,32 +32,20 @@ from transformers import LlamaConfig
 from mha2mla.conversion.export.deepseek import stock_config, tiny_gauge
 from mha2mla.conversion.export.plan import ExportPlan
 from mha2mla.conversion.export.rope_table import RopeTable
+from mha2mla.evaluation.speed.dimensions import DIMENSIONS
 from mha2mla.modeling import MLALlamaConfig
 
-DIMENSIONS = {
-    "llama-3-8b": dict(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-    ),
-    "llama-3-70b": dict(
-        vocab_size=128256,
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-    ),
-    "pico": dict(
+MODELS = {
+    "llama-3-8b": DIMENSIONS["llama-3-8b"],
+    "llama-3-70b": DIMENSIONS["llama-2-70b"] | dict(vocab_size=128256),
+    "pico": dict(  # with heads of the size that kernels are made for
         vocab_size=512,
         hidden_size=256,
         intermediate_size=256,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
+        head_dim=128,
     ),
 }
 CASES = ("gqa-auto", "gqa-fp8", "512-auto", "512-fp8", "256-auto")
@@ -65,10 +53,9 @@ CASES = ("gqa-auto", "gqa-fp8", "512-auto", "512-fp8", "256-auto")
 
 def write_config(folder: Path, model: str, layers: int | None, attention: str, length: int) -> None:
     """The config of the original or of its conversion; vLLM needs no more for weights drawn at random."""
-    dimensions = DIMENSIONS[model] | ({} if layers is None else {"num_hidden_layers": layers})
-    common = dict(
-        **dimensions,
-        head_dim=128,
+    sizes = {field: size for field, size in MODELS[model].items() if field != "model_type"}
+    common = sizes | dict(
+        num_hidden_layers=layers or sizes["num_hidden_layers"],
         max_position_embeddings=length,
         rms_norm_eps=1e-5,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
@@ -226,7 +213,7 @@ def start_case(case: str) -> subprocess.Popen:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=DIMENSIONS, default="llama-3-8b")
+    parser.add_argument("--model", choices=MODELS, default="llama-3-8b")
     parser.add_argument("--layers", type=int, help="Fewer than the model has, where memory asks for it.")
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--batches", default="1,48,capacity")
@@ -248,8 +235,9 @@ def main() -> None:
         run_case(args, args.case)
         return
     cases = args.cases.split(",")
-    process = start_case(cases[0])
+    process: subprocess.Popen | None = start_case(cases[0])
     for case, following in zip(cases, [*cases[1:], None], strict=True):
+        assert process is not None and process.stdin is not None
         process.stdin.write("\n")
         process.stdin.close()
         waiting = None if following is None else start_case(following)  # imports while this one starts its engine

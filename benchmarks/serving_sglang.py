@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 import torch
 from serving_quality import add_row, greedy_file, greedy_rows, prompts_of, quality, read_ids, transformers_rows
 
-from serving import DIMENSIONS, print_table, write_config
+from serving import MODELS, print_table, write_config
 
 KINDS = {"auto": "auto", "fp8": "fp8_e4m3"}  # vLLM's names of caches, and SGLang's
 
@@ -56,7 +56,7 @@ def run_case(args: argparse.Namespace, case: str) -> None:
             disable_prefill_cuda_graph=True,  # which SGLang has for the original only
             stream_interval=16,
         )
-        vocabulary = DIMENSIONS[args.model]["vocab_size"]
+        vocabulary = MODELS[args.model]["vocab_size"]
         spec = dict(batches=args.batches.split(","), prompt=args.prompt, new=args.new, vocabulary=vocabulary)
         rows = run_engine(args, kind, engine, spec)
     about = dict(model=args.model, layers=args.layers, case=case, backend=args.backend)
@@ -88,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", required=True, help="Command of a Python that has SGLang.")
     parser.add_argument("--backend", default="fa3", help="SGLang's attention backend.")
-    parser.add_argument("--model", choices=DIMENSIONS, default="llama-3-8b")
+    parser.add_argument("--model", choices=MODELS, default="llama-3-8b")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--cases", default="gqa-auto,gqa-fp8,512-auto,512-fp8")
     parser.add_argument("--batches", default="1,48,capacity")

@@ -12,11 +12,9 @@ from pathlib import Path
 async def serve_one(engine, ids: list[int], new: int, start: float) -> tuple[float, float]:
     """Seconds to the first token and to the last one."""
     options = dict(max_new_tokens=new, ignore_eos=True, temperature=0.0)
-    first = None
-    async for _ in await engine.async_generate(input_ids=ids, sampling_params=options, stream=True):
-        last = time.perf_counter() - start
-        first = last if first is None else first
-    return first, last
+    pieces = await engine.async_generate(input_ids=ids, sampling_params=options, stream=True)
+    times = [time.perf_counter() - start async for _ in pieces]
+    return times[0], times[-1]
 
 
 def run_batch(engine, requests: int, prompt: int, new: int, vocabulary: int) -> dict:

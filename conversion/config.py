@@ -37,7 +37,8 @@ class CalibrationText:
         },
     )
     samples: int | None = field(
-        default=None, metadata={"help": f"Blocks of calibration text; by default {CALIBRATION_TOKENS:,} tokens of them."}
+        default=None,
+        metadata={"help": f"Blocks of calibration text; by default {CALIBRATION_TOKENS:,} tokens of them."},
     )
     length: int | None = field(
         default=None,

@@ -10,11 +10,12 @@ from mha2mla.modeling.latent_config import LatentConfigMixin
 from .cache_plan import CachePlan
 from .config import ConversionConfig
 from .export.engines import engines_for_frequencies
+from .recovered import MODEL, POINTS_LOST
 
-# docs/recovery.md. Nothing is known of another model before it is measured.
+LOST = {tokens: runs[0][0] for tokens, runs in POINTS_LOST[18.75].items()}
 RECOVERY = (
-    "Recovery: SmolLM2-135M-Instruct, at 18.75 % of its cache, was 2.0 points of accuracy below the original after 20 "
-    "million tokens of training, and 1.0 after 78 million (docs/recovery.md)"
+    f"Recovery: {MODEL}, at 18.75 % of its cache, was {LOST[20]:.1f} points of accuracy below the original after 20 "
+    f"million tokens of training, and {LOST[78]:.1f} after 78 million (docs/recovery.md)"
 )
 PLUGIN = "  # after pip install 'mha2mla[vllm]'"
 

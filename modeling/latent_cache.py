@@ -211,7 +211,7 @@ class OneBufferLayer(LatentLayer):
 class LatentDynamicLayer(OneBufferLayer, DynamicLayer):
     """Grows by the tokens it is given, without copying those already there (see [`GrowingBuffer`])."""
 
-    _layer_type = LATENT_LAYER_TYPE
+    _layer_type: str | None = LATENT_LAYER_TYPE
 
     def __init__(self, **kwargs):
         self.buffer = GrowingBuffer()
@@ -264,7 +264,7 @@ class LatentStaticLayer(OneBufferLayer, StaticLayer):
     """Allocated once for `max_cache_len` tokens, rounded up, and written in place, for `torch.compile` and CUDA
     graphs."""
 
-    _layer_type = LATENT_LAYER_TYPE
+    _layer_type: str | None = LATENT_LAYER_TYPE
     cumulative_length: torch.Tensor
 
     def __init__(self, max_cache_len: int, **kwargs):
