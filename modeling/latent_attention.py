@@ -33,10 +33,14 @@ def select_frequencies(
         cos and sin of shape [B, n, T, r].
     """
     n, half = rope_frequencies.shape
-    index = torch.cat((rope_frequencies, rope_frequencies), dim=-1).flatten()
+    index = rope_frequencies.flatten()
 
     def pick(table: torch.Tensor) -> torch.Tensor:
-        return table.index_select(-1, index).view(*table.shape[:-1], n, 2 * half).transpose(1, 2)
+        batch, num_queries, head_dim = table.shape
+        picked = table.view(batch, num_queries, 2, head_dim // 2).index_select(-1, index)  # [B, T, 2, n*r/2]
+        if n == 1:
+            return picked.view(batch, 1, num_queries, 2 * half)
+        return picked.unflatten(-1, (n, half)).permute(0, 3, 1, 2, 4).flatten(3)
 
     return pick(cos), pick(sin)
 
@@ -52,10 +56,24 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     Returns:
         The rotated x, [B, heads, T, r].
     """
-    if cos.shape[1] > 1:
-        cos, sin = repeat_heads(cos, x.shape[1]), repeat_heads(sin, x.shape[1])
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    n, half = cos.shape[1], cos.shape[-1] // 2
+    if n > 1:
+        x, cos, sin = x.unflatten(1, (n, -1)), cos.unsqueeze(2), sin.unsqueeze(2)  # [B, n, heads/n, T, r]
+    first, second = x.split_with_sizes([half, half], dim=-1)
+    rotated = x * cos + torch.cat((-second, first), dim=-1) * sin
+    return rotated.flatten(1, 2) if n > 1 else rotated
+
+
+def rotate_both(
+    queries: torch.Tensor, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[`rotate`] of queries [B, H, T, r] and keys [B, n, T, r]. A shared key is one head more, so that an eager
+    decoding step, which waits for the host, launches half as much; a compiler fuses them as they are."""
+    if keys.shape[1] > 1 or torch.compiler.is_compiling():
+        return rotate(queries, cos, sin), rotate(keys, cos, sin)
+    rotated = rotate(torch.cat((queries, keys), dim=1), cos, sin)
+    queries, keys = rotated.split_with_sizes([queries.shape[1], 1], dim=1)
+    return queries, keys
 
 
 def repeat_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
