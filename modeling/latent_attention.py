@@ -141,13 +141,14 @@ def add_mask(scores: torch.Tensor, attention_mask: torch.Tensor | None) -> torch
 
 def multiply_heads(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """
-    x [B, heads, rows, K] by one matrix a head, [heads, K, L]: [B, heads, rows, L].
+    x [B, heads, rows, K] by one matrix for each group of heads, [groups, K, L]: [B, heads, rows, L].
 
     `matmul` would copy the matrices for every sequence, which at a batch of 400 costs more than the attention.
     """
     batch, heads, rows, width = x.shape
-    flat = x.transpose(0, 1).reshape(heads, batch * rows, width).bmm(weights)  # [heads, B * rows, L]
-    return flat.view(heads, batch, rows, weights.shape[2]).transpose(0, 1)
+    groups, _, out_width = weights.shape
+    flat = x.transpose(0, 1).reshape(groups, heads // groups * batch * rows, width).bmm(weights)
+    return flat.view(heads, batch, rows, out_width).transpose(0, 1)
 
 
 def absorb_query(q_nope: torch.Tensor, q_rope: torch.Tensor, w_uk: torch.Tensor, shape: LatentShape) -> torch.Tensor:
@@ -162,10 +163,7 @@ def absorb_query(q_nope: torch.Tensor, q_rope: torch.Tensor, w_uk: torch.Tensor,
     Returns:
         [B, H*T, W].
     """
-    batch, num_heads, num_queries, _ = q_nope.shape
-    rows = num_heads // shape.num_nope_key_heads * num_queries
-    grouped = q_nope.reshape(batch, shape.num_nope_key_heads, rows, shape.qk_nope_head_dim)
-    q_latent = multiply_heads(grouped, w_uk).reshape(batch, num_heads, num_queries, shape.kv_lora_rank)
+    q_latent = multiply_heads(q_nope, w_uk)  # [B, H, T, R]
     n = shape.num_rope_key_heads
     if n > 1:
         # Every query head sees all rotary keys of an entry: its own slot holds the query, the others zeros.
@@ -178,10 +176,8 @@ def absorb_query(q_nope: torch.Tensor, q_rope: torch.Tensor, w_uk: torch.Tensor,
 def expand_output(context: torch.Tensor, w_uv: torch.Tensor, shape: LatentShape) -> torch.Tensor:
     """Values [B, T, H, v] from what heads see of the latents [B, H*T, R], by their up-projections `w_uv` [G, v, R]."""
     batch, rows, rank = context.shape
-    context = context.view(batch, shape.num_key_value_heads, -1, rank)  # [B, G, H/G * T, R]
-    values = multiply_heads(context, w_uv.transpose(1, 2))  # [B, G, H/G * T, v]
-    num_heads = shape.num_attention_heads
-    return values.reshape(batch, num_heads, rows // num_heads, -1).transpose(1, 2)
+    context = context.view(batch, shape.num_attention_heads, rows // shape.num_attention_heads, rank)
+    return multiply_heads(context, w_uv.transpose(1, 2)).transpose(1, 2)
 
 
 def absorbed_attention(
