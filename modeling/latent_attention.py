@@ -33,10 +33,14 @@ def select_frequencies(
         cos and sin of shape [B, n, T, r].
     """
     n, half = rope_frequencies.shape
-    index = torch.cat((rope_frequencies, rope_frequencies), dim=-1).flatten()
+    index = rope_frequencies.flatten()
 
     def pick(table: torch.Tensor) -> torch.Tensor:
-        return table.index_select(-1, index).view(*table.shape[:-1], n, 2 * half).transpose(1, 2)
+        batch, num_queries, head_dim = table.shape
+        picked = table.view(batch, num_queries, 2, head_dim // 2).index_select(-1, index)  # [B, T, 2, n*r/2]
+        if n == 1:
+            return picked.view(batch, 1, num_queries, 2 * half)
+        return picked.unflatten(-1, (n, half)).permute(0, 3, 1, 2, 4).flatten(3)
 
     return pick(cos), pick(sin)
 
@@ -52,10 +56,24 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     Returns:
         The rotated x, [B, heads, T, r].
     """
-    if cos.shape[1] > 1:
-        cos, sin = repeat_heads(cos, x.shape[1]), repeat_heads(sin, x.shape[1])
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    n, half = cos.shape[1], cos.shape[-1] // 2
+    if n > 1:
+        x, cos, sin = x.unflatten(1, (n, -1)), cos.unsqueeze(2), sin.unsqueeze(2)  # [B, n, heads/n, T, r]
+    first, second = x.split_with_sizes([half, half], dim=-1)
+    rotated = x * cos + torch.cat((-second, first), dim=-1) * sin
+    return rotated.flatten(1, 2) if n > 1 else rotated
+
+
+def rotate_both(
+    queries: torch.Tensor, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[`rotate`] of queries [B, H, T, r] and keys [B, n, T, r]. A shared key is one head more, so that an eager
+    decoding step, which waits for the host, launches half as much; a compiler fuses them as they are."""
+    if keys.shape[1] > 1 or torch.compiler.is_compiling():
+        return rotate(queries, cos, sin), rotate(keys, cos, sin)
+    rotated = rotate(torch.cat((queries, keys), dim=1), cos, sin)
+    queries, keys = rotated.split_with_sizes([queries.shape[1], 1], dim=1)
+    return queries, keys
 
 
 def repeat_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -123,13 +141,14 @@ def add_mask(scores: torch.Tensor, attention_mask: torch.Tensor | None) -> torch
 
 def multiply_heads(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """
-    x [B, heads, rows, K] by one matrix a head, [heads, K, L]: [B, heads, rows, L].
+    x [B, heads, rows, K] by one matrix for each group of heads, [groups, K, L]: [B, heads, rows, L].
 
     `matmul` would copy the matrices for every sequence, which at a batch of 400 costs more than the attention.
     """
     batch, heads, rows, width = x.shape
-    flat = x.transpose(0, 1).reshape(heads, batch * rows, width).bmm(weights)  # [heads, B * rows, L]
-    return flat.view(heads, batch, rows, weights.shape[2]).transpose(0, 1)
+    groups, _, out_width = weights.shape
+    flat = x.transpose(0, 1).reshape(groups, heads // groups * batch * rows, width).bmm(weights)
+    return flat.view(heads, batch, rows, out_width).transpose(0, 1)
 
 
 def absorb_query(q_nope: torch.Tensor, q_rope: torch.Tensor, w_uk: torch.Tensor, shape: LatentShape) -> torch.Tensor:
@@ -144,10 +163,7 @@ def absorb_query(q_nope: torch.Tensor, q_rope: torch.Tensor, w_uk: torch.Tensor,
     Returns:
         [B, H*T, W].
     """
-    batch, num_heads, num_queries, _ = q_nope.shape
-    rows = num_heads // shape.num_nope_key_heads * num_queries
-    grouped = q_nope.reshape(batch, shape.num_nope_key_heads, rows, shape.qk_nope_head_dim)
-    q_latent = multiply_heads(grouped, w_uk).reshape(batch, num_heads, num_queries, shape.kv_lora_rank)
+    q_latent = multiply_heads(q_nope, w_uk)  # [B, H, T, R]
     n = shape.num_rope_key_heads
     if n > 1:
         # Every query head sees all rotary keys of an entry: its own slot holds the query, the others zeros.
@@ -160,10 +176,8 @@ def absorb_query(q_nope: torch.Tensor, q_rope: torch.Tensor, w_uk: torch.Tensor,
 def expand_output(context: torch.Tensor, w_uv: torch.Tensor, shape: LatentShape) -> torch.Tensor:
     """Values [B, T, H, v] from what heads see of the latents [B, H*T, R], by their up-projections `w_uv` [G, v, R]."""
     batch, rows, rank = context.shape
-    context = context.view(batch, shape.num_key_value_heads, -1, rank)  # [B, G, H/G * T, R]
-    values = multiply_heads(context, w_uv.transpose(1, 2))  # [B, G, H/G * T, v]
-    num_heads = shape.num_attention_heads
-    return values.reshape(batch, num_heads, rows // num_heads, -1).transpose(1, 2)
+    context = context.view(batch, shape.num_attention_heads, rows // shape.num_attention_heads, rank)
+    return multiply_heads(context, w_uv.transpose(1, 2)).transpose(1, 2)
 
 
 def absorbed_attention(

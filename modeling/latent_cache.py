@@ -150,7 +150,8 @@ class OneBufferLayer(LatentLayer):
     @property
     def values(self) -> torch.Tensor:
         """View of the latents, [batch, 1, tokens, R]."""
-        return self.keys if self.keys is None else self.keys[..., : self.kv_lora_rank]
+        keys = self.keys
+        return keys if keys is None else keys[..., : self.kv_lora_rank]
 
     @values.setter
     def values(self, _: torch.Tensor | None) -> None:
@@ -176,7 +177,8 @@ class OneBufferLayer(LatentLayer):
         if self.kv_lora_rank is None:
             self.kv_lora_rank = value_states.shape[-1]
         self.append(key_states)
-        return self.keys, self.values
+        keys = self.keys
+        return keys, keys[..., : self.kv_lora_rank]
 
     @property
     def nbytes(self) -> int:

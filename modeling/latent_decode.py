@@ -31,6 +31,7 @@ from .latent_tiles import (
     choose_splits,
     choose_tiles,
     choose_wide_tiles,
+    next_power_of_2,
     padded_columns,
     wide_tiles_fit,
 )
@@ -199,9 +200,9 @@ def _combine(query: torch.Tensor, partial: torch.Tensor, log_sums: torch.Tensor,
     """The second stage, from partial outputs [B, H * T, splits, R]."""
     batch, num_rows, num_splits = log_sums.shape
     output = torch.empty(batch, num_rows, rank, dtype=query.dtype, device=query.device)
-    block = min(256, triton.next_power_of_2(rank))
+    block = min(256, next_power_of_2(rank))
     combine[(batch * num_rows, -(-rank // block))](
-        partial, log_sums, output, num_splits, RANK=rank, SPLITS=triton.next_power_of_2(num_splits), BLOCK=block
+        partial, log_sums, output, num_splits, RANK=rank, SPLITS=next_power_of_2(num_splits), BLOCK=block
     )
     return output
 

@@ -26,7 +26,7 @@ from .latent_attention import (
     default_rope_frequencies,
     expand_keys_values,
     expand_output,
-    rotate,
+    rotate_both,
     select_frequencies,
 )
 from .latent_cache import CACHE_ARGUMENT, LatentLayer, latent_layer
@@ -108,7 +108,7 @@ class MultiHeadLatentAttention(nn.Module):
         q_nope, q_rope = self.make_queries(hidden_states)
         latents, rope_keys = self.make_entries(hidden_states)
         # OLMo 2 rotates in fp32, whatever the model's type is.
-        q_rope, rope_keys = (rotate(part, cos, sin).to(hidden_states.dtype) for part in (q_rope, rope_keys))
+        q_rope, rope_keys = (part.to(hidden_states.dtype) for part in rotate_both(q_rope, rope_keys, cos, sin))
 
         # Store.
         path = AttentionPath.EXPANDED

@@ -62,14 +62,15 @@ class LatentShape:
 
     def split_queries(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Un-rotated and rotary parts [B, H, T, nope] and [B, H, T, r] of queries [B, T, H * (nope + r)]."""
-        heads = queries.unflatten(-1, (self.num_attention_heads, self.qk_head_dim)).transpose(1, 2)
-        q_nope, q_rope = heads.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        heads = queries.view(*queries.shape[:2], self.num_attention_heads, self.qk_head_dim).transpose(1, 2)
+        q_nope, q_rope = heads.split_with_sizes([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         return q_nope, q_rope
 
     def split(self, entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents [B, S, R] and rotary keys [B, n, S, r] of entries [B, S, W]."""
-        latents, rope_keys = entries.split([self.kv_lora_rank, self.rope_width], dim=-1)
-        return latents, rope_keys.unflatten(-1, (self.num_rope_key_heads, self.qk_rope_head_dim)).transpose(1, 2)
+        latents, rope_keys = entries.split_with_sizes([self.kv_lora_rank, self.rope_width], dim=-1)
+        heads = rope_keys.view(*rope_keys.shape[:2], self.num_rope_key_heads, self.qk_rope_head_dim)
+        return latents, heads.transpose(1, 2)
 
     def join(self, latents: torch.Tensor, rope_keys: torch.Tensor) -> torch.Tensor:
         """The inverse of [`split`]: entries [B, S, W]."""
@@ -85,7 +86,8 @@ class LatentShape:
 
     def split_up_projection(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The matrix of each un-rotated key head [N, nope, R] and value head [G, v, R], of [N*nope + G*v, R]."""
-        keys, values = weight[: self.expanded_keys_width], weight[self.expanded_keys_width :]
+        widths = [self.expanded_keys_width, self.num_key_value_heads * self.v_head_dim]
+        keys, values = weight.split_with_sizes(widths)
         return (
             keys.view(self.num_nope_key_heads, self.qk_nope_head_dim, weight.shape[1]),
             values.view(self.num_key_value_heads, self.v_head_dim, weight.shape[1]),

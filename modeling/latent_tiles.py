@@ -6,7 +6,6 @@ from functools import lru_cache
 
 import torch
 
-from .latent_kernels import triton
 from .latent_quantization import CODE_BITS
 
 # Of a wider latent a program of `attend_split` cannot hold the output.
@@ -64,7 +63,7 @@ class WideTiles:
 def fit_columns(width: int, block_c: int) -> WideTiles:
     """Tiles of so many low and high columns a group, and room behind them for what is left of the width."""
     left = max(1, width - 2 * WideTiles.groups * block_c)
-    return WideTiles(block_c, max(16, triton.next_power_of_2(-(-left // WideTiles.groups))))
+    return WideTiles(block_c, max(16, next_power_of_2(-(-left // WideTiles.groups))))
 
 
 @lru_cache(maxsize=1024)
@@ -89,7 +88,7 @@ def choose_wide_tiles(rank: int, width: int, element_size: int, device: torch.de
 def choose_tiles(num_rows: int, rank: int, rope: int, element_size: int, device: torch.device) -> Tiles:
     """Tiles whose operands fit the device's registers and shared memory."""
     block_c, block_rope = padded_columns(rank), padded_columns(rope)
-    block_m = max(16, min(32, triton.next_power_of_2(num_rows), MAX_ACCUMULATORS // block_c))
+    block_m = max(16, min(32, next_power_of_2(num_rows), MAX_ACCUMULATORS // block_c))
     if device.type != "cuda":
         return Tiles(block_m)
     room = shared_memory(device)
@@ -108,7 +107,7 @@ def choose_packed_tiles(num_rows: int, rank: int, rope: int, form: str, device: 
     in two buffers; with one buffer and smaller tiles, two programs share a multiprocessor."""
     num_parts = 16 // CODE_BITS[form]
     units, block_rope = -(-rank // num_parts), padded_columns(-(-rope // num_parts))
-    block_m = max(16, min(32, triton.next_power_of_2(num_rows), MAX_ACCUMULATORS // (2 * padded_columns(rank))))
+    block_m = max(16, min(32, next_power_of_2(num_rows), MAX_ACCUMULATORS // (2 * padded_columns(rank))))
     room = shared_memory(device) if device.type == "cuda" else 2**18
     for sizes in PACKED_SIZES:
         block_n, block_u, num_stages = sizes[0], min(sizes[1], padded_columns(units)), sizes[3]
@@ -120,9 +119,14 @@ def choose_packed_tiles(num_rows: int, rank: int, rope: int, form: str, device: 
     return PackedTiles(block_m, block_n, block_u, *sizes[2:])
 
 
+def next_power_of_2(size: int) -> int:
+    """The smallest one that is not below `size`. Triton's own costs the host ten times as much."""
+    return 1 << (size - 1).bit_length()
+
+
 def padded_columns(size: int) -> int:
     """Columns of a section as a kernel holds them: a power of two."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, next_power_of_2(size))
 
 
 def shared_memory(device: torch.device) -> int:
