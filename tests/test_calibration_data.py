@@ -6,6 +6,7 @@ import pytest
 from conftest import pico_tokenizer
 
 from mha2mla.common.text import PIECE_LENGTH, load_blocks
+from mha2mla.conversion import ConversionConfig
 
 NUM_DOCUMENTS = 40  # each of one word, many times over
 
@@ -37,3 +38,19 @@ def test_without_a_seed_text_keeps_its_order(folder_and_file):
 def test_too_little_text_is_said(folder_and_file):
     with pytest.raises(ValueError, match="--samples"):
         load_blocks(*folder_and_file, 10_000, 512)
+
+
+@pytest.mark.parametrize(
+    ("given", "samples", "length"),
+    [
+        ({}, 64, 1024),
+        (dict(device="cuda:0"), 32, 2048),
+        (dict(length=4096, device="cuda"), 16, 4096),
+        (dict(samples=12), 12, 1024),
+        (dict(length=10**6), 1, 10**6),
+    ],
+)
+def test_blocks_by_default_hold_as_many_tokens_and_are_longer_on_a_gpu(given, samples, length):
+    config = ConversionConfig(cache_ratio=0.3, data="texts.jsonl", **given)
+    assert (config.samples, config.length) == (samples, length)
+    assert ConversionConfig.from_dict(config.to_dict()) == config

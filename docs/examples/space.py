@@ -30,8 +30,8 @@ def demo_models() -> tuple[Path, Path]:
     cache.mkdir(exist_ok=True)
     source = fetch_source(cache)
     if not converted.is_dir():
-        quick = Calibrated(refine_steps=24, refine_learning_rate=0.012)
-        text = dict(data=str(write_texts(cache)[0]), samples=12)
+        quick = Calibrated(refine_steps=24, refine_batch_size=2, refine_learning_rate=0.012)
+        text = dict(data=str(write_texts(cache)[0]), samples=24, length=512)
         convert(str(source), converted, ConversionConfig(preset=quick, cache_ratio=0.3125, **text))
     return source, converted
 
