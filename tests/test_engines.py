@@ -65,8 +65,11 @@ def test_engines_of_any_size_take_what_is_asked_for():
 
 def test_advice_names_what_is_smaller_than_the_source():
     assert advise_sizes(640, 2048) == (
-        "GPU kernels of vLLM and SGLang take 512 + 64 (28.1% of the cache) or 256 + 64 (15.6% of the cache): --serve "
-        "vllm chooses them"
+        "vLLM's GPU kernels take 512 + 64 (28.1% of the cache) or 256 + 64 (15.6% of the cache), SGLang's 512 + 64: "
+        "--serve vllm chooses among them"
+    )
+    assert advise_sizes(120, 384) == (
+        "vLLM's GPU kernels take 256 + 64 (83.3% of the cache): --serve vllm chooses among them"
     )
     assert advise_sizes(576, 2048) is None  # one of them already
     assert advise_sizes(120, 320) is None  # nothing to gain

@@ -93,7 +93,8 @@ def advise_sizes(width: int, source_width: int) -> str | None:
     if not smaller or width in [rank + KERNEL_ROPE_DIM for rank in smaller]:
         return None
     shares = [f"{r} + {KERNEL_ROPE_DIM} ({(r + KERNEL_ROPE_DIM) / source_width:.1%} of the cache)" for r in smaller]
-    return f"GPU kernels of vLLM and SGLang take {' or '.join(shares)}: --serve vllm chooses them"
+    too = [f", SGLang's {r} + {KERNEL_ROPE_DIM}" for r in ENGINES["sglang"].kernel_ranks if r in smaller]
+    return f"vLLM's GPU kernels take {' or '.join(shares)}{''.join(too)}: --serve vllm chooses among them"
 
 
 def engines_for(plan: ExportPlan, config: LatentConfigMixin) -> str:
