@@ -63,7 +63,7 @@ class WideTiles:
 def fit_columns(width: int, block_c: int) -> WideTiles:
     """Tiles of so many low and high columns a group, and room behind them for what is left of the width."""
     left = max(1, width - 2 * WideTiles.groups * block_c)
-    return WideTiles(block_c, max(16, next_power_of_2(-(-left // WideTiles.groups))))
+    return WideTiles(block_c, padded_columns(-(-left // WideTiles.groups)))
 
 
 @lru_cache(maxsize=1024)

@@ -16,7 +16,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mha2mla.cli.chat import cache_line
-from mha2mla.conversion import Calibrated, ConversionConfig, convert
+from mha2mla.conversion import convert
 from mha2mla.evaluation.chat import Speaker, answer_together
 
 QUESTIONS = ["What does the for statement do in Python?", "What is a list?", "Explain what an exception is."]
@@ -24,15 +24,13 @@ QUESTIONS = ["What does the for statement do in Python?", "What is a list?", "Ex
 
 def demo_models() -> tuple[Path, Path]:
     """The demo's original and its conversion, made here where `make demo` has not run."""
-    from demo import fetch_source, write_texts
+    from demo import QUICK, demo_config, fetch_source, write_texts
 
     cache, converted = Path(".cache"), Path("out/SmolLM2-135M-Instruct-MLA-calibrated")
     cache.mkdir(exist_ok=True)
     source = fetch_source(cache)
     if not converted.is_dir():
-        quick = Calibrated(refine_steps=24, refine_batch_size=2, refine_learning_rate=0.012)
-        text = dict(data=str(write_texts(cache)[0]), samples=24, length=512)
-        convert(str(source), converted, ConversionConfig(preset=quick, cache_ratio=0.3125, **text))
+        convert(str(source), converted, demo_config(QUICK, write_texts(cache)[0]))
     return source, converted
 
 
