@@ -12,7 +12,7 @@ import torch
 from huggingface_hub.utils import tqdm
 from torch import nn
 
-from mha2mla.modeling.latent_attention import expand_keys_values, rotate, select_frequencies
+from mha2mla.modeling.latent_attention import expand_keys_values, repeat_heads, rotate, select_frequencies
 
 from .architectures import Architecture
 from .attention_weights import LatentAttention, SourceAttention, project
@@ -124,17 +124,19 @@ def attend(
     cos, sin = select_frequencies(*position_embeddings, layer.rope_frequencies)
     q_nope, q_rope = layer.queries(x)
     inputs = layer.inputs(x)
-    q_rope, k_rope = rotate(q_rope, cos, sin), rotate(project(inputs, layer.k_rope, layer.k_rope_bias), cos, sin)
     up = torch.cat((layer.k_up.flatten(0, 1), layer.v_up.flatten(0, 1)))
     expanded = nn.functional.linear(nn.functional.linear(inputs, layer.latent), up)
+    q_rope, k_rope = rotate(q_rope, cos, sin), rotate(project(inputs, layer.k_rope, layer.k_rope_bias), cos, sin)
+    # Rotated in the tables' fp32, and not joined in it: under autocast all of the keys would be widened and narrowed.
+    q_rope, k_rope = q_rope.to(expanded.dtype), k_rope.to(expanded.dtype)
     keys, values = expand_keys_values(expanded, k_rope, layer.shape)
-    repeats = layer.shape.num_attention_heads // keys.shape[1]
+    num_heads = layer.shape.num_attention_heads
     # Fused attention wants one width; padded, it runs twice as fast on a CPU as unfused.
     values = nn.functional.pad(values, (0, keys.shape[-1] - head_dim))
     output = nn.functional.scaled_dot_product_attention(
         torch.cat((q_nope, q_rope), dim=-1),
-        keys.repeat_interleave(repeats, dim=1),
-        values.repeat_interleave(repeats, dim=1),
+        repeat_heads(keys, num_heads),
+        repeat_heads(values, num_heads),
         is_causal=True,
         scale=head_dim**-0.5,
     )[..., :head_dim]

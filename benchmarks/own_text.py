@@ -1,0 +1,93 @@
+"""Text that the original writes itself, to train its conversion on: how-to in everyday English, and chats.
+
+    python benchmarks/own_text.py SmolLM2-135M-Instruct own.jsonl --tokens 5e6       # vLLM, on a GPU
+
+How-to is what the corpus of recovery lacks (docs/dev/training.md, "Why HellaSwag loses most"). Every text begins
+with one of a few openings that any page of advice might have, and goes on as the model samples it; no item of any
+evaluation set is looked at. In the chats the model writes both sides, as `chat_calibration.py write` does. What
+does not end by itself is kept, cut off. Lines are {"text": ...}, with the markers of the template as they are.
+"""
+
+import argparse
+import json
+import os
+import random
+from pathlib import Path
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+
+from transformers import AutoTokenizer
+
+OPENINGS = (
+    "How to",
+    "How do I",
+    "How do you",
+    "How can I",
+    "What should I do when",
+    "What is the best way to",
+    "The easiest way to",
+    "Steps to",
+    "Tips for",
+    "Why do",
+    "You will need:",
+    "To",
+)
+LENGTH = 320  # tokens of a text, and of each side of a chat, at most
+MARKER = "\x00"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--tokens", type=float, default=5e6, help="To be written, roughly.")
+    parser.add_argument("--chats", type=float, default=0.3, help="Share of the tokens.")
+    parser.add_argument("--start", default="<|endoftext|>", help="What stands in front of a document.")
+    parser.add_argument("--temperature", type=float, default=0.8, help="Of how-to and answers; questions have 1.")
+    parser.add_argument("--memory", type=float, default=0.25, help="Share of the GPU's memory.")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    from vllm import LLM, SamplingParams
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    llm = LLM(
+        model=args.model,
+        dtype="bfloat16",
+        seed=args.seed,
+        max_model_len=3 * LENGTH,
+        max_num_seqs=1024,
+        gpu_memory_utilization=args.memory,
+    )
+
+    def write(prompts: list[str], temperature: float) -> list[tuple[str, bool]]:
+        """What the model writes, and whether it ended by itself."""
+        ids = [{"prompt_token_ids": tokenizer(text, add_special_tokens=False)["input_ids"]} for text in prompts]
+        sampling = SamplingParams(temperature=temperature, top_p=0.95, max_tokens=LENGTH)
+        outputs = [output.outputs[0] for output in llm.generate(ids, sampling, use_tqdm=False)]
+        return [(output.text, output.finish_reason == "stop") for output in outputs]
+
+    draw = random.Random(args.seed)
+    prose_texts = round(args.tokens * (1 - args.chats) / (0.8 * LENGTH))
+    openings = [draw.choice(OPENINGS) for _ in range(prose_texts)]
+    written = write([args.start + opening for opening in openings], args.temperature)
+    texts = [opening + text for opening, (text, _) in zip(openings, written, strict=True)]
+
+    head, tail = tokenizer.apply_chat_template([{"role": "user", "content": MARKER}], tokenize=False).split(MARKER)
+    count = round(args.tokens * args.chats / (0.8 * LENGTH))
+    questions = [head + text.strip() for text, ended in write([head] * count, 1.0) if ended and text.strip()]
+    generation = tokenizer.apply_chat_template(
+        [{"role": "user", "content": MARKER}], tokenize=False, add_generation_prompt=True
+    ).split(MARKER)[1]
+    answers = write([question + generation for question in questions], args.temperature)
+    texts += [
+        question + generation + text.strip() + (tail if ended else "")
+        for question, (text, ended) in zip(questions, answers, strict=True)
+    ]
+    draw.shuffle(texts)
+    args.output.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    print(f"{len(openings):,} texts and {len(questions):,} chats in {args.output}")
+
+
+if __name__ == "__main__":
+    main()
