@@ -12,6 +12,7 @@ import shlex
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from mha2mla.common.kernel_sizes import ENGINES
 from mha2mla.conversion.recovered import MODEL, POINTS_LOST
 
 from .parsing import Positionals, parse
@@ -32,14 +33,15 @@ GPU_MEMORY = {
     "rtx-4090": 24564,
 }
 DEFAULT_GPU = "h100"
+SERVED = ENGINES["vllm"].title
 LOST = {
     size: " and ".join(f"{points:.2f} ± {error:.2f}" for points, error in by_tokens[78])
     for size, by_tokens in POINTS_LOST.items()
 }
 QUALITY = (
     f"Quality: {MODEL} lost, after recovery on 78M tokens, over seven multiple-choice sets {LOST[31.25]} points at "
-    f"31.25 % (two runs), {LOST[18.75]} at 18.75 % and {LOST[12.5]} at 12.5 % (docs/dev/results.md). Other models "
-    "lose more or less: `mha2mla eval` measures it."
+    f"31.25 % (two runs), {LOST[18.75]} at 18.75 % and {LOST[12.5]} at 12.5 % (docs/dev/results.md). Yours is not "
+    "measured: `mha2mla eval` does it."
 )
 
 
@@ -113,6 +115,14 @@ def describe(source: str, survey: "Survey", options: PlanArguments, context: int
     refused = ["Not to be had:", *(f"  {title}: {reason}" for title, reason in survey.refused.items())]
     parts = [table.markdown(), beside]
     if offers:
-        command = shlex.join(["mha2mla", "convert", source, "CONVERTED", *offers[0].options, "--data", "TEXT"])
+        command = shlex.join(["mha2mla", "convert", source, "CONVERTED", *advised(survey), "--data", "TEXT"])
         parts += ["\n".join(engines), QUALITY, f"Next: {command}"]
     return [*parts, *(["\n".join(refused)] if survey.refused else [])]
+
+
+def advised(survey: "Survey") -> tuple[str, ...]:
+    """Options of `convert`: a size of vLLM's kernels, where it runs one that halves the cache; else the paper's."""
+    served = [offer for offer in survey.offers if SERVED in offer.engines and "--kv-lora-rank" in offer.options]
+    if served and 2 * served[0].width <= survey.original.width:
+        return ("--serve", "vllm")
+    return survey.offers[0].options

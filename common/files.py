@@ -4,10 +4,19 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+
+def no_file(path: str | Path) -> str:
+    """For a person: that there is none, and the name beside it that is most like it."""
+    path = Path(path)
+    beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = get_close_matches(path.name, beside, n=1)
+    return f"There is no file {path}. " + (f"Did you mean {path.parent / near[0]}?" if near else "Check the path.")
 
 
 def read_text(path: Path) -> str:
@@ -18,7 +27,7 @@ def read_text(path: Path) -> str:
         ValueError: If there is no such file, or it is not UTF-8.
     """
     if not path.is_file():
-        raise ValueError(f"{path} does not exist.")
+        raise ValueError(no_file(path))
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -79,6 +88,6 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     except UnicodeDecodeError:
         raise ValueError(f"{path}:{number} is not UTF-8 text. Save the file as UTF-8.") from None
     except FileNotFoundError:
-        raise ValueError(f"{path} does not exist.") from None
+        raise ValueError(no_file(path)) from None
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read after line {number} ({error}). Is it complete?") from None

@@ -58,6 +58,8 @@ def check_name(name: str, role: str) -> None:
     Raises:
         ValueError: If it is neither a folder nor of the form OWNER/NAME.
     """
+    if Path(name).is_file():
+        raise ValueError(f"{role}: {name!r} is a file. Give the folder in which config.json and the weights lie.")
     if not Path(name).is_dir() and not on_hub(name):
         raise ValueError(f"{role}: there is no folder {name!r}, and a name on the Hub has the form OWNER/NAME.")
 

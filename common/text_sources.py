@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from .files import read_json_lines, read_yaml
+from .files import no_file, read_json_lines, read_yaml
 from .loading import is_hub_name
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class TextSource:
         """
         found = [file for file in sorted(glob(self.data)) if Path(file).is_file()]
         if not found:
-            raise TextError(f"{self.data} does not exist: there is no such file.")
+            raise TextError(no_file(self.data))
         files = [file for file in found if Path(file).stat().st_size > 0]
         if not files:
             raise TextError(f"{self.data}: the file is there, but it is empty.")

@@ -114,7 +114,8 @@ def plan_caches(
         if rank is not None or rope is not None:
             raise ValueError("Give either cache_ratio, or kv_lora_rank and qk_rope_head_dim, not both.")
         if not 0 < ratio < 1:
-            raise ValueError(f"cache_ratio={ratio} must lie between 0 and 1, e.g. 0.3125.")
+            share = ratio / 100 if 1 < ratio < 100 else 0.3125
+            raise ValueError(f"cache_ratio={ratio} must lie between 0 and 1. For {100 * share:g} %, give {share:g}.")
         width = round(ratio * source_width)
         splits = []
         for rope in rope_dims(width):

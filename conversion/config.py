@@ -107,6 +107,7 @@ class ConversionConfig(CacheSizes, ServingOptions, CalibrationText, OutputOption
             names = ", ".join(f"{preset.__name__}()" for preset in preset_classes().values())
             raise ValueError(f"preset={self.preset!r} must be an object with the preset's options: {names}.")
         check_choices(self)
+        self.preset = self.preset.on_device(self.device)
         if self.length is None:
             self.length = 1024 if self.device == "cpu" else 2048
         if self.samples is None:

@@ -121,7 +121,8 @@ def convert(
             logger.info("Chosen: %s", plan)
             mla_config = config_of(plan)
             if plan.frequencies is not None:
-                logger.info("Engines for an export: %s", engines_for_frequencies(mla_config, plan.frequencies)[1])
+                _, engines = engines_for_frequencies(mla_config, plan.frequencies, plan.source_width)
+                logger.info("Engines for an export: %s", engines)
             write_companions(
                 partial, folder, mla_config, trust_remote_code
             )  # the tokenizer is proved before the long work

@@ -31,7 +31,9 @@ def local_checkpoint(source: str, revision: str | None = None, gguf_file: str | 
     elif path.is_dir():
         yield path
     elif not on_hub(source):
-        raise ValueError(f"No folder or .gguf file at {source}, and a name on the Hub has the form OWNER/NAME.")
+        raise ValueError(
+            f"There is no folder or .gguf file {source}. Check the path; a name on the Hub has the form OWNER/NAME."
+        )
     else:
         patterns = ["config.json", "adapter_config.json", "README.md", "*.safetensors", "*.safetensors.index.json"]
         patterns += COMPANION_PATTERNS

@@ -46,7 +46,7 @@ def summary(
             f"Loss: {before:.3f} -> {after:.3f} nats per token (perplexity {math.exp(before):,.1f} -> "
             f"{math.exp(after):,.1f}) on held-out text of the same data"
         )
-    found, engines = engines_for_frequencies(config, plan.frequencies)
+    found, engines = engines_for_frequencies(config, plan.frequencies, plan.source_width)
     lines.append(f"Engines for an export: {engines}")
     if options.data is not None:
         lines.append(RECOVERY)
@@ -61,6 +61,8 @@ def compare_and_recover(original: str | None, output: Path, options: ConversionC
         named = {"--teacher": original, "--data": options.data, "--column": options.column, "--subset": options.subset}
         named["--split"] = None if options.split == "train" else options.split
         given = [word for name, value in named.items() if value is not None for word in (name, value)]
+        if original is not None:
+            given += ["--distillation_weight", "1"]  # all of the loss, as in the recipes
         commands.append(["mha2mla", "train", "--model", str(output), *given, "--output", f"{output}-recovered"])
     return [shlex.join(command) for command in commands]
 
@@ -68,14 +70,14 @@ def compare_and_recover(original: str | None, output: Path, options: ConversionC
 def serve(
     output: Path, found: list[tuple[Engine, int | None]], plan: CachePlan, config: LatentConfigMixin
 ) -> list[str]:
-    """Commands that export and serve the model: padded for vLLM, where that is still less than the source's cache."""
+    """Commands that export and serve the model: padded for vLLM, where that is at most half of the source's cache."""
     if not found:
         fits = config.num_rope_key_heads == 1 and plan.kv_lora_rank <= ENGINES["vllm"].kernel_ranks[0]
         return [f"{shlex.join(['vllm', 'serve', str(output)])}{PLUGIN}"] if fits else []
     served = f"{output}-served"
     export, vllm = ["mha2mla", "export", str(output), served], ENGINES["vllm"]
     rank = dict(found).get(vllm)
-    if vllm not in dict(found) or (rank is not None and rank + KERNEL_ROPE_DIM >= plan.source_width):
+    if vllm not in dict(found) or (rank is not None and 2 * (rank + KERNEL_ROPE_DIM) > plan.source_width):
         return [shlex.join(export)]
     padding = [] if rank is None else ["--pad", str(rank)]
     return [shlex.join([*export, *padding]), shlex.join(["vllm", "serve", served])]

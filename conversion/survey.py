@@ -154,4 +154,4 @@ def engines_of_all(source: Architecture, plans: list[CachePlan], configs: list[L
             return f"none. {reason}"
     found = [takers for takers in found if takers] or [[]]
     common = [pair for pair in found[0] if all(pair in takers for takers in found)]
-    return describe_engines(common) or "none. They have no rotary table of so many frequencies."
+    return describe_engines(common, plans[0].source_width) or "none. They have no rotary table of so many frequencies."

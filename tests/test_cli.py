@@ -100,7 +100,7 @@ def test_what_a_file_may_not_say(content, message, tmp_path):
         (["a", "--fast=maybe"], "got maybe"),
         (["a", "--share"], "expected one argument"),
         (["a", "--config"], "expected one argument"),
-        (["a", "--config", "nowhere.yaml"], "nowhere.yaml does not exist"),
+        (["a", "--config", "nowhere.yaml"], "There is no file nowhere.yaml"),
     ],
 )
 def test_mistakes_on_the_command_line(argv, message):

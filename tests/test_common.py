@@ -31,8 +31,10 @@ def test_json_errors_say_where(tmp_path):
         (tmp_path / "file").write_text(content)
         with pytest.raises(ValueError, match=message):
             read_json_object(tmp_path / "file")
-    with pytest.raises(ValueError, match="does not exist"):
+    with pytest.raises(ValueError, match="There is no file"):
         read_json_object(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"Did you mean .*/file\?"):
+        read_json_object(tmp_path / "fiel")
     (tmp_path / "lines.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}\n\n[2]\n{"a\n'))
     lines = read_json_lines(tmp_path / "lines.jsonl.gz")
     assert [next(lines), next(lines)] == [(1, {"a": 1}), (3, [2])]

@@ -178,7 +178,7 @@ BAD_OPTIONS = {
         "gqa",
     ),
     "give --data": (["--cache-ratio", "0.5"], "gqa"),
-    "does not exist": (["--cache-ratio", "0.5", "--data", "nowhere.jsonl"], "gqa"),
+    "There is no file nowhere.jsonl": (["--cache-ratio", "0.5", "--data", "nowhere.jsonl"], "gqa"),
 }
 
 
@@ -249,7 +249,7 @@ def test_pickled_missing_and_incomplete_weights(save_source, tmp_path, capsys):
     assert run(source, *options) == 2
     assert "model-00001-of-00002.safetensors, which is not there" in capsys.readouterr().err
     assert run(tmp_path / "nowhere", *options) == 2
-    assert "No folder or .gguf file" in capsys.readouterr().err
+    assert "There is no folder or .gguf file" in capsys.readouterr().err
 
 
 def test_calibration_errors(save_source, calibration_file, tmp_path, capsys):

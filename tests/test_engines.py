@@ -98,15 +98,18 @@ def test_engines_by_size(rank, rope, head_dim, frequencies, expected):
     config = MLALlamaConfig(
         head_dim=head_dim, kv_lora_rank=rank, qk_rope_head_dim=rope, qk_nope_head_dim=head_dim, v_head_dim=head_dim
     )
-    padded = {name: (pad and f" (export with --pad {pad}: {pad + 64} values)") or "" for name, pad in expected.items()}
+    padded = {
+        name: f" (--pad {pad}: {pad + 64} values, {(pad + 64) / 1024:.0%} of the original's)" if pad else ""
+        for name, pad in expected.items()
+    }
     named = [ANY[0], *(name + padding for name, padding in padded.items()), ANY[1]]
-    assert engines_for_frequencies(config, list(frequencies))[1] == ", ".join(named)
+    assert engines_for_frequencies(config, list(frequencies), 1024)[1] == ", ".join(named)
 
 
 def test_a_model_that_no_engine_can_run_says_why():
-    found, reason = engines_for_frequencies(MLALlamaConfig(attention_bias=True), [0, 1])
+    found, reason = engines_for_frequencies(MLALlamaConfig(attention_bias=True), [0, 1], 1024)
     assert found == [] and reason.startswith("none. attention_bias=True")
-    assert engines_for_frequencies(MLALlamaConfig(), None) == (
+    assert engines_for_frequencies(MLALlamaConfig(), None, 1024) == (
         [],
         "none. Layers have rotary frequencies of their own.",
     )
@@ -139,7 +142,7 @@ def test_kernel_sizes_are_chosen_and_padded(save_source, calibration_file, tmp_p
     source, out = save_source("gqa"), tmp_path / "out"
     with caplog.at_level("INFO", logger="mha2mla"):
         assert convert(source, out, *SMALL, "--data", calibration_file, "--serve", "vllm") == 0
-    assert "vLLM on a GPU (export with --pad 256: 320 values)" in caplog.text
+    assert "vLLM on a GPU (--pad 256: 320 values, " in caplog.text
     main(["export", str(out), str(tmp_path / "served"), "--pad", "256"])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "served", dtype=torch.float32)
     assert (model.config.kv_lora_rank, model.config.qk_rope_head_dim) == (256, 64)

@@ -70,7 +70,7 @@ def test_table_of_a_folder_without_weights(tmp_path, capsys):
     assert main(["plan", str(tmp_path), "--gpu", "l40s"]) == 0
     printed = capsys.readouterr().out
     assert "| 512 + 64 |" in printed and "tokens in L40S bf16" in printed and "131,072" in printed
-    assert f"Next: mha2mla convert {tmp_path} CONVERTED --cache-ratio 0.3125 --data TEXT" in printed
+    assert f"Next: mha2mla convert {tmp_path} CONVERTED --serve vllm --data TEXT" in printed
     assert main(["plan", str(tmp_path), "--memory", "12"]) == 0
     assert "tokens in 12 GiB bf16" in capsys.readouterr().out
 

@@ -337,6 +337,14 @@ def test_a_finished_run_is_left_alone(folder, caplog, capsys):
     assert len(losses(folder / "out")) == 8
 
 
+def test_a_run_that_ends_worse_than_it_began_says_so(folder, caplog):
+    teacher = ("--teacher", folder / "source", "--logging_steps", 3)
+    assert main(arguments(folder, "good", *teacher)) == 0
+    assert "made this model worse" not in caplog.text
+    assert main(arguments(folder, "bad", *teacher, "--learning_rate", 2, "--attention_learning_rate", 3)) == 0
+    assert "lower --learning_rate (now 2) and --attention_learning_rate (3)" in caplog.text
+
+
 @pytest.mark.parametrize("length", [("--max_steps", 6), ("--max_steps", -1, "--num_train_epochs", 0.15)])
 @pytest.mark.parametrize("trainable", ["all", "lora"])
 def test_a_run_killed_at_its_end_is_saved_without_another_step(length, trainable, folder, caplog, monkeypatch):

@@ -161,6 +161,9 @@ class TrainerOptions:
         metadata={"help": "Highest rate of attention, which conversion made anew; by default learning_rate."},
     )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
+    logging_first_step: bool = field(
+        default=True, metadata={"help": "A line for the first step alone: the loss of the conversion itself."}
+    )
     include_num_input_tokens_seen: str = field(
         default="all", metadata={"help": "Count tokens and tokens per second: all, non_padding or no."}
     )

@@ -14,7 +14,7 @@ from .arguments import DataArguments, LossArguments, ModelArguments
 from .losses import Setting
 from .parameters import LORA, check_lora_targets, freeze_except, meta_model
 from .resume import checkpoints, read_state, wants_resume
-from .trainer_arguments import RecoveryTrainingArguments
+from .trainer_arguments import ON_CPU, RecoveryTrainingArguments
 
 
 def check_model(model: ModelArguments, length: int) -> tuple[LatentConfigMixin, list[str]]:
@@ -122,6 +122,8 @@ def check_run(
             f"One process sees {arguments.n_gpu} GPUs, which torch's DataParallel would share. Start with `accelerate "
             "launch -m mha2mla.cli.main train ...`, or set CUDA_VISIBLE_DEVICES to one of them."
         )
+    if model.attn_implementation == "flex_attention" and arguments.device.type == "cpu":
+        raise ValueError(f"attn_implementation='flex_attention' trains on a GPU only. On a CPU: {ON_CPU}.")
     if fsdp2_loads_on_one_process():
         raise ValueError(
             "fsdp_cpu_ram_efficient_loading: true with FSDP2: accelerate cannot hand a model's buffers, here "

@@ -29,6 +29,7 @@ from .trainer_arguments import RecoveryTrainingArguments
 logger = logging.getLogger(__name__)
 
 MERGED = "merged"
+WORSE = 1.2  # how far the loss may rise over a run: batches differ by less
 
 
 def train(
@@ -75,6 +76,7 @@ def train(
         trainer = recover(student, tokenizer, train_rows, eval_rows, model, loss, arguments, teacher, checkpoint)
 
     if trainer.is_world_process_zero():
+        warn_if_worse(trainer.state.log_history, arguments)
         folder = Path(arguments.output_dir)
         record = describe_run(trainer, model, loss, data, arguments)
         title = arguments.hub_model_id or folder.resolve().name
@@ -88,6 +90,24 @@ def train(
     trainer.accelerator.wait_for_everyone()
     trainer.save_state()  # last: it says that the run is finished
     return trainer
+
+
+def warn_if_worse(history: list[dict], arguments: RecoveryTrainingArguments) -> None:
+    """Adam takes steps of the same size whether much is to be mended or nothing: at a rate that brings a bad start
+    forward, a good one first gets worse, and a short run ends there."""
+    lines = [line for line in history if "loss" in line]
+    if not lines or lines[0]["step"] != 1 or lines[-1]["loss"] <= WORSE * lines[0]["loss"]:
+        return
+    rates = f"--learning_rate (now {arguments.learning_rate:g})"
+    if arguments.attention_learning_rate is not None:
+        rates += f" and --attention_learning_rate ({arguments.attention_learning_rate:g})"
+    logger.warning(
+        "The loss rose from %.3g in the first step to %.3g at the end: training made this model worse. Take more "
+        "steps, or lower %s to a third or less; what lost little by its conversion may need no recovery at all.",
+        lines[0]["loss"],
+        lines[-1]["loss"],
+        rates,
+    )
 
 
 def close(trainer: RecoveryTrainer) -> None:

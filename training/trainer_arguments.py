@@ -2,11 +2,15 @@
 
 from dataclasses import dataclass
 
+import torch
 from transformers import TrainingArguments
 
 from mha2mla.common.options import SEEDS, check_between, check_least
 
 from .arguments import TrainerOptions
+
+# What a recipe for a GPU asks for, taken back.
+ON_CPU = "--use_cpu --bf16 false --attn_implementation sdpa --compile_layers false"
 
 
 @dataclass
@@ -31,4 +35,6 @@ class RecoveryTrainingArguments(TrainerOptions, TrainingArguments):
             )
         if self.compile_layers and self.torch_compile:
             raise ValueError("compile_layers and torch_compile both compile the decoder layers: choose one.")
+        if self.bf16 and not self.use_cpu and not torch.accelerator.is_available():
+            raise ValueError(f"bf16=True is for a GPU, and there is none. To try it on a CPU: {ON_CPU}.")
         super().__post_init__()

@@ -137,16 +137,20 @@ def fitting_engines(config: LatentConfigMixin, has_table: Callable[[Engine], boo
     return found
 
 
-def describe_engines(found: Iterable[tuple[Engine, int | None]]) -> str:
-    """For a person: what [`fitting_engines`] gives."""
-    return ", ".join(
-        engine.title if rank is None else f"{engine.title} (export with --pad {rank}: {rank + KERNEL_ROPE_DIM} values)"
-        for engine, rank in found
-    )
+def describe_engines(found: Iterable[tuple[Engine, int | None]], source_width: int) -> str:
+    """For a person: what [`fitting_engines`] gives, and what of the source's cache a padded one takes."""
+
+    def describe(engine: Engine, rank: int | None) -> str:
+        if rank is None:
+            return engine.title
+        values = rank + KERNEL_ROPE_DIM
+        return f"{engine.title} (--pad {rank}: {values} values, {values / source_width:.0%} of the original's)"
+
+    return ", ".join(describe(*pair) for pair in found)
 
 
 def engines_for_frequencies(
-    config: LatentConfigMixin, frequencies: Sequence[int] | None
+    config: LatentConfigMixin, frequencies: Sequence[int] | None, source_width: int
 ) -> tuple[list[tuple[Engine, int | None]], str]:
     """What [`fitting_engines`] gives for a model whose layers all rotate with these frequencies (None: each with its
     own), and for a person the same in words, or why there are none."""
@@ -156,4 +160,4 @@ def engines_for_frequencies(
         found = fitting_engines(config, lambda engine: expressible_lists(config, engine)(frequencies))
     except ValueError as reason:
         return [], f"none. {reason}"
-    return found, describe_engines(found) or "none. They have no rotary table of these frequencies."
+    return found, describe_engines(found, source_width) or "none. They have no rotary table of these frequencies."

@@ -59,6 +59,11 @@ def export(
             does not compute what the model computes. Nothing is left then.
     """
     options, output = options or ExportConfig(), Path(output)
+    if output.suffix == ".gguf" and options.format != "gguf":
+        raise ValueError(
+            f"{output} is named like a file for llama.cpp, and format={options.format!r} writes a folder. Add "
+            "--format gguf, or name the folder otherwise."
+        )
     with local_checkpoint(str(model), revision) as folder:
         write = {"deepseek-v3": export_deepseek, "gguf": export_gguf, "mla-llama": export_ours}[options.format]
         write(folder, str(model), output, options)

@@ -49,6 +49,10 @@ class Preset(ABC):
     def __post_init__(self):
         check_choices(self)
 
+    def on_device(self, device: str) -> Preset:
+        """The preset with what was left open settled, for a conversion on this device."""
+        return self
+
     @property
     def use_of_text(self) -> str | None:
         """What calibration text is needed for, in half a sentence; None if the preset, as its options are, needs

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -37,7 +37,7 @@ class Calibrated(Preset):
         rope_frequencies (`str`, *optional*, defaults to `"common"`): One list of frequencies for all layers, which
             DeepSeek's inference engines can express, or each layer's own, `"per-layer"`. Rotary keys per head have
             their own.
-        refine_steps (`int`, *optional*, defaults to 320): Gradient steps on each layer.
+        refine_steps (`int`, *optional*): Gradient steps on each layer; by default 320, on a CPU 256.
         refine_batch_size (`int`, *optional*, defaults to 1): Blocks of text a step.
         refine_learning_rate (`float`, *optional*, defaults to 0.03): Relative to the root mean square of each matrix.
         score_samples (`int`, *optional*, defaults to 4): Blocks from which the cost of un-rotating is measured.
@@ -63,8 +63,11 @@ class Calibrated(Preset):
             "engines made for DeepSeek can express, or each layer's own choice."
         },
     )
-    refine_steps: int = field(
-        default=320, metadata={"help": "Gradient steps on each layer against the original's; 0: none."}
+    refine_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Gradient steps on each layer against the original's, 0: none; by default 320, or 256 on a CPU."
+        },
     )
     refine_batch_size: int = field(default=1, metadata={"help": "Blocks of text a refinement step."})
     refine_learning_rate: float = field(
@@ -78,6 +81,11 @@ class Calibrated(Preset):
     def __post_init__(self):
         super().__post_init__()
         check_least(self, score_samples=1, refine_steps=0, refine_batch_size=1, refine_learning_rate=0)
+
+    def on_device(self, device: str) -> Calibrated:
+        if self.refine_steps is not None:
+            return self
+        return replace(self, refine_steps=256 if device == "cpu" else 320)
 
     @property
     def shared_key(self) -> bool:
@@ -137,5 +145,6 @@ class Calibrated(Preset):
     def layers(self, job: ConversionJob, plan: CachePlan) -> Iterator[ConvertedLayer]:
         from .refine import RefineSettings
 
+        assert self.refine_steps is not None  # by `on_device`
         settings = RefineSettings(self.refine_steps, self.refine_batch_size, self.refine_learning_rate)
         return self.passes(job).layers(plan, settings)
