@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
     for path in paths:
         model = load_model(path, trust_remote_code=options.trust_remote_code, dtype=options.dtype)
         tokenizer = load_tokenizer(path, trust_remote_code=options.trust_remote_code)
-        name = f"{path} (original)" if path == original else path
+        name = f"{path} (original)" if path == original and len(paths) > 1 else path
         speakers.append(Speaker(name, model.to(options.device).eval(), tokenizer))
     for prompt in prompts(options.prompt):
         show(speakers, prompt, options.max_new_tokens)

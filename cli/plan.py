@@ -51,7 +51,11 @@ class PlanArguments:
 
     gpu: str | None = field(
         default=None,
-        metadata={"choices": tuple(GPU_MEMORY), "help": f"GPU that is to hold weights and cache; else {DEFAULT_GPU}."},
+        metadata={
+            "choices": tuple(GPU_MEMORY),
+            "type": str.lower,
+            "help": f"GPU that is to hold weights and cache, else {DEFAULT_GPU}; others by --memory.",
+        },
     )
     memory: float | None = field(default=None, metadata={"help": "Memory of another GPU, in GiB."})
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a model on the Hub."})

@@ -67,7 +67,7 @@ def test_options_ask_for_the_offer():
 
 def test_table_of_a_folder_without_weights(tmp_path, capsys):
     LLAMA3_8B.save_pretrained(tmp_path)
-    assert main(["plan", str(tmp_path), "--gpu", "l40s"]) == 0
+    assert main(["plan", str(tmp_path), "--gpu", "L40S"]) == 0
     printed = capsys.readouterr().out
     assert "| 512 + 64 |" in printed and "tokens in L40S bf16" in printed and "131,072" in printed
     assert f"Next: mha2mla convert {tmp_path} CONVERTED --serve vllm --data TEXT" in printed
