@@ -14,8 +14,7 @@ import yaml
 def no_file(path: str | Path) -> str:
     """For a person: that there is none, and the name beside it that is most like it."""
     path = Path(path)
-    beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = get_close_matches(path.name, beside, n=1)
+    near = get_close_matches(path.name, [other.name for other in path.parent.glob("*")], n=1)
     return f"There is no file {path}. " + (f"Did you mean {path.parent / near[0]}?" if near else "Check the path.")
 
 

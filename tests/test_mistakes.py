@@ -45,11 +45,20 @@ TRAIN += ("--report_to", "none", "--output", "out")
         (("convert", "my-llama", "out", *SIZES, "--data", "text.jsonl"), "There is no folder or .gguf file my-llama"),
         (("convert", "source", "out", "--config", "list.yaml"), "preset: ['paper'] does not fit"),
         (("export", "a model!/x", "out"), "There is no folder or .gguf file a model!/x"),
+        (("convert", "source/config.json", "out", *SIZES, "--data", "text.jsonl"), "config.json"),
+        (("plan", "source/config.json"), "is a file. Give the folder"),
+        ((*CONVERT, "--cache-ratio", "31"), "For 31 %, give 0.31."),
+        (("export", "mla", "out.gguf"), "Add --format gguf"),
         (("export", "mla", "out", "--max-shard-size", "x"), "max_shard_size='x' must be a size above 0"),
         ((*EVAL, "--new-tokens", "0"), "new_tokens=0 must be at least 1"),
         ((*EVAL, "--seed", "-1"), "seed=-1 must lie between"),
         ((*EVAL, "--data", "nowhere.jsonl"), "There is no file nowhere.jsonl"),
         (("push", "mla", "a b"), "'a b' is no name on the Hub"),
+        (
+            (*TRAIN, "--attn_implementation", "flex_attention"),
+            "trains on a GPU only. On a CPU: --use_cpu --bf16 false",
+        ),
+        ((*TRAIN, "--data", "txet.jsonl"), "There is no file txet.jsonl. Did you mean text.jsonl?"),
         ((*TRAIN, "--learning_rate", "nan"), "learning_rate=nan must be at least 0"),
         ((*TRAIN, "--per_device_train_batch_size", "0"), "per_device_train_batch_size=0 must be at least 1"),
         ((*TRAIN, "--gradient_accumulation_steps", "0"), "gradient_accumulation_steps=0 must be at least 1"),
@@ -72,6 +81,13 @@ def test_mistakes_end_in_a_sentence(command, message, inputs, monkeypatch, capsy
     told = capsys.readouterr().err.strip().splitlines()[-1]
     assert told.startswith(f"mha2mla {command[0]}: error: ") and message in told
     assert {path: path.read_bytes() for path in inputs.rglob("*") if path.is_file()} == before
+
+
+def test_bf16_without_a_gpu_says_what_to_take_back(inputs, monkeypatch, capsys):
+    monkeypatch.chdir(inputs)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    assert main([word for word in TRAIN if word != "--use_cpu"] + ["--bf16"]) == 2
+    assert "there is none. To try it on a CPU: --use_cpu --bf16 false" in capsys.readouterr().err
 
 
 def test_a_file_of_chats_needs_no_column(inputs, tmp_path):
