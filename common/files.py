@@ -14,7 +14,7 @@ import yaml
 def no_file(path: str | Path) -> str:
     """For a person: that there is none, and the name beside it that is most like it."""
     path = Path(path)
-    near = get_close_matches(path.name, [other.name for other in path.parent.glob("*")], n=1)
+    near = get_close_matches(path.name, [other.name for other in path.parent.glob("*")], n=1, cutoff=0.85)
     return f"There is no file {path}. " + (f"Did you mean {path.parent / near[0]}?" if near else "Check the path.")
 
 

@@ -33,8 +33,9 @@ def test_json_errors_say_where(tmp_path):
             read_json_object(tmp_path / "file")
     with pytest.raises(ValueError, match="There is no file"):
         read_json_object(tmp_path / "nothing")
-    with pytest.raises(ValueError, match=r"Did you mean .*/file\?"):
-        read_json_object(tmp_path / "fiel")
+    with pytest.raises(ValueError, match=r"There is no file .*/flie\.json\. Did you mean .*/file\.json\?"):
+        (tmp_path / "file.json").touch()
+        read_json_object(tmp_path / "flie.json")
     (tmp_path / "lines.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}\n\n[2]\n{"a\n'))
     lines = read_json_lines(tmp_path / "lines.jsonl.gz")
     assert [next(lines), next(lines)] == [(1, {"a": 1}), (3, [2])]

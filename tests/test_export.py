@@ -210,7 +210,7 @@ def test_adapters_and_exports_are_named(save, tmp_path):
     export(save(exportable([0, 1])), tmp_path / "out")
     with pytest.raises(ValueError, match=r"is a DeepSeek checkpoint already.*--format mla-llama"):
         export(tmp_path / "out", tmp_path / "again")
-    with pytest.raises(ValueError, match=r"No folder"):
+    with pytest.raises(ValueError, match=r"There is no folder"):
         export(tmp_path / "nowhere", tmp_path / "again")
 
 

@@ -218,7 +218,7 @@ def test_data_errors_name_the_source_and_the_remedy(tmp_path):
     numbers = write_texts(tmp_path / "numbers.jsonl", [3])
     for arguments, message in (
         (dict(data="papr"), "is no recipe .there are paper."),
-        (dict(data=str(tmp_path / "none.jsonl")), "none.jsonl does not exist: there is no such file"),
+        (dict(data=str(tmp_path / "none.jsonl")), "There is no file .*none.jsonl. Check the path"),
         (dict(data=empty), "empty.jsonl: the file is there, but it is empty"),
         (dict(data=ids), "no column 'text'; it has blob_id. Set --column"),
         (dict(data=numbers), "holds neither text nor messages"),
@@ -231,7 +231,7 @@ def test_data_errors_name_the_source_and_the_remedy(tmp_path):
         tokenizer.chat_template = None
         chat = write_texts(tmp_path / "chat.jsonl", [[{"role": "user", "content": "w5"}]])
         load_rows(DataArguments(data=chat), tokenizer, seed=0)
-    with pytest.raises(ValueError, match="does not exist"):
+    with pytest.raises(ValueError, match="There is no file"):
         find_sources(str(tmp_path / "no.yaml"))
     with pytest.raises(ValueError, match="either eval_data or eval_fraction"):
         DataArguments(data=texts, eval_data=texts, eval_fraction=0.1)
