@@ -76,16 +76,20 @@ def continue_prompts(
             yield tokenizer.decode(ids).strip(), ended
 
 
+def user_head(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the chat template puts in front of a user's first message."""
+    marker = "\x00"
+    return tokenizer.apply_chat_template([{"role": "user", "content": marker}], tokenize=False).split(marker)[0]
+
+
 def write_own_chats(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace
 ) -> list[Chat]:
     """Single exchanges of which the model writes both sides, at temperature 1: first a user's message behind the head
     that its template gives one, then the answer. What did not end by itself is dropped."""
-    marker = "\x00"
-    empty = tokenizer.apply_chat_template([{"role": "user", "content": marker}], tokenize=False)
     torch.manual_seed(args.seed)
     sampling = dict(batch_size=args.batch_size, do_sample=True, top_p=args.top_p, max_new_tokens=args.answer_tokens)
-    questions = continue_prompts(model, tokenizer, [empty.split(marker)[0]] * args.number, **sampling)
+    questions = continue_prompts(model, tokenizer, [user_head(tokenizer)] * args.number, **sampling)
     chats = [[{"role": "user", "content": text}] for text, ended in questions if ended and text]
     prompts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
     answers = continue_prompts(model, tokenizer, prompts, **sampling)

@@ -17,6 +17,7 @@ from pathlib import Path
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
 
+from chat_calibration import user_head
 from transformers import AutoTokenizer
 
 OPENINGS = (
@@ -34,7 +35,6 @@ OPENINGS = (
     "To",
 )
 LENGTH = 320  # tokens of a text, and of each side of a chat, at most
-MARKER = "\x00"
 
 
 def main() -> None:
@@ -73,20 +73,17 @@ def main() -> None:
     written = write([args.start + opening for opening in openings], args.temperature)
     texts = [opening + text for opening, (text, _) in zip(openings, written, strict=True)]
 
-    head, tail = tokenizer.apply_chat_template([{"role": "user", "content": MARKER}], tokenize=False).split(MARKER)
     count = round(args.tokens * args.chats / (0.8 * LENGTH))
-    questions = [head + text.strip() for text, ended in write([head] * count, 1.0) if ended and text.strip()]
-    generation = tokenizer.apply_chat_template(
-        [{"role": "user", "content": MARKER}], tokenize=False, add_generation_prompt=True
-    ).split(MARKER)[1]
-    answers = write([question + generation for question in questions], args.temperature)
-    texts += [
-        question + generation + text.strip() + (tail if ended else "")
-        for question, (text, ended) in zip(questions, answers, strict=True)
-    ]
+    said = [text.strip() for text, ended in write([user_head(tokenizer)] * count, 1.0) if ended]
+    chats = [[{"role": "user", "content": text}] for text in said if text]
+    prompts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+    for chat, prompt, (text, ended) in zip(chats, prompts, write(prompts, args.temperature), strict=True):
+        answer = {"role": "assistant", "content": text.strip()}
+        whole = tokenizer.apply_chat_template([*chat, answer], tokenize=False)
+        texts.append(whole if ended else prompt + text.strip())
     draw.shuffle(texts)
     args.output.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    print(f"{len(openings):,} texts and {len(questions):,} chats in {args.output}")
+    print(f"{len(openings):,} texts and {len(chats):,} chats in {args.output}")
 
 
 if __name__ == "__main__":

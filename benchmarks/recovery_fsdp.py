@@ -1,7 +1,11 @@
 """Recovery at size: tokens a second, memory and FLOP utilisation of a model with its teacher, sharded by FSDP2.
 
     python benchmarks/recovery_fsdp.py SmolLM2-135M-Instruct train.jsonl.gz -- --per_device_train_batch_size 4
-    python benchmarks/recovery_fsdp.py SmolLM2-135M-Instruct train.jsonl.gz --processes 0 --model pico  # on a CPU
+
+Tried on a CPU, where the share of the peak means nothing:
+
+    python benchmarks/recovery_fsdp.py SmolLM2-135M-Instruct train.jsonl --processes 0 --model smollm2-135m \\
+        --rank 80 --rope 40 --length 64 --steps 8 -- --use_cpu
 
 The weights are drawn at random, the tokenizer and the text are any; what stands behind `--` are arguments of `mha2mla
 train`. FLOPs are those of the model's matrices, 6 a weight and token for the student and 2 for the teacher, and of
@@ -15,12 +19,11 @@ import re
 import subprocess
 import sys
 import threading
-import time
-from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from recovery import throughput
 from transformers import AutoConfig, AutoTokenizer
 
 import mha2mla.modeling  # noqa: F401  # registers the family
@@ -61,24 +64,24 @@ def watch_memory(peaks: dict[int, int], done: threading.Event) -> None:
             peaks[gpu] = max(peaks.get(gpu, 0), used)
 
 
-def run_training(folder: Path, args: argparse.Namespace) -> list[tuple[float, int]]:
-    """Seconds and tokens at each line of the log."""
+def run_training(folder: Path, args: argparse.Namespace) -> list[dict]:
+    """The lines of the log; the run is ended with its last one, without the checkpoint."""
     launch = [sys.executable, "-m"]
     if args.processes:
         launch += ["accelerate.commands.launch", "--config_file", str(CONFIG), "--num_processes", str(args.processes)]
         launch += ["-m"]
     models = ["--model", str(folder / "converted"), "--teacher", str(folder / "original"), "--data", args.data]
-    common = ["--output", str(folder / "recovered"), "--max_steps", str(args.steps), "--logging_steps", "2"]
+    common = ["--output", str(folder / "recovered"), "--max_steps", str(args.steps), "--logging_steps", "1"]
     common += ["--save_strategy", "no", "--length", str(args.length), "--streaming", "true", "--report_to", "none"]
     command = [*launch, "mha2mla.cli.main", "train", *models, *common, *args.arguments]
-    lines = []
+    lines: list[dict] = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
             print(line, end="", flush=True)
             if found := re.search(r"\{'loss'.*\}", line):
-                lines.append((time.perf_counter(), int(float(ast.literal_eval(found[0])["num_input_tokens_seen"]))))
-                if len(lines) == args.steps // 2:  # without the checkpoint at its end
+                lines.append({name: float(value) for name, value in ast.literal_eval(found[0]).items()})
+                if len(lines) == args.steps:
                     process.terminate()
     return lines
 
@@ -108,14 +111,13 @@ def main() -> None:
             threading.Thread(target=watch_memory, args=(peaks, done), daemon=True).start()
         lines = run_training(folder, args)
         done.set()
-    if len(lines) < 4:
+    if len(lines) < args.steps:
         raise SystemExit("The training ended early; its output is above.")
-    rates = sorted((b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(lines[1:]))
-    rate = rates[len(rates) // 2]
+    rate = throughput(lines)
     used = flops * rate / (PEAK_FLOPS * max(1, args.processes))
     print(
-        f"{args.model}, {args.processes} GPUs, rows of {args.length}: {rate:,.0f} tokens a second ({rates[0]:,.0f} to "
-        f"{rates[-1]:,.0f}), {flops / 1e9:.1f} GFLOP a token, {used:.1%} of the peak; memory in MiB {peaks}"
+        f"{args.model}, {args.processes} GPUs, rows of {args.length}: {rate:,.0f} tokens a second, "
+        f"{flops / 1e9:.1f} GFLOP a token, {used:.1%} of the peak; memory in MiB {peaks}"
     )
 
 

@@ -15,6 +15,7 @@ from huggingface_hub import hf_hub_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import is_gguf_available
 
+from mha2mla.common.files import no_file
 from mha2mla.common.loading import on_hub
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ def dequantise_gguf(source: str, gguf_file: str, folder: Path, revision: str | N
     local = Path(source) / gguf_file
     if not local.is_file():
         if not on_hub(source):
-            raise ValueError(f"There is no file {local}.")
+            raise ValueError(no_file(local))
         local = Path(hf_hub_download(source, gguf_file, revision=revision))
     fields, tensors = read_gguf(local)
     changes = gguf_changes(fields, tensors, name=gguf_file)

@@ -142,7 +142,7 @@ def test_kernel_sizes_are_chosen_and_padded(save_source, calibration_file, tmp_p
     source, out = save_source("gqa"), tmp_path / "out"
     with caplog.at_level("INFO", logger="mha2mla"):
         assert convert(source, out, *SMALL, "--data", calibration_file, "--serve", "vllm") == 0
-    assert "vLLM on a GPU (--pad 256: 320 values, " in caplog.text
+    assert "vLLM on a GPU (--pad 256: 320 values, 667% of the original's)" in caplog.text
     main(["export", str(out), str(tmp_path / "served"), "--pad", "256"])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "served", dtype=torch.float32)
     assert (model.config.kv_lora_rank, model.config.qk_rope_head_dim) == (256, 64)

@@ -45,7 +45,7 @@ TRAIN += ("--report_to", "none", "--output", "out")
         (("convert", "my-llama", "out", *SIZES, "--data", "text.jsonl"), "There is no folder or .gguf file my-llama"),
         (("convert", "source", "out", "--config", "list.yaml"), "preset: ['paper'] does not fit"),
         (("export", "a model!/x", "out"), "There is no folder or .gguf file a model!/x"),
-        (("convert", "source/config.json", "out", *SIZES, "--data", "text.jsonl"), "config.json"),
+        (("convert", "source/config.json", "out", *SIZES, "--data", "text.jsonl"), "no folder or .gguf file source/"),
         (("plan", "source/config.json"), "is a file. Give the folder"),
         ((*CONVERT, "--cache-ratio", "31"), "For 31 %, give 0.31."),
         (("export", "mla", "out.gguf"), "Add --format gguf"),

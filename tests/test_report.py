@@ -114,7 +114,7 @@ def test_text_of_any_form_is_the_same_text(save_source, tmp_path, capsys):
     for data, message in (
         (("owner/set",), "owner/set is a data set on the Hub: say by --limit"),
         ((str(tmp_path / "b.jsonl.gz"),), "has no column 'text'; it has raw"),
-        ((str(tmp_path / "d.txt"),), "Check the path"),
+        ((str(tmp_path / "d.txt"),), "d.txt. Check the path."),
     ):
         assert main(["eval", str(source), "--data", *data]) == 2
         assert message in capsys.readouterr().err

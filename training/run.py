@@ -29,7 +29,9 @@ from .trainer_arguments import RecoveryTrainingArguments
 logger = logging.getLogger(__name__)
 
 MERGED = "merged"
-WORSE = 1.2  # how far the loss may rise over a run: batches differ by less
+WORSE = (
+    1.2  # how far the loss may rise over a run; a batch of 2,048 tokens can be as far off its mean, larger ones less
+)
 
 
 def train(
@@ -102,8 +104,9 @@ def warn_if_worse(history: list[dict], arguments: RecoveryTrainingArguments) -> 
     if arguments.attention_learning_rate is not None:
         rates += f" and --attention_learning_rate ({arguments.attention_learning_rate:g})"
     logger.warning(
-        "The loss rose from %.3g in the first step to %.3g at the end: training made this model worse. Take more "
-        "steps, or lower %s to a third or less; what lost little by its conversion may need no recovery at all.",
+        "The loss rose from %.3g in the first step to %.3g at the end: training may have made this model worse, "
+        "or the first step's few rows were easy; `mha2mla eval` tells. Take more steps, or lower %s to a third or "
+        "less; what lost little by its conversion may need no recovery at all.",
         lines[0]["loss"],
         lines[-1]["loss"],
         rates,
