@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -14,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 def remove_leftovers(prefix: str, parent: Path) -> None:
     """Remove the folders of that prefix which no running process holds, with a line for each."""
-    for lock_file in parent.glob(f"{prefix}*.lock"):
+    for lock_file in parent.glob(f"{escape(prefix)}*.lock"):
         lock = FileLock(lock_file)
         try:
             lock.acquire(timeout=0)

@@ -1,6 +1,9 @@
 """Files for llama.cpp: what is in them computes what our model computes, and says what llama.cpp asks for."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import gguf
 import pytest
@@ -11,6 +14,7 @@ from tokenizers import Regex, pre_tokenizers
 
 from mha2mla.cli.main import main
 from mha2mla.conversion.export import ExportConfig, export
+from mha2mla.conversion.export.gguf import atomic_file
 from mha2mla.conversion.export.gguf_vocab import CONTRACTIONS, REST, pre_tokenizer_name, sentencepiece_scores
 from pico import ROPES, byte_pair_tokenizer
 
@@ -111,6 +115,23 @@ def test_only_files_of_ours_are_overwritten(save, tmp_path):
     out.unlink()
     for _ in range(2):
         export(folder, out, ExportConfig(format="gguf", overwrite=True))
+
+
+def test_a_killed_export_is_cleaned_up_by_the_next(tmp_path, caplog):
+    out = tmp_path / "out.gguf"
+    program = (
+        "import os, pathlib, signal, sys\n"
+        "from mha2mla.conversion.export.gguf import atomic_file\n"
+        "with atomic_file(pathlib.Path(sys.argv[1])) as partial:\n"
+        "    partial.write_text('half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program, str(out)]).returncode == -signal.SIGKILL
+    (left,) = tmp_path.glob(".out.gguf.partial-*/out.gguf")
+    with caplog.at_level("INFO", logger="mha2mla"), atomic_file(out) as partial:
+        partial.write_text("whole")
+    assert f"Removing {left.parent}, which a run that was killed left behind" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"] and out.read_text() == "whole"
 
 
 def describe(*steps):

@@ -9,11 +9,12 @@ import pytest
 
 from mha2mla.common.scratch import scratch_folder
 
+PREFIX = ".out[1].partial-"  # as of an output out[1], which is no pattern
 HOLD = """
 import sys, time
 from pathlib import Path
 from mha2mla.common.scratch import scratch_folder
-with scratch_folder(".out.partial-", Path(sys.argv[1])) as folder:
+with scratch_folder(sys.argv[2], Path(sys.argv[1])) as folder:
     (folder / "half").write_text("a model")
     print(folder.name, flush=True)
     time.sleep(60)
@@ -23,7 +24,7 @@ with scratch_folder(".out.partial-", Path(sys.argv[1])) as folder:
 @pytest.fixture
 def holder(tmp_path):
     """Another process that uses a folder, and the folder."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path), PREFIX], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     yield process, tmp_path / process.stdout.readline().strip()
     process.kill()
@@ -37,13 +38,13 @@ def names(folder):
 def test_a_killed_run_is_cleaned_up_by_the_next_and_a_running_one_is_left_alone(holder, tmp_path, caplog):
     process, held = holder
     with caplog.at_level("INFO", logger="mha2mla"):
-        with scratch_folder(".out.partial-", tmp_path) as own:
+        with scratch_folder(PREFIX, tmp_path) as own:
             assert names(tmp_path) == {held.name, own.name}
         assert "Removing" not in caplog.text
         process.send_signal(signal.SIGKILL)
         process.wait()
         time.sleep(0.1)
-        with scratch_folder(".out.partial-", tmp_path) as own:
+        with scratch_folder(PREFIX, tmp_path) as own:
             assert names(tmp_path) == {own.name}
     assert f"Removing {held}, which a run that was killed left behind" in caplog.text
     assert list(tmp_path.iterdir()) == []

@@ -5,7 +5,6 @@ latents are too small, and llama.cpp takes `rms_norm_eps` for the latents' norm 
 """
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -17,6 +16,7 @@ from huggingface_hub.utils import tqdm
 from transformers import DeepseekV3Config
 from transformers.utils import is_gguf_available
 
+from mha2mla.common.scratch import scratch_folder
 from mha2mla.conversion.checkpoint import CheckpointReader
 from mha2mla.modeling import MLALlamaConfig
 
@@ -60,18 +60,11 @@ def check_output_file(output: Path, overwrite: bool) -> None:
 
 @contextmanager
 def atomic_file(output: Path) -> Iterator[Path]:
-    """A new file beside `output` that takes its name only when the body has run to its end."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{output.name}.partial-", dir=output.parent)
-    os.close(handle)
-    partial = Path(name)
-    partial.chmod(0o644)  # mkstemp's is for the owner alone
-    try:
-        yield partial
-        os.replace(partial, output)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    """A new file in a folder beside `output` that takes its name only when the body has run to its end. What a killed
+    run leaves, the next one removes."""
+    with scratch_folder(f".{output.name}.partial-", output.parent) as folder:
+        yield folder / output.name
+        os.replace(folder / output.name, output)
 
 
 @cache
