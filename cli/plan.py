@@ -79,37 +79,41 @@ class PlanArguments:
 def main(argv: list[str]) -> None:
     options, given = parse(argv, "mha2mla plan", PlanArguments, description=__doc__, positionals=POSITIONALS)
 
+    from mha2mla.conversion.cache_plan import served_dtype
     from mha2mla.conversion.source import source_config
     from mha2mla.conversion.survey import survey_caches
 
     config = source_config(given.source, options.revision)
     survey = survey_caches(config)
-    print("\n\n".join(describe(given.source, survey, options, config.max_position_embeddings)))
+    served = served_dtype(config.dtype)
+    print("\n\n".join(describe(given.source, survey, options, config.max_position_embeddings, served)))
 
 
-def describe(source: str, survey: "Survey", options: PlanArguments, context: int) -> list[str]:
-    """Paragraphs for a person."""
+def describe(source: str, survey: "Survey", options: PlanArguments, context: int, served: str) -> list[str]:
+    """Paragraphs for a person, in the type of `served_dtype`."""
+    from mha2mla.conversion.cache_plan import SERVED_BYTES
     from mha2mla.conversion.survey import MEMORY_SHARE
     from mha2mla.evaluation.report.table import Table
 
     original, offers = survey.original, survey.offers
-    header = ["cache", "latent + rotary", "values", "share", "bytes/token bf16", "fp8"]
-    header += [f"GB at {context:,}", f"tokens in {options.device} bf16", "fp8"]
+    header = ["cache", "latent + rotary", "values", "share", f"bytes/token {served}", "fp8"]
+    header += [f"GB at {context:,}", f"tokens in {options.device} {served}", "fp8"]
 
     def cells(offer: "Offer") -> list[str]:
-        bf16, fp8 = offer.bytes_per_token(2), offer.bytes_per_token(1)
-        fits = [f"{offer.tokens_in(options.memory_bytes, size):,}" for size in (2, 1)]
+        sizes = (SERVED_BYTES, 1)
+        whole, fp8 = map(offer.bytes_per_token, sizes)
+        fits = [f"{offer.tokens_in(options.memory_bytes, size):,}" for size in sizes]
         share = f"{100 * offer.width / original.width:.2f} %"
-        gigabytes = f"{context * bf16 / 1e9:.2f}"
-        return [offer.title, offer.sizes or "-", f"{offer.width:,}", share, f"{bf16:,}", f"{fp8:,}", gigabytes, *fits]
+        gigabytes = f"{context * whole / 1e9:.2f}"
+        return [offer.title, offer.sizes or "-", f"{offer.width:,}", share, f"{whole:,}", f"{fp8:,}", gigabytes, *fits]
 
-    title = f"Cache of {source}: values per token and layer, and GB in bf16 for a text of {context:,} tokens"
+    title = f"Cache of {source}: values per token and layer, and GB in {served} for a text of {context:,} tokens"
     table = Table(title, header, [cells(offer) for offer in (original, *offers)])
     heaviest = max(offer.weight_bytes for offer in (original, *offers))
     gigabytes = f"{original.weight_bytes / 1e9:.2f} GB; at most {heaviest / 1e9:.2f} GB converted"
     beside = (
-        f"Tokens: {100 * MEMORY_SHARE:.0f} % of the memory less the weights in bf16 ({gigabytes}), over the bytes of "
-        "a token. A padded export caches the values that its line below says instead. fp8 caches are vLLM's; on "
+        f"Tokens: {100 * MEMORY_SHARE:.0f} % of the memory less the weights in {served} ({gigabytes}), over the bytes "
+        "of a token. A padded export caches the values that its line below says instead. fp8 caches are vLLM's; on "
         "Hopper vLLM 0.25.1 has none for 256 + 64."
     )
     takers: dict[str, list[str]] = {}

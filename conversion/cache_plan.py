@@ -8,6 +8,13 @@ from transformers import PreTrainedConfig
 from .cache_sizes import CacheSizes
 from .rotary import every_layer_has_rope, head_dim, num_rotary_pairs
 
+SERVED_BYTES = 2  # of a value in weights and cache
+
+
+def served_dtype(stored: object) -> str:
+    """For a person: the type of [`SERVED_BYTES`] that a model is served in, whose weights are stored in this one."""
+    return "fp16" if str(stored).removeprefix("torch.") == "float16" else "bf16"
+
 
 def runs(frequencies: tuple[int, ...]) -> str:
     """A list for a person: "0-15, 22-25"."""
@@ -62,12 +69,12 @@ class CachePlan:
         sizes = f"rotary {self.num_rope_key_heads} x {self.qk_rope_head_dim} + latent {self.kv_lora_rank}"
         return sizes if self.frequencies is None else f"{sizes}, frequencies {runs(self.frequencies)}"
 
-    def describe(self, element_size: int) -> str:
-        """One line for a person: what a token costs before and after, in bytes of `element_size` each."""
-        before, after = (w * self.num_layers * element_size for w in (self.source_width, self.width))
+    def describe(self, served: str) -> str:
+        """One line for a person: what a token costs before and after, in the type of [`served_dtype`]."""
+        before, after = (w * self.num_layers * SERVED_BYTES for w in (self.source_width, self.width))
         return (
             f"Cache: {self.source_width} -> {self.width} values per token and layer; {before:,} -> {after:,} bytes "
-            f"per token ({100 * (self.ratio - 1):+.2f} %)"
+            f"per token in {served} ({100 * (self.ratio - 1):+.2f} %)"
         )
 
 

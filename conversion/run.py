@@ -19,7 +19,7 @@ from mha2mla.common.versions import versions
 from mha2mla.modeling.latent_config import LatentConfigMixin
 
 from .architectures import architecture_of
-from .cache_plan import CachePlan
+from .cache_plan import CachePlan, served_dtype
 from .checkpoint import atomic_folder, check_output
 from .config import ConversionConfig
 from .export.engines import (
@@ -91,7 +91,7 @@ def convert(
         source_width = 2 * config.num_key_value_heads * architecture.head_dim
         plans = preset.plans(architecture, options if engine is None else kernel_sizes(options, engine, source_width))
         dtype = architecture.norm(tensors).dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-        logger.info(plans[0].describe(dtype.itemsize))
+        logger.info(plans[0].describe(served_dtype(dtype)))
         if engine is None and (advice := advise_sizes(plans[0].width, source_width)):
             logger.info(advice)
 
@@ -147,7 +147,7 @@ def convert(
             is_repo = not Path(source).exists()
             write_model_card(partial / "README.md", source, is_repo, output.name, options, plan, revision)
     original = None if gguf_file is not None or source.endswith(".gguf") else source
-    logger.info(summary(original, output, options, plan, mla_config, job.losses, dtype.itemsize))
+    logger.info(summary(original, output, options, plan, mla_config, job.losses, served_dtype(dtype)))
     return output
 
 

@@ -27,7 +27,7 @@ def summary(
     plan: CachePlan,
     config: LatentConfigMixin,
     losses: dict[str, float],
-    element_size: int,
+    served: str,
 ) -> str:
     """
     For a person.
@@ -37,9 +37,9 @@ def summary(
         config (`LatentConfigMixin`): Of the converted model.
         losses (`dict[str, float]`): Of the "source" and of the "converted" model, see [`ConversionJob`]; empty where
             they were not measured.
-        element_size (`int`): Bytes of a value in the cache.
+        served (`str`): The type that bytes are counted in, see [`served_dtype`].
     """
-    lines = [plan.describe(element_size)]
+    lines = [plan.describe(served)]
     if losses:
         before, after = losses["source"], losses["converted"]
         lines.append(

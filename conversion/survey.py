@@ -10,7 +10,7 @@ from mha2mla.common.kernel_sizes import ENGINES, KERNEL_ROPE_DIM, Engine
 from mha2mla.modeling import LatentConfigMixin
 
 from .architectures import Architecture, architecture_of
-from .cache_plan import CachePlan
+from .cache_plan import SERVED_BYTES, CachePlan
 from .cache_sizes import CacheSizes
 from .export.engines import describe_engines, expressible_lists, fitting_engines
 from .output import empty_model
@@ -22,7 +22,6 @@ from .weights_check import expected_tensors
 PAPER_RATIOS = (0.3125, 0.1875, 0.125)
 # Of a GPU's memory, for weights and cache; the rest is for activations and the engine itself.
 MEMORY_SHARE = 0.9
-SERVED_BYTES = 2  # of a weight, in bfloat16
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Offer:
 
     @property
     def weight_bytes(self) -> int:
-        """Of the model, in bfloat16."""
+        """Of the model, as it is served."""
         return SERVED_BYTES * self.num_parameters
 
     def tokens_in(self, memory: int, element_size: int) -> int:

@@ -1,9 +1,11 @@
 """`mha2mla plan`: what a cache would cost and bring, from the config alone."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import LlamaConfig, MistralConfig
 
 from mha2mla.cli.main import main
@@ -73,6 +75,26 @@ def test_table_of_a_folder_without_weights(tmp_path, capsys):
     assert f"Next: mha2mla convert {tmp_path} CONVERTED --serve vllm --data TEXT" in printed
     assert main(["plan", str(tmp_path), "--memory", "12"]) == 0
     assert "tokens in 12 GiB bf16" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "dtype, served", [(None, "bf16"), ("bfloat16", "bf16"), ("float32", "bf16"), ("float16", "fp16")]
+)
+def test_bytes_are_those_of_the_type_that_it_is_served_in(dtype, served, save_source, tmp_path, capsys, caplog):
+    """Plan and conversion count alike, whatever the weights are stored in."""
+    source = save_source("gqa", dtype=getattr(torch, dtype or "float32"))
+    if dtype is None:
+        config = json.loads((source / "config.json").read_text())
+        del config["dtype"]
+        (source / "config.json").write_text(json.dumps(config))
+    assert main(["plan", str(source)]) == 0
+    printed = capsys.readouterr().out
+    assert f"bytes/token {served} |" in printed and f"weights in {served} (" in printed
+    assert {"192", "60"} <= set(re.findall(r"\d+", printed))  # 2 layers, 48 and 15 values, 2 bytes
+    with caplog.at_level("INFO", logger="mha2mla"):
+        sizes = ["--cache-ratio", "0.3125", "--preset", "paper", "--rope-selection", "high"]
+        assert main(["convert", str(source), str(tmp_path / "out"), *sizes]) == 0
+    assert caplog.text.count(f"192 -> 60 bytes per token in {served} (") == 2
 
 
 def test_a_ratio_has_a_rotary_key_of_sane_size():

@@ -10,6 +10,7 @@ from mha2mla.common.files import read_json_object
 from mha2mla.common.kernel_sizes import KERNEL_HEAD_DIM, KERNEL_ROPE_DIM
 from mha2mla.common.loading import load_config
 from mha2mla.common.records import RECORD_NAME, read_record
+from mha2mla.conversion.cache_plan import SERVED_BYTES
 from mha2mla.conversion.checkpoint import CheckpointReader
 from mha2mla.modeling import LatentConfigMixin, MLALlamaConfig, MLAMixtralConfig
 from mha2mla.modeling.latent_config import NORMALISED_PROJECTIONS
@@ -43,13 +44,13 @@ class ExportPlan:
         """Values that an engine caches per token and layer."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
-    def describe(self, config: OurConfig, element_size: int) -> str:
-        """What a token costs in an engine, in bytes of `element_size` a value, padding included."""
+    def describe(self, config: OurConfig, served: str) -> str:
+        """What a token costs in an engine, in the type of [`served_dtype`], padding included."""
         ours, source = config.latent_cache_dim, 2 * config.num_key_value_heads * config.head_dim
-        size = self.width * config.num_hidden_layers * element_size
+        size = self.width * config.num_hidden_layers * SERVED_BYTES
         line = (
             f"Cache: {self.width} values per token and layer (latent {self.kv_lora_rank} + rotary key "
-            f"{self.qk_rope_head_dim}), {size:,} bytes per token; the source's has {source} "
+            f"{self.qk_rope_head_dim}), {size:,} bytes per token in {served}; the source's has {source} "
             f"({100 * (self.width / source - 1):+.1f} %)"
         )
         if self.width > ours:

@@ -10,6 +10,7 @@ from huggingface_hub.utils import tqdm
 from mha2mla.common.companions import copy_companions
 from mha2mla.common.options import shard_bytes
 from mha2mla.common.tokenizer import write_tokenizer
+from mha2mla.conversion.cache_plan import served_dtype
 from mha2mla.conversion.checkpoint import (
     CheckpointReader,
     CheckpointWriter,
@@ -94,7 +95,7 @@ def export_deepseek(folder: Path, model: str, output: Path, options: ExportConfi
     dtype = weights_dtype(options, reader.get("model.norm.weight").dtype)
     gauge = tiny_gauge(config.rms_norm_eps)
     stock = stock_config(config, plan, gauge, getattr(torch, dtype))
-    logger.info(plan.describe(config, 2))
+    logger.info(plan.describe(config, served_dtype(dtype)))
     logger.info("Engines that take these sizes: %s", engines_for(plan, config))
     ids = check_ids(folder, config)
     ours = streamed_logits(config, reader, ids, RUNNING)
@@ -171,7 +172,7 @@ def export_gguf(folder: Path, model: str, output: Path, options: ExportConfig) -
     dtype = weights_dtype(options, reader.get("model.norm.weight").dtype)
     gauge = big_gauge(config.rms_norm_eps, dtype)
     stock = stock_config(config, plan, gauge, torch.float32)
-    logger.info(plan.describe(config, 2))
+    logger.info(plan.describe(config, "fp16"))  # llama.cpp's cache, whatever the weights are
     if (advice := advise_padding(plan)) is not None:
         logger.info(advice)
     ids = check_ids(folder, config)
