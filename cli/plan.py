@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mha2mla.common.kernel_sizes import ENGINES
-from mha2mla.conversion.recovered import MODEL, POINTS_LOST
+from mha2mla.conversion.recovered import MODEL, POINTS_LOST, SMALL, is_small
 
 from .parsing import Positionals, parse
 
@@ -120,11 +120,12 @@ def describe(source: str, survey: "Survey", options: PlanArguments, context: int
     for offer in offers:
         takers.setdefault(offer.engines, []).append(offer.title)
     engines = ["Engines that take an export:", *(f"  {', '.join(titles)}: {e}" for e, titles in takers.items())]
+    small = ", ".join(offer.title for offer in offers if is_small(offer.width / original.width))
     refused = ["Not to be had:", *(f"  {title}: {reason}" for title, reason in survey.refused.items())]
     parts = [table.markdown(), beside]
     if offers:
         command = shlex.join(["mha2mla", "convert", source, "CONVERTED", *advised(survey), "--data", "TEXT"])
-        parts += ["\n".join(engines), QUALITY, f"Next: {command}"]
+        parts += ["\n".join(engines), QUALITY, *([f"{small}: {SMALL}."] if small else []), f"Next: {command}"]
     return [*parts, *(["\n".join(refused)] if survey.refused else [])]
 
 

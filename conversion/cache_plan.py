@@ -104,7 +104,7 @@ def plan_caches(
             the hidden size.
 
     Raises:
-        ValueError: If the sizes are contradictory, or more than the source's matrices can fill.
+        ValueError: If a size is missing, or more than the source's matrices can fill.
     """
     source_width = 2 * source.num_key_value_heads * head_dim(source)
     value_rows = source_width // 2
@@ -118,11 +118,6 @@ def plan_caches(
             raise ValueError("Give --cache-ratio (e.g. 0.3125), or both --kv-lora-rank and --qk-rope-head-dim.")
         splits = [(rope, rank)]
     else:
-        if rank is not None or rope is not None:
-            raise ValueError("Give either cache_ratio, or kv_lora_rank and qk_rope_head_dim, not both.")
-        if not 0 < ratio < 1:
-            share = ratio / 100 if 1 < ratio < 100 else 0.3125
-            raise ValueError(f"cache_ratio={ratio} must lie between 0 and 1. For {100 * share:g} %, give {share:g}.")
         width = round(ratio * source_width)
         splits = []
         for rope in rope_dims(width):

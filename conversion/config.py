@@ -103,6 +103,7 @@ class ConversionConfig(CacheSizes, ServingOptions, CalibrationText, OutputOption
     preset: Preset = field(default_factory=Calibrated)
 
     def __post_init__(self):
+        super().__post_init__()
         if not isinstance(self.preset, Preset):
             names = ", ".join(f"{preset.__name__}()" for preset in preset_classes().values())
             raise ValueError(f"preset={self.preset!r} must be an object with the preset's options: {names}.")

@@ -33,6 +33,7 @@ from .fused import open_checkpoint
 from .job import ConversionJob
 from .model_card import write_model_card
 from .output import write_companions, write_weights
+from .recovered import LEAST, SMALL, is_small
 from .source import local_checkpoint
 from .summary import summary
 from .weights_check import check_weights
@@ -92,6 +93,10 @@ def convert(
         plans = preset.plans(architecture, options if engine is None else kernel_sizes(options, engine, source_width))
         dtype = architecture.norm(tensors).dtype if options.dtype == "auto" else getattr(torch, options.dtype)
         logger.info(plans[0].describe(served_dtype(dtype)))
+        if is_small(plans[0].ratio):
+            remedy = f"Take --cache-ratio 0.3125, or at least {LEAST / 100:g}"
+            remedy += "" if engine is None else ", without --serve"
+            logger.warning("That is %.3g %%, %s. %s.", 100 * plans[0].ratio, SMALL, remedy)
         if engine is None and (advice := advise_sizes(plans[0].width, source_width)):
             logger.info(advice)
 

@@ -20,6 +20,7 @@ from mha2mla.conversion import ConversionConfig, Paper, convert
 from mha2mla.conversion.architectures import architecture_of
 from mha2mla.conversion.cache_plan import unrotated_rows
 from mha2mla.conversion.cache_sizes import CacheSizes
+from mha2mla.conversion.recovered import SMALL
 from mha2mla.conversion.rotary import head_dim, num_rotary_pairs
 from mha2mla.conversion.search import TIE
 from mha2mla.conversion.summary import RECOVERY
@@ -105,6 +106,28 @@ def test_cache_ratio_is_met(svd, rule, save_source, tmp_path, caplog):
     assert model.generate(tokens(1, 4), max_new_tokens=3, min_new_tokens=3).shape == (1, 7)
 
 
+@pytest.mark.parametrize(
+    "sizes, told",
+    [
+        (("--cache-ratio", 0.06), "That is 6.25 %"),
+        (("--kv-lora-rank", 2, "--qk-rope-head-dim", 2), "That is 4.17 %"),
+        (("--cache-ratio", 0.125), None),
+        (("--kv-lora-rank", 10, "--qk-rope-head-dim", 2), None),
+    ],
+)
+def test_a_cache_smaller_than_any_measured_is_warned_of(sizes, told, save_source, calibration_file, tmp_path, caplog):
+    options = (*sizes, "--data", calibration_file, "--samples", 1000)  # which ends it before the work
+    assert run(save_source("mha"), tmp_path / "out", *options, preset="calibrated") == 2
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    remedy = "Take --cache-ratio 0.3125, or at least 0.125"
+    assert warnings == ([] if told is None else [f"{told}, {SMALL}. {remedy}."])
+
+
+def test_impossible_ratios_are_refused_before_anything_is_read(tmp_path, capsys):
+    assert main(["convert", str(tmp_path / "nowhere"), str(tmp_path / "out"), "--cache-ratio", "1.5"]) == 2
+    assert "cache_ratio=1.5 must lie between 0 and 1" in capsys.readouterr().err
+
+
 def test_ratio_follows_the_papers_table():
     """d_h = 64, 3 key/value heads: 8 rotary dims and d_kv = 32, 16, 8 per head (paper, Table 1)."""
     source = type(SOURCES["gqa"])(hidden_size=576, num_attention_heads=9, num_key_value_heads=3)
@@ -166,7 +189,11 @@ def test_a_run_that_dies_leaves_no_half_model(killed, save_source, tmp_path):
 
 BAD_OPTIONS = {
     "or both --kv-lora-rank and --qk-rope-head-dim": (["--rope-selection", "high"], "gqa"),
-    "cache_ratio=1.5 must lie between": (["--cache-ratio", "1.5", "--rope-selection", "high"], "gqa"),
+    "cache_ratio=1.5 must lie between 0 and 1. For 31.25 %, give 0.3125.": (["--cache-ratio", "1.5"], "gqa"),
+    "cache_ratio=25.0 must lie between 0 and 1. For 25 %, give 0.25.": (["--cache-ratio", "25"], "gqa"),
+    "cache_ratio=0.0 must lie": (["--cache-ratio", "0"], "gqa"),
+    "cache_ratio=-0.3 must lie": (["--cache-ratio", "-0.3"], "gqa"),
+    "cache_ratio=nan must lie": (["--cache-ratio", "nan"], "gqa"),
     "not both": (["--cache-ratio", "0.5", "--kv-lora-rank", "8", "--rope-selection", "high"], "gqa"),
     "Use a ratio above": (["--cache-ratio", "0.05", "--rope-selection", "high"], "gqa"),
     "kv_lora_rank=400 must lie between 1 and 40": (

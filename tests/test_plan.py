@@ -11,7 +11,7 @@ from transformers import LlamaConfig, MistralConfig
 from mha2mla.cli.main import main
 from mha2mla.cli.plan import GPU_MEMORY, QUALITY
 from mha2mla.conversion.cache_sizes import CacheSizes
-from mha2mla.conversion.recovered import POINTS_LOST
+from mha2mla.conversion.recovered import PERPLEXITY, POINTS_LOST, SMALL
 from mha2mla.conversion.survey import survey_caches
 from pico import SOURCES
 
@@ -118,9 +118,23 @@ def test_mistakes(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_a_cache_smaller_than_any_measured_is_named(tmp_path, capsys):
+    LLAMA3_8B.save_pretrained(tmp_path / "grouped")
+    LlamaConfig(hidden_size=2048, num_hidden_layers=2, num_attention_heads=32).save_pretrained(tmp_path / "whole")
+    printed = []
+    for name in ("grouped", "whole"):
+        assert main(["plan", str(tmp_path / name)]) == 0
+        printed.append(capsys.readouterr().out)
+    assert SMALL not in printed[0]
+    assert f"\n\n256 + 64: {SMALL}.\n\n" in printed[1]  # 7.8 %; 12.5 % and 512 + 64, 14 %, are not
+
+
 def test_quality_is_as_measured():
     """What is known of recovery is the table of docs/recovery.md; what is told of it stands in the results."""
     docs = Path(__file__).parents[1] / "docs"
+    before = (docs / "conversion.md").read_text(encoding="utf-8")
+    for size, perplexity in PERPLEXITY.items():
+        assert f"| {'original' if size == 100 else f'{size:g} %'} | {perplexity} |" in before
     page, results = ((docs / name).read_text(encoding="utf-8") for name in ("recovery.md", "dev/results.md"))
     for size, by_tokens in POINTS_LOST.items():
         (row,) = (line for line in page.splitlines() if line.startswith(f"| {size:g} % |"))
