@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCa
 
 from mha2mla.cli.main import main
 from mha2mla.conversion.export import ExportConfig, check, export
+from mha2mla.conversion.export.rope_table import STEP_NOTE, WARNING
 from mha2mla.training import add_lora
 from pico import BLOCK_PACKAGE, ROPES, exact_model, make_mla, make_source, tokens
 
@@ -198,6 +199,22 @@ def test_sizes_beyond_the_kernels_are_refused(save, tmp_path):
         export(save(exportable(list(range(34)), head_dim=96)), tmp_path / "out", ExportConfig(pad=256))
     export(save(many), tmp_path / "out", ExportConfig(pad=256))  # far apart, but with a step in the table
     assert assert_same_model(many, tmp_path / "out").config.rope_parameters["rope_type"] == "yarn"
+
+
+@pytest.mark.parametrize("frequencies, step", [([0, 1, 4, 5], True), ([0, 1, 2], False)])
+def test_what_transformers_says_of_a_step_is_explained_instead(frequencies, step, save, tmp_path):
+    """In a process of its own, as transformers says it once."""
+    folder, program = (
+        save(exportable(frequencies)),
+        "import sys; from mha2mla.cli.main import main; main(sys.argv[1:])",
+    )
+    command = [sys.executable, "-c", program, "export", str(folder), str(tmp_path / "out")]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert said.count(WARNING) == said.count(STEP_NOTE) == step
+    assert (f"\n\n{STEP_NOTE}." in (tmp_path / "out" / "README.md").read_text()) == step
+    load = "import sys; from transformers import AutoConfig; AutoConfig.from_pretrained(sys.argv[1])"
+    command = [sys.executable, "-c", load, str(tmp_path / "out")]
+    assert (WARNING in subprocess.run(command, capture_output=True, text=True).stderr) == step  # still to be explained
 
 
 def test_adapters_and_exports_are_named(save, tmp_path):

@@ -9,6 +9,7 @@ from .check import Agreement
 from .engines import engines_for
 from .experts import has_experts
 from .plan import ExportPlan, OurConfig
+from .rope_table import STEP_NOTE
 
 BODY = """{origin} with Multi-head Latent Attention, as a stock {stock} checkpoint: no custom code. An engine
 caches **{width} values per token and layer**{padding}.
@@ -17,7 +18,7 @@ caches **{width} values per token and layer**{padding}.
 
 {serve}{experts}
 
-Made for: {engines}. Not for float16, in which the norm of the latents would not be exact.
+Made for: {engines}. Not for float16, in which the norm of the latents would not be exact.{step}
 
 ## How it was made
 
@@ -82,6 +83,7 @@ def write_export_card(
         serve=SERVE.format(title=title, more=more) if "vLLM" in served else NO_SERVE,
         engines=served,
         rows=table(rows),
+        step="" if plan.table.last is None else f"\n\n{STEP_NOTE}.",
     )
     write_card(path, title, metadata, body)
 

@@ -32,6 +32,7 @@ from .from_deepseek import find_layout, find_rope, load_stock_config, our_config
 from .gguf import GGUFTensors, atomic_file, big_gauge, check_output_file, check_package, write_gguf
 from .plan import advise_padding, load_model_config, plan_export
 from .record import EXPORT_RECORD_NAME, write_record
+from .rope_table import STEP_NOTE, without_warning_of_factor
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,8 @@ def export_deepseek(folder: Path, model: str, output: Path, options: ExportConfi
     plan = plan_export(folder, config, reader, options, allow_step=True)
     dtype = weights_dtype(options, reader.get("model.norm.weight").dtype)
     gauge = tiny_gauge(config.rms_norm_eps)
-    stock = stock_config(config, plan, gauge, getattr(torch, dtype))
+    with without_warning_of_factor():
+        stock = stock_config(config, plan, gauge, getattr(torch, dtype))
     logger.info(plan.describe(config, served_dtype(dtype)))
     logger.info("Engines that take these sizes: %s", engines_for(plan, config))
     ids = check_ids(folder, config)
@@ -126,6 +128,8 @@ def export_deepseek(folder: Path, model: str, output: Path, options: ExportConfi
             },
         }
         write_record(partial, model, options, details, agreement, time.perf_counter() - start)
+    if plan.table.last is not None:
+        logger.info("%s.", STEP_NOTE)
 
 
 def export_ours(folder: Path, model: str, output: Path, options: ExportConfig) -> None:
