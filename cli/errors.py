@@ -5,10 +5,9 @@ import traceback
 from errno import EDQUOT, ENOSPC
 from importlib.metadata import PackageNotFoundError, metadata
 
-from mha2mla.common.errors import is_message
+from mha2mla.common.errors import is_message, is_network_error
 
 DISK_FULL = ("No space left on device", "inline_container.cc")  # as safetensors and torch.save say it
-NETWORK = ("httpx", "httpx2", "requests", "urllib3")  # what huggingface_hub and datasets talk through
 
 
 def explain(error: Exception) -> str | None:
@@ -32,7 +31,7 @@ def explain(error: Exception) -> str | None:
         return f"This needs the Python package {error.name!r}, which is not installed."
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}." if error.filename and error.strerror else text
-    if type(error).__module__.split(".")[0] in NETWORK:
+    if is_network_error(error):
         return f"The network failed: {text or type(error).__name__}."
     if isinstance(error, ValueError) and is_message(error):
         return str(error)

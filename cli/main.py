@@ -46,6 +46,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("mha2mla").setLevel(logging.INFO)
+    for library in ("datasets", "huggingface_hub"):  # which print by themselves, and would do it twice
+        logging.getLogger(library).propagate = False
     try:
         import_module(f"mha2mla.cli.{argv[0]}").main(argv[1:])
     except KeyboardInterrupt:

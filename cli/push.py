@@ -33,7 +33,7 @@ class PushArguments:
 def main(argv: list[str]) -> None:
     options, given = parse(argv, "mha2mla push", PushArguments, description=__doc__, positionals=POSITIONALS)
 
-    from mha2mla.common.loading import is_hub_name
+    from mha2mla.common.hub import is_hub_name
     from mha2mla.training.publish import describe_upload, plan_upload, push_folder
 
     if not is_hub_name(given.repo):

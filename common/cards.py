@@ -7,7 +7,8 @@ from typing import Any, Literal
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 
-from .loading import find_file, on_hub
+from .hub import on_hub
+from .loading import find_file
 
 CARD_NAME = "README.md"
 RESULTS_FOLDER = ".eval_results"  # what the Hub shows beside a card: https://huggingface.co/docs/hub/eval-results

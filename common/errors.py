@@ -4,6 +4,7 @@ import linecache
 import traceback
 
 PACKAGE = __name__.split(".")[0] + "."
+NETWORK = ("httpx", "httpx2", "requests", "urllib3")  # what huggingface_hub and datasets talk through
 
 
 def raised_in_package(error: BaseException) -> bool:
@@ -18,3 +19,8 @@ def is_message(error: BaseException) -> bool:
     *_, (frame, line) = traceback.walk_tb(error.__traceback__)
     statement = linecache.getline(frame.f_code.co_filename, line).lstrip()
     return raised_in_package(error) and statement.startswith("raise ")
+
+
+def is_network_error(error: BaseException) -> bool:
+    """Whether the network failed, rather than a program."""
+    return type(error).__module__.split(".")[0] in NETWORK

@@ -17,10 +17,8 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
-    HFValidationError,
     OfflineModeIsEnabled,
 )
-from huggingface_hub.utils import validate_repo_id
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -32,20 +30,7 @@ from transformers import (
 
 from .companions import NOTICES
 from .errors import raised_in_package
-
-
-def is_hub_name(name: str) -> bool:
-    """Whether a name has the form of one on the Hub, OWNER/NAME. A folder of that name goes before it."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return name.count("/") == 1
-
-
-def on_hub(name: str) -> bool:
-    """Whether a name stands for a repository on the Hub: it has the form, and there is no file or folder of it."""
-    return is_hub_name(name) and not Path(name).exists()
+from .hub import check_on_hub, hub_trouble, in_cache, on_hub
 
 
 def check_name(name: str, role: str) -> None:
@@ -70,6 +55,8 @@ def find_file(name: str, filename: str, revision: str | None = None) -> Path | N
     if not on_hub(name):
         path = Path(name) / filename
         return path if path.is_file() else None
+    if not in_cache(name, filename, revision) and hub_trouble(name, filename, revision) is not None:
+        return None
     try:
         return Path(hf_hub_download(name, filename, revision=revision))
     except (EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled):
@@ -94,9 +81,10 @@ def head_dim(config: PreTrainedConfig) -> int:
 
 
 @contextmanager
-def loading(name: str, role: str, part: str) -> Iterator[None]:
+def loading(name: str, role: str, part: str, revision: str | None) -> Iterator[None]:
     """What libraries say of a checkpoint's part that they cannot load, in one sentence."""
     check_name(name, role)
+    check_on_hub(name, role, revision=revision)
     try:
         yield
     except (OSError, ImportError, MemoryError, torch.OutOfMemoryError):
@@ -132,7 +120,7 @@ def load_config(
     """
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise ValueError(f"{role}: {name} has no config.json: it is not a transformers checkpoint.")
-    with loading(name, role, "config"):
+    with loading(name, role, "config", revision):
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision or "main")
 
 
@@ -140,7 +128,7 @@ def load_tokenizer(
     name: str, role: str = "model", trust_remote_code: bool = False, revision: str | None = None
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint; arguments and errors as [`load_config`]'s."""
-    with loading(name, role, "tokenizer"):
+    with loading(name, role, "tokenizer", revision):
         tokenizer = AutoTokenizer.from_pretrained(
             name, trust_remote_code=trust_remote_code, revision=revision or "main"
         )
@@ -154,7 +142,7 @@ def load_model(
     """The causal language model of a checkpoint; `options` are those of `from_pretrained`: dtype, ... Arguments and
     errors are otherwise [`load_config`]'s; weights that are not there, which transformers would draw at random, are an
     error too."""
-    with loading(name, role, "weights"):
+    with loading(name, role, "weights", revision):
         model, found = AutoModelForCausalLM.from_pretrained(
             name,
             trust_remote_code=trust_remote_code,

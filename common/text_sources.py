@@ -16,7 +16,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from .files import no_file, read_json_lines, read_yaml
-from .loading import is_hub_name
+from .hub import hub_trouble, is_hub_name, on_hub
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -167,6 +167,8 @@ def load_source(source: TextSource, streaming: bool) -> "Dataset | IterableDatas
     from datasets import load_dataset  # slow to import, and what is tokenised already does without it
 
     if source.builder is None:
+        if on_hub(source.data) and (trouble := hub_trouble(source.data, "README.md", repo_type="dataset")) is not None:
+            raise TextError(trouble)
         return load_dataset(source.data, source.subset, split=source.split, streaming=streaming)
     options = {"sample_by": "paragraph"} if source.builder == "text" else {}
     with reading(source):

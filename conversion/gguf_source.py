@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import is_gguf_available
 
 from mha2mla.common.files import no_file
-from mha2mla.common.loading import on_hub
+from mha2mla.common.hub import check_on_hub, on_hub
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +70,7 @@ def dequantise_gguf(source: str, gguf_file: str, folder: Path, revision: str | N
     if not local.is_file():
         if not on_hub(source):
             raise ValueError(no_file(local))
+        check_on_hub(source, "source", gguf_file, revision)
         local = Path(hf_hub_download(source, gguf_file, revision=revision))
     fields, tensors = read_gguf(local)
     changes = gguf_changes(fields, tensors, name=gguf_file)

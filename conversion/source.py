@@ -8,7 +8,8 @@ from huggingface_hub import snapshot_download
 from transformers import PreTrainedConfig
 
 from mha2mla.common.companions import COMPANION_PATTERNS
-from mha2mla.common.loading import load_config, on_hub
+from mha2mla.common.hub import check_on_hub, on_hub
+from mha2mla.common.loading import load_config
 from mha2mla.common.scratch import scratch_folder
 
 from .gguf_source import dequantise_gguf, gguf_config
@@ -35,6 +36,7 @@ def local_checkpoint(source: str, revision: str | None = None, gguf_file: str | 
             f"There is no folder or .gguf file {source}. Check the path; a name on the Hub has the form OWNER/NAME."
         )
     else:
+        check_on_hub(source, "source", revision=revision)
         patterns = ["config.json", "adapter_config.json", "README.md", "*.safetensors", "*.safetensors.index.json"]
         patterns += COMPANION_PATTERNS
         yield Path(snapshot_download(source, revision=revision, allow_patterns=patterns))

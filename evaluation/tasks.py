@@ -11,7 +11,7 @@ from typing import Any
 from accelerate.utils import find_executable_batch_size
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mha2mla.common.loading import is_hub_name
+from mha2mla.common.hub import is_hub_name
 from mha2mla.common.text_sources import TextSource
 
 from .caches import DYNAMIC, CacheKind

@@ -2,13 +2,25 @@
 
 import gzip
 import json
+from unittest.mock import Mock
 
 import pytest
 from conftest import pico_tokenizer
+from huggingface_hub.errors import (
+    GatedRepoError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
+from mha2mla.common import hub
 from mha2mla.common.files import read_json_lines, read_json_object, read_yaml
-from mha2mla.common.loading import copy_notices, head_dim, is_hub_name, load_config, load_model, load_tokenizer, on_hub
+from mha2mla.common.hub import is_hub_name, on_hub
+from mha2mla.common.loading import copy_notices, find_file, head_dim, load_config, load_model, load_tokenizer
 from mha2mla.common.records import RECORD_NAME, copy_record, read_record, recorded_preset
+from mha2mla.common.text_sources import TextSource, load_source
+from mha2mla.conversion.source import local_checkpoint
 from pico import SOURCES, make_mla, make_source
 
 
@@ -69,6 +81,77 @@ def test_what_a_hub_name_is(tmp_path, monkeypatch):
     assert on_hub("owner/name")
     (tmp_path / "owner" / "name").mkdir(parents=True)
     assert not on_hub("owner/name")  # the folder goes before
+
+
+class ConnectTimeout(Exception):
+    """As of the library that the Hub is talked to through."""
+
+    __module__ = "httpx"
+
+
+def refused(error, monkeypatch):
+    """Let the Hub answer with an error; gives the list of what it was asked for."""
+    asked = []
+
+    def answer(url, timeout):
+        asked.append(url)
+        raise error
+
+    monkeypatch.setattr(hub, "get_hf_file_metadata", answer)
+    monkeypatch.setattr(hub, "PAUSES", (0, 0))
+    return asked
+
+
+def of_hub(kind):
+    return kind("long", response=Mock(status_code=404, headers={}))
+
+
+@pytest.mark.parametrize(
+    "error, tries, message",
+    [
+        (OfflineModeIsEnabled(), 1, r"o/n would have to be downloaded, and HF_HUB_OFFLINE is set\. Unset it"),
+        (
+            of_hub(GatedRepoError),
+            1,
+            r"o/n is gated\. Ask for access at https://huggingface\.co/o/n, .*`hf auth login`",
+        ),
+        (of_hub(RepositoryNotFoundError), 1, r"o/n is not on the Hub, or private\. .*`hf auth login`"),
+        (of_hub(RevisionNotFoundError), 1, r"o/n has no revision 'v2' on the Hub\."),
+        (ConnectTimeout("slow"), 3, r"o/n cannot be downloaded: the Hub is out of reach \(slow\)\. Check"),
+    ],
+)
+def test_what_the_hub_refuses_is_said_at_once(error, tries, message, monkeypatch):
+    asked = refused(error, monkeypatch)
+    with pytest.raises(ValueError, match=f"teacher: {message}"):
+        load_config("o/n", "teacher", revision="v2")
+    assert asked == ["https://huggingface.co/o/n/resolve/v2/config.json"] * tries
+    for gguf_file in (None, "n.gguf"):
+        with pytest.raises(ValueError, match=f"source: {message}"), local_checkpoint("o/n", "v2", gguf_file):
+            pass
+    assert asked[-1].endswith("/n.gguf")
+    assert find_file("o/n", "conversion.json", "v2") is None
+    if "revision" not in message:
+        with pytest.raises(ValueError, match=message.replace("co/o/n", "co/datasets/o/n")):
+            load_source(TextSource("o/n"), streaming=True)
+
+
+def test_a_network_that_fails_now_and_then_is_asked_again(monkeypatch):
+    monkeypatch.setattr(hub, "PAUSES", (0, 0))
+    answers = Mock(side_effect=[ConnectTimeout("slow"), ConnectTimeout("slow"), None])
+    monkeypatch.setattr(hub, "get_hf_file_metadata", answers)
+    assert hub.hub_trouble("o/n", "config.json") is None and answers.call_count == 3
+
+
+def test_what_the_hub_has_is_left_to_libraries(monkeypatch):
+    refused(of_hub(RemoteEntryNotFoundError), monkeypatch)  # no such file in it, or an error of the server
+    assert hub.hub_trouble("o/n", "config.json") is None
+    asked = refused(ConnectTimeout("slow"), monkeypatch)
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *_, **__: "/cache/config.json")
+    hub.check_on_hub("o/n", "model")
+    assert asked == []  # what was downloaded before needs no network
+    refused(ZeroDivisionError(), monkeypatch)
+    with pytest.raises(ZeroDivisionError):
+        hub.hub_trouble("o/n", "config.json")
 
 
 def test_loading_errors_are_one_sentence(tmp_path):

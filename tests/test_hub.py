@@ -57,6 +57,18 @@ def run(hub, work, program, *argv):
     return done.stdout
 
 
+def test_a_hub_that_cannot_be_reached_is_told_in_a_line(tmp_path):
+    """Nothing listens at the address; the libraries' own retries take half a minute."""
+    program = (
+        "import sys\nfrom mha2mla.cli.main import main\nfrom mha2mla.common import hub\n"
+        "hub.PAUSES = (0.1,)\nsys.exit(main(['plan', 'some/model']))\n"
+    )
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=25)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "mha2mla plan: error: source: some/model cannot be downloaded: the Hub is out of reach (" in done.stderr
+
+
 def test_from_the_hub_and_back(hub, tmp_path):
     sizes = ["--cache-ratio", "0.5", "--samples", "4", "--length", "8", "--refine-steps", "0"]
     steps = ["--max_steps", "1", "--length", "8", "--use_cpu", "--save_strategy", "no", "--streaming"]

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from mha2mla.common.cards import CARD_NAME, RESULTS_FOLDER
 from mha2mla.common.companions import COMPANION_PATTERNS
 from mha2mla.common.files import read_json_object, read_text
-from mha2mla.common.loading import on_hub
+from mha2mla.common.hub import on_hub
 
 # Of a checkpoint's own level. What a run leaves beside them (optimizer, random states, `training_args.bin`, which is a
 # pickle, tracking, other checkpoints) is for going on with the run, not for users of the model.
