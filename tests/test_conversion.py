@@ -162,7 +162,7 @@ def test_existing_output_is_not_touched_without_overwrite(save_source, tmp_path,
 
 
 @pytest.mark.parametrize("killed", [False, True])
-def test_a_run_that_dies_leaves_no_half_model(killed, save_source, tmp_path):
+def test_a_run_that_dies_leaves_no_half_model(killed, save_source, tmp_path, caplog):
     """Once by an error while weights are written, once by SIGKILL."""
     source, out = save_source(), tmp_path / "out"
     arguments = ["convert", str(source), str(out), *FULL, "--kv-lora-rank", "24", "--preset", "paper"]
@@ -184,7 +184,12 @@ def test_a_run_that_dies_leaves_no_half_model(killed, save_source, tmp_path):
         os.kill(process.pid, signal.SIGKILL)
     assert process.wait() != 0
     assert not out.exists()
-    assert run(source, out, *FULL, "--kv-lora-rank", 24) == 0
+    left = [path for path in tmp_path.glob(".out.partial-*") if path.is_dir()]
+    assert len(left) == killed
+    with caplog.at_level("INFO", logger="mha2mla"):
+        assert run(source, out, *FULL, "--kv-lora-rank", 24) == 0
+    assert not list(tmp_path.glob(".out.*"))
+    assert all(f"Removing {folder}, which a run that was killed left behind" in caplog.text for folder in left)
 
 
 BAD_OPTIONS = {
