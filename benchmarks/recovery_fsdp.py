@@ -9,7 +9,8 @@ Tried on a CPU, where the share of the peak means nothing:
 
 The weights are drawn at random, the tokenizer and the text are any; what stands behind `--` are arguments of `mha2mla
 train`. FLOPs are those of the model's matrices, 6 a weight and token for the student and 2 for the teacher, and of
-causal attention over the length of a row; what gradient checkpointing computes again does not count.
+causal attention over the length of a row; what gradient checkpointing computes again does not count. The rate is the
+median step's: compilation and waiting for text are left out.
 """
 
 import argparse
@@ -19,11 +20,12 @@ import re
 import subprocess
 import sys
 import threading
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 
 import torch
-from recovery import throughput
 from transformers import AutoConfig, AutoTokenizer
 
 import mha2mla.modeling  # noqa: F401  # registers the family
@@ -86,6 +88,16 @@ def run_training(folder: Path, args: argparse.Namespace) -> list[dict]:
     return lines
 
 
+def median_rate(lines: list[dict]) -> float:
+    """Tokens a second of the median step; the first is not among them."""
+    steps = [
+        (line["num_input_tokens_seen"] - before["num_input_tokens_seen"])
+        / (line["train_runtime"] - before["train_runtime"])
+        for before, line in pairwise(lines)
+    ]
+    return median(steps)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tokenizer", help="Any tokenizer folder.")
@@ -113,7 +125,7 @@ def main() -> None:
         done.set()
     if len(lines) < args.steps:
         raise SystemExit("The training ended early; its output is above.")
-    rate = throughput(lines)
+    rate = median_rate(lines)
     used = flops * rate / (PEAK_FLOPS * max(1, args.processes))
     print(
         f"{args.model}, {args.processes} GPUs, rows of {args.length}: {rate:,.0f} tokens a second, "

@@ -254,8 +254,8 @@ def test_the_shipped_recipe_is_read():
     losses = loss.losses
     weights = losses["distillation"].distillation_weight, losses["hidden"].hidden_weight
     assert (*weights, data.short_length) == (1, 4, 256)
-    assert (training.learning_rate, training.decay_fraction, training.compile_layers) == (3e-4, 0.5, True)
-    assert training.attention_learning_rate == 1.2e-3
+    assert (training.learning_rate, training.decay_fraction, training.compile_layers) == (2.4e-4, 0.5, True)
+    assert training.attention_learning_rate == 1e-3
 
 
 def test_yaml_and_command_line_say_the_same_and_the_latter_wins(folder):
