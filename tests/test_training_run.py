@@ -338,11 +338,28 @@ def test_a_finished_run_is_left_alone(folder, caplog, capsys):
 
 
 def test_a_run_that_ends_worse_than_it_began_says_so(folder, caplog):
-    teacher = ("--teacher", folder / "source", "--logging_steps", 3)
-    assert main(arguments(folder, "good", *teacher)) == 0
-    assert "made this model worse" not in caplog.text
-    assert main(arguments(folder, "bad", *teacher, "--learning_rate", 2, "--attention_learning_rate", 3)) == 0
-    assert "lower --learning_rate (now 2) and --attention_learning_rate (3)" in caplog.text
+    teacher = ("--teacher", folder / "source", "--logging_steps", 1)
+    for name, rate in (("good", 1e-3), ("bad", 2)):
+        caplog.clear()
+        assert main(arguments(folder, name, *teacher, "--learning_rate", rate, "--attention_learning_rate", rate)) == 0
+        first = losses(folder / name)[0]
+        if name == "good":
+            assert f"Loss of the first step's rows: {first:.3g} before it" in caplog.text
+        else:
+            assert f"The loss of the first step's rows rose from {first:.3g}" in caplog.text
+            assert "lower --learning_rate (now 2) and --attention_learning_rate (2) to a tenth" in caplog.text
+
+
+def test_the_change_is_that_of_the_same_rows(folder, caplog):
+    """At rate 0 nothing changes, though every batch has a loss of its own; a resumed run has no first step."""
+    still = ("--learning_rate", 0, "--logging_steps", 1)
+    assert main(arguments(folder, "still", *still)) == 0
+    each = losses(folder / "still")
+    assert max(each) > 1.01 * min(each)
+    assert f"{each[0]:.3g} before it, {each[0]:.3g} now" in caplog.text
+    caplog.clear()
+    assert main(arguments(folder, "still", *still, "--resume_from_checkpoint", "true", "--max_steps", 8)) == 0
+    assert "first step's rows" not in caplog.text
 
 
 @pytest.mark.parametrize("length", [("--max_steps", 6), ("--max_steps", -1, "--num_train_epochs", 0.15)])

@@ -29,9 +29,7 @@ from .trainer_arguments import RecoveryTrainingArguments
 logger = logging.getLogger(__name__)
 
 MERGED = "merged"
-WORSE = (
-    1.2  # how far the loss may rise over a run; a batch of 2,048 tokens can be as far off its mean, larger ones less
-)
+WORSE = 1.01  # times the loss that the rows of the first step had: more than rounding in 16 bits does
 
 
 def train(
@@ -77,8 +75,10 @@ def train(
     with reading_rows(data):
         trainer = recover(student, tokenizer, train_rows, eval_rows, model, loss, arguments, teacher, checkpoint)
 
+    losses = trainer.first_batch_losses()
     if trainer.is_world_process_zero():
-        warn_if_worse(trainer.state.log_history, arguments)
+        if losses is not None:
+            tell_change(losses, arguments)
         folder = Path(arguments.output_dir)
         record = describe_run(trainer, model, loss, data, arguments)
         title = arguments.hub_model_id or folder.resolve().name
@@ -94,21 +94,21 @@ def train(
     return trainer
 
 
-def warn_if_worse(history: list[dict], arguments: RecoveryTrainingArguments) -> None:
+def tell_change(losses: tuple[float, float], arguments: RecoveryTrainingArguments) -> None:
     """Adam takes steps of the same size whether much is to be mended or nothing: at a rate that brings a bad start
     forward, a good one first gets worse, and a short run ends there."""
-    lines = [line for line in history if "loss" in line]
-    if not lines or lines[0]["step"] != 1 or lines[-1]["loss"] <= WORSE * lines[0]["loss"]:
+    before, now = losses
+    if now <= WORSE * before:
+        logger.info("Loss of the first step's rows: %.3g before it, %.3g now", before, now)
         return
     rates = f"--learning_rate (now {arguments.learning_rate:g})"
     if arguments.attention_learning_rate is not None:
         rates += f" and --attention_learning_rate ({arguments.attention_learning_rate:g})"
     logger.warning(
-        "The loss rose from %.3g in the first step to %.3g at the end: training may have made this model worse, "
-        "or the first step's few rows were easy; `mha2mla eval` tells. Take more steps, or lower %s to a third or "
-        "less; what lost little by its conversion may need no recovery at all.",
-        lines[0]["loss"],
-        lines[-1]["loss"],
+        "The loss of the first step's rows rose from %.3g to %.3g: training made this model worse. Take more steps, "
+        "or lower %s to a tenth; what lost little by its conversion may need no recovery at all.",
+        before,
+        now,
         rates,
     )
 
