@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mha2mla.common.kernel_sizes import ENGINES
-from mha2mla.conversion.recovered import MODEL, POINTS_LOST, SMALL, is_small
+from mha2mla.conversion.recovered import MODEL, POINTS_LOST, SMALL, TOKENS, is_small
 
 from .parsing import Positionals, parse
 
@@ -33,14 +33,10 @@ GPU_MEMORY = {
     "rtx-4090": 24564,
 }
 DEFAULT_GPU = "h100"
-SERVED = ENGINES["vllm"].title
-LOST = {
-    size: " and ".join(f"{points:.2f} ± {error:.2f}" for points, error in by_tokens[78])
-    for size, by_tokens in POINTS_LOST.items()
-}
+LOST = {size: f"{points:.2f} ± {error:.2f}" for size, (points, error) in POINTS_LOST.items()}
 QUALITY = (
-    f"Quality: {MODEL} lost, after recovery on 78M tokens, over seven multiple-choice sets {LOST[31.25]} points at "
-    f"31.25 % (two runs), {LOST[18.75]} at 18.75 % and {LOST[12.5]} at 12.5 % (docs/dev/results.md). Yours is not "
+    f"Quality: {MODEL} lost, after recovery on {TOKENS}M tokens, over seven multiple-choice sets {LOST[31.25]} points "
+    f"at 31.25 %, {LOST[18.75]} at 18.75 % and {LOST[12.5]} at 12.5 % (docs/dev/results.md). Yours is not "
     "measured: `mha2mla eval` does it."
 )
 
@@ -131,7 +127,8 @@ def describe(source: str, survey: "Survey", options: PlanArguments, context: int
 
 def advised(survey: "Survey") -> tuple[str, ...]:
     """Options of `convert`: a size of vLLM's kernels, where it runs one that halves the cache; else the paper's."""
-    served = [offer for offer in survey.offers if SERVED in offer.engines and "--kv-lora-rank" in offer.options]
-    if served and 2 * served[0].width <= survey.original.width:
-        return ("--serve", "vllm")
+    served = [offer for offer in survey.offers if ENGINES["vllm"] in offer.takers]
+    for offer in served:
+        if 2 * offer.width <= survey.original.width:  # --serve alone takes the largest
+            return ("--serve", "vllm") if offer is served[0] else (*offer.options, "--serve", "vllm")
     return survey.offers[0].options

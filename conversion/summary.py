@@ -10,12 +10,11 @@ from mha2mla.modeling.latent_config import LatentConfigMixin
 from .cache_plan import CachePlan
 from .config import ConversionConfig
 from .export.engines import engines_for_frequencies
-from .recovered import MODEL, POINTS_LOST
+from .recovered import MODEL, POINTS_LOST, TOKENS
 
-LOST = {tokens: runs[0][0] for tokens, runs in POINTS_LOST[18.75].items()}
 RECOVERY = (
-    f"Recovery: {MODEL}, at 18.75 % of its cache, was {LOST[20]:.1f} points of accuracy below the original after 20 "
-    f"million tokens of training, and {LOST[78]:.1f} after 78 million (docs/recovery.md)"
+    f"Recovery: {MODEL}, at 18.75 % of its cache, was {POINTS_LOST[18.75][0]:.1f} points of accuracy below the "
+    f"original after {TOKENS} million tokens of training (docs/recovery.md)"
 )
 PLUGIN = "  # after pip install 'mha2mla[vllm]'"
 

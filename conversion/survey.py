@@ -35,7 +35,8 @@ class Offer:
         width (`int`): Values per token and layer.
         num_layers (`int`): Layers.
         num_parameters (`int`): Of the model that has the cache.
-        engines (`str`): Which engines take an export, for a person; empty for the original.
+        takers (`tuple[Engine, ...]`): Engines that take an export as it is, without padding.
+        engines (`str`): Which engines take an export and how, for a person; empty for the original.
         options (`tuple[str, ...]`): Of `mha2mla convert`, that ask for it.
     """
 
@@ -44,6 +45,7 @@ class Offer:
     width: int
     num_layers: int
     num_parameters: int
+    takers: tuple[Engine, ...] = ()
     engines: str = ""
     options: tuple[str, ...] = ()
 
@@ -130,15 +132,17 @@ def make_offer(source: Architecture, title: str, sizes: CacheSizes, attention_bi
     configs = [preset.mla_config(source, plan, attention_bias=attention_bias) for plan in plans]
     split = " or ".join(f"{plan.kv_lora_rank} + {plan.qk_rope_head_dim}" for plan in plans)
     num_parameters = empty_model(configs[0]).num_parameters()
-    engines = engines_of_all(source, plans, configs)
+    takers, engines = engines_of_all(source, plans, configs)
     given = {f"--{name.replace('_', '-')}": value for name, value in vars(sizes).items() if value is not None}
     options = tuple(str(word) for pair in given.items() for word in pair)
-    return Offer(title, split, plans[0].width, plans[0].num_layers, num_parameters, engines, options)
+    return Offer(title, split, plans[0].width, plans[0].num_layers, num_parameters, takers, engines, options)
 
 
-def engines_of_all(source: Architecture, plans: list[CachePlan], configs: list[LatentConfigMixin]) -> str:
-    """For a person: the engines that take each of the plans, whichever of those that some engine takes will be chosen
-    by measurement."""
+def engines_of_all(
+    source: Architecture, plans: list[CachePlan], configs: list[LatentConfigMixin]
+) -> tuple[tuple[Engine, ...], str]:
+    """The engines that take each of the plans, whichever of those that some engine takes will be chosen by
+    measurement: those that need no padding, and all of them for a person."""
     num_pairs = num_rotary_pairs(source.config)
     found = []
     for plan, config in zip(plans, configs, strict=True):
@@ -150,7 +154,9 @@ def engines_of_all(source: Architecture, plans: list[CachePlan], configs: list[L
         try:
             found.append(fitting_engines(config, has_table))
         except ValueError as reason:
-            return f"none. {reason}"
+            return (), f"none. {reason}"
     found = [takers for takers in found if takers] or [[]]
     common = [pair for pair in found[0] if all(pair in takers for takers in found)]
-    return describe_engines(common, plans[0].source_width) or "none. They have no rotary table of so many frequencies."
+    takers = tuple(engine for engine, rank in common if rank is None)
+    said = describe_engines(common, plans[0].source_width) or "none. They have no rotary table of so many frequencies."
+    return takers, said

@@ -9,9 +9,9 @@ import torch
 from transformers import LlamaConfig, MistralConfig
 
 from mha2mla.cli.main import main
-from mha2mla.cli.plan import GPU_MEMORY, QUALITY
+from mha2mla.cli.plan import GPU_MEMORY, QUALITY, advised
 from mha2mla.conversion.cache_sizes import CacheSizes
-from mha2mla.conversion.recovered import PERPLEXITY, POINTS_LOST, SMALL
+from mha2mla.conversion.recovered import PERPLEXITY, POINTS_LOST, SMALL, TOKENS
 from mha2mla.conversion.survey import survey_caches
 from pico import SOURCES
 
@@ -65,6 +65,20 @@ def test_options_ask_for_the_offer():
         ("--kv-lora-rank", "512", "--qk-rope-head-dim", "64"),
     ]
     assert {"cache_ratio", "kv_lora_rank", "qk_rope_head_dim"} == set(vars(CacheSizes()))
+
+
+@pytest.mark.parametrize(
+    "heads, options",
+    [
+        (8, ("--serve", "vllm")),
+        # 512 + 64 would be 56 % of 1,024 values
+        (4, ("--kv-lora-rank", "256", "--qk-rope-head-dim", "64", "--serve", "vllm")),
+        (2, ("--cache-ratio", "0.3125")),
+    ],
+)
+def test_what_vllm_serves_is_advised_where_it_halves_the_cache(heads, options):
+    config = LlamaConfig(**{**LLAMA3_8B.to_dict(), "num_key_value_heads": heads})
+    assert advised(survey_caches(config)) == options
 
 
 def test_table_of_a_folder_without_weights(tmp_path, capsys):
@@ -136,9 +150,9 @@ def test_quality_is_as_measured():
     for size, perplexity in PERPLEXITY.items():
         assert f"| {'original' if size == 100 else f'{size:g} %'} | {perplexity} |" in before
     page, results = ((docs / name).read_text(encoding="utf-8") for name in ("recovery.md", "dev/results.md"))
-    for size, by_tokens in POINTS_LOST.items():
-        (row,) = (line for line in page.splitlines() if line.startswith(f"| {size:g} % |"))
-        for cell, runs in zip(row.split("|")[2:4], (by_tokens[20], by_tokens[78]), strict=True):
-            assert [tuple(map(float, run)) for run in re.findall(r"([\d.]+) ± ([\d.]+)", cell)] == runs
-        for points, error in by_tokens[78]:
-            assert f"{points:.2f} ± {error:.2f}" in QUALITY and f"{points:.2f} ± {error:.2f}" in results
+    assert f"{TOKENS}M tokens" in page and f"after {TOKENS}M tokens" in results
+    for size, (points, error) in POINTS_LOST.items():
+        lost = f"{points:.2f} ± {error:.2f}"
+        (row,) = (line for line in page.splitlines() if line.startswith(f"| {size:g} % | `recovery.yaml`"))
+        assert f"| {lost} |" in row
+        assert lost in QUALITY and lost in results and f"| {lost} |" in before
