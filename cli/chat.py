@@ -49,10 +49,11 @@ def main(argv: list[str]) -> None:
     check_device(options.device)
     original = find_original(given.models)
     paths = list(dict.fromkeys([*([original] if original else []), *given.models]))
+    # Tokenizers first: what is not there is found before any weights are read.
+    tokenizers = [load_tokenizer(path, trust_remote_code=options.trust_remote_code) for path in paths]
     speakers = []
-    for path in paths:
+    for path, tokenizer in zip(paths, tokenizers, strict=True):
         model = load_model(path, trust_remote_code=options.trust_remote_code, dtype=options.dtype)
-        tokenizer = load_tokenizer(path, trust_remote_code=options.trust_remote_code)
         name = f"{path} (original)" if path == original and len(paths) > 1 else path
         speakers.append(Speaker(name, model.to(options.device).eval(), tokenizer))
     for prompt in prompts(options.prompt):

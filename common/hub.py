@@ -1,9 +1,11 @@
 """Names on the Hub, and a short answer where what they stand for cannot be had: libraries try for half a minute."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -37,6 +39,22 @@ def on_hub(name: str) -> bool:
 def in_cache(name: str, filename: str, revision: str | None = None) -> bool:
     """Whether a file of a checkpoint on the Hub was downloaded before."""
     return isinstance(try_to_load_from_cache(name, filename, revision=revision), str)
+
+
+@contextmanager
+def data_sets_offline() -> Iterator[None]:
+    """As if HF_HUB_OFFLINE were set: `datasets` takes what is in its cache, at once."""
+    import datasets  # slow to import
+
+    places = constants, datasets.config
+    before = [place.HF_HUB_OFFLINE for place in places]
+    try:
+        for place in places:
+            place.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = value  # type: ignore[attr-defined]
 
 
 def ask(url: str) -> None:

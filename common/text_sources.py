@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from glob import glob
 from itertools import islice
 from pathlib import Path
@@ -16,7 +17,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from .files import no_file, read_json_lines, read_yaml
-from .hub import hub_trouble, is_hub_name, on_hub
+from .hub import data_sets_offline, hub_trouble, is_hub_name, on_hub
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -157,6 +158,13 @@ def find_sources(
     return [source]
 
 
+def check_files(sources: list[TextSource]) -> None:
+    """Raise a `ValueError` if a source names local files of which there are none, before anything is downloaded."""
+    for source in sources:
+        if source.builder is not None:
+            source.files()
+
+
 def hub_datasets(data: str) -> list[str]:
     """Names of the data sets on the Hub that a text comes from, for a model card."""
     return list(dict.fromkeys(source.data for source in find_sources(data) if source.builder is None))
@@ -167,9 +175,15 @@ def load_source(source: TextSource, streaming: bool) -> "Dataset | IterableDatas
     from datasets import load_dataset  # slow to import, and what is tokenised already does without it
 
     if source.builder is None:
-        if on_hub(source.data) and (trouble := hub_trouble(source.data, "README.md", repo_type="dataset")) is not None:
-            raise TextError(trouble)
-        return load_dataset(source.data, source.subset, split=source.split, streaming=streaming)
+        load = partial(load_dataset, source.data, source.subset, split=source.split, streaming=streaming)
+        trouble = hub_trouble(source.data, "README.md", repo_type="dataset") if on_hub(source.data) else None
+        if trouble is None:
+            return load()
+        try:
+            with data_sets_offline():
+                return load()
+        except (OSError, ValueError):  # it was not downloaded before
+            raise TextError(trouble) from None
     options = {"sample_by": "paragraph"} if source.builder == "text" else {}
     with reading(source):
         return load_dataset(source.builder, data_files=source.files(), split="train", streaming=streaming, **options)

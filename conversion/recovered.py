@@ -10,7 +10,8 @@ LEAST = min(POINTS_LOST)
 PERPLEXITY = {100.0: 18.5, LEAST: 110.5}  # on WikiText-2 before recovery, by the cache in % of the original's
 SMALL = (
     f"less of the cache than was ever measured. At {LEAST:g} % the perplexity of {MODEL} on WikiText-2 rises from "
-    f"{PERPLEXITY[100]} to {PERPLEXITY[LEAST]} before recovery; a smaller cache loses more, down to text without sense"
+    f"{PERPLEXITY[100]} to {PERPLEXITY[LEAST]} before recovery; a smaller cache loses "
+    "more. How much another model bears nobody has measured"
 )
 
 

@@ -15,6 +15,7 @@ from mha2mla.common.options import shard_bytes
 from mha2mla.common.records import RECORD_NAME
 from mha2mla.common.scratch import scratch_folder
 from mha2mla.common.text import load_blocks
+from mha2mla.common.text_sources import check_files, find_sources
 from mha2mla.common.versions import versions
 from mha2mla.modeling.latent_config import LatentConfigMixin
 
@@ -76,6 +77,9 @@ def convert(
     output, preset = Path(output), options.preset
     check_output(output, options.overwrite)
     check_device(options.device)
+    if preset.use_of_text is not None:
+        assert options.data is not None  # by the config
+        check_files(find_sources(options.data, options.column, options.subset, options.split))
     with local_checkpoint(source, revision, gguf_file) as folder:
         if (folder / "adapter_config.json").is_file():
             raise ValueError(

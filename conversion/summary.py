@@ -60,9 +60,13 @@ def compare_and_recover(original: str | None, output: Path, options: ConversionC
         named = {"--teacher": original, "--data": options.data, "--column": options.column, "--subset": options.subset}
         named["--split"] = None if options.split == "train" else options.split
         given = [word for name, value in named.items() if value is not None for word in (name, value)]
-        if original is not None:
-            given += ["--distillation_weight", "1"]  # all of the loss, as in the recipes
-        commands.append(["mha2mla", "train", "--model", str(output), *given, "--output", f"{output}-recovered"])
+        if options.device == "cpu":  # to see that it works
+            how = ["--use_cpu", "--length", "256", "--per_device_train_batch_size", "2", "--max_steps", "10"]
+            how += ["--learning_rate", "3e-5", *(["--distillation_weight", "1"] if original is not None else [])]
+        else:  # the recipe is for a teacher
+            how = ["--config", "docs/examples/recovery.yaml"] if original is not None else ["--bf16"]
+        named_output = ["--output", f"{output}-recovered"]
+        commands.append(["mha2mla", "train", *how, "--model", str(output), *given, *named_output])
     return [shlex.join(command) for command in commands]
 
 

@@ -41,15 +41,19 @@ def hub(save_source, calibration_file, tmp_path):
         yield hub
 
 
-def run(hub, work, program, *argv):
+def run(hub, work, program, *argv, **changes):
     """In a process of its own: huggingface_hub reads the endpoint when it is imported."""
-    environment = os.environ | {
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_HOME": str(work / "home"),
-        "HF_HUB_OFFLINE": "0",
-        "HF_TOKEN": "hf_stand_in",
-        "HF_HUB_DISABLE_XET": "1",
-    }
+    environment = (
+        os.environ
+        | {
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_HOME": str(work / "home"),
+            "HF_HUB_OFFLINE": "0",
+            "HF_TOKEN": "hf_stand_in",
+            "HF_HUB_DISABLE_XET": "1",
+        }
+        | changes
+    )
     done = subprocess.run(
         [sys.executable, "-c", program, *argv], capture_output=True, text=True, env=environment, cwd=work
     )
@@ -67,6 +71,29 @@ def test_a_hub_that_cannot_be_reached_is_told_in_a_line(tmp_path):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=25)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert "mha2mla plan: error: source: some/model cannot be downloaded: the Hub is out of reach (" in done.stderr
+
+
+READ = """
+from mha2mla.common import hub
+from mha2mla.common.text_sources import TextError, TextSource, load_source
+hub.PAUSES = (0.1,)
+for name in ("me/texts", "me/none"):
+    for streaming in (False, True):
+        try:
+            print(next(iter(load_source(TextSource(name), streaming)))["text"][:1])
+        except TextError as error:
+            print(error)
+"""
+
+
+@pytest.mark.parametrize("offline", ["0", "1"])
+def test_a_data_set_that_was_downloaded_needs_no_hub(offline, hub, tmp_path):
+    download = "from datasets import load_dataset\nload_dataset('me/texts')"
+    run(hub, tmp_path, download)
+    hub.server_close()
+    printed = run(hub, tmp_path, READ, HF_HUB_OFFLINE=offline, HF_ENDPOINT="http://127.0.0.1:9").splitlines()
+    assert printed[:2] == ["w", "w"]
+    assert len(printed) == 4 and all("me/none " in line for line in printed[2:])
 
 
 def test_from_the_hub_and_back(hub, tmp_path):

@@ -357,6 +357,9 @@ def test_the_change_is_that_of_the_same_rows(folder, caplog):
     each = losses(folder / "still")
     assert max(each) > 1.01 * min(each)
     assert f"{each[0]:.3g} before it, {each[0]:.3g} now" in caplog.text
+    assert main(arguments(folder, "parts", *still, "--gradient_accumulation_steps", 3)) == 0  # all rows of the step
+    whole = losses(folder / "parts")[0]
+    assert f"{whole:.3g} before it, {whole:.3g} now" in caplog.text
     caplog.clear()
     assert main(arguments(folder, "still", *still, "--resume_from_checkpoint", "true", "--max_steps", 8)) == 0
     assert "first step's rows" not in caplog.text

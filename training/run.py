@@ -75,10 +75,7 @@ def train(
     with reading_rows(data):
         trainer = recover(student, tokenizer, train_rows, eval_rows, model, loss, arguments, teacher, checkpoint)
 
-    losses = trainer.first_batch_losses()
     if trainer.is_world_process_zero():
-        if losses is not None:
-            tell_change(losses, arguments)
         folder = Path(arguments.output_dir)
         record = describe_run(trainer, model, loss, data, arguments)
         title = arguments.hub_model_id or folder.resolve().name
@@ -89,6 +86,9 @@ def train(
         logger.info("Wrote %s", folder)
         if arguments.push_to_hub:
             logger.info("Pushed to %s", push_folder(folder, trainer.hub_model_id, bool(arguments.hub_private_repo)))
+    losses = trainer.first_step_losses()  # when everything is written: it takes as much memory as a step
+    if losses is not None and trainer.is_world_process_zero():
+        tell_change(losses, arguments)
     trainer.accelerator.wait_for_everyone()
     trainer.save_state()  # last: it says that the run is finished
     return trainer

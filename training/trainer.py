@@ -53,25 +53,31 @@ class RecoveryTrainer(Trainer):
     once it knows how long the run is."""
 
     args: RecoveryTrainingArguments
-    first_batch: tuple[dict[str, Any], torch.Tensor | int | None, torch.Tensor] | None = None  # with count and loss
+    first_step: list[tuple[dict[str, Any], torch.Tensor | int | None, torch.Tensor]]  # batches, counts and losses
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.first_step = []
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.state.global_step == 0 and self.first_batch is None:
-            self.first_batch = inputs, num_items_in_batch, loss.detach()
+        if self.state.global_step == 0:
+            self.first_step.append((inputs, num_items_in_batch, loss.detach()))
         return loss
 
-    def first_batch_losses(self) -> tuple[float, float] | None:
-        """Loss of the rows of the first step, or of a part if it accumulated gradients, before that step and now; None
-        in a run that went on from a checkpoint. To be called by all processes."""
-        if self.first_batch is None:
+    def first_step_losses(self) -> tuple[float, float] | None:
+        """Loss of the rows of the first step, before that step and now; None in a run that went on from a checkpoint.
+        To be called by all processes."""
+        if not self.first_step:
             return None
-        inputs, count, before = self.first_batch
         self.model.train()  # and with gradients: the graphs of training are compiled already
-        with self.compute_loss_context_manager():
-            now = self.compute_loss(self.model_wrapped, self._prepare_inputs(inputs), num_items_in_batch=count)
-        losses = self.accelerator.reduce(torch.stack((before, now.detach())).float(), reduction="mean")
-        return losses[0].item(), losses[1].item()
+        losses = torch.zeros(2, device=self.args.device)
+        for inputs, count, before in self.first_step:  # of each, its share of the step's loss
+            with self.compute_loss_context_manager():
+                now = self.compute_loss(self.model_wrapped, self._prepare_inputs(inputs), num_items_in_batch=count)
+            losses += torch.stack((before, now.detach())).float()
+        before_mean, now_mean = self.accelerator.reduce(losses, reduction="mean").tolist()
+        return before_mean, now_mean
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
