@@ -15,6 +15,7 @@ from huggingface_hub import hf_hub_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import is_gguf_available
 
+from mha2mla.common.extras import installing
 from mha2mla.common.files import no_file
 from mha2mla.common.hub import check_on_hub, on_hub
 
@@ -108,7 +109,7 @@ def gguf_config(path: Path) -> PreTrainedConfig:
 
 def check_gguf_package(gguf_file: str) -> None:
     if not is_gguf_available():
-        raise ValueError(f"Reading {gguf_file} needs the package gguf: pip install 'mha2mla[gguf]'.")
+        raise ValueError(f"Reading {gguf_file} needs the package gguf: {installing('gguf')}.")
 
 
 def set_special_tokens(tokenizer, config: PreTrainedConfig) -> None:

@@ -4,6 +4,7 @@ import math
 import shlex
 from pathlib import Path
 
+from mha2mla.common.extras import installing
 from mha2mla.common.kernel_sizes import ENGINES, KERNEL_ROPE_DIM, Engine
 from mha2mla.modeling.latent_config import LatentConfigMixin
 
@@ -16,7 +17,7 @@ RECOVERY = (
     f"Recovery: {MODEL}, at 18.75 % of its cache, was {POINTS_LOST[18.75][0]:.1f} points of accuracy below the "
     f"original after {TOKENS} million tokens of training (docs/recovery.md)"
 )
-PLUGIN = "  # after pip install 'mha2mla[vllm]'"
+PLUGIN = f"  # after {installing('vllm')}"
 
 
 def summary(

@@ -83,8 +83,9 @@ class LatentConfigMixin:
         if self.mla_format_version > FORMAT_VERSION:
             raise ValueError(
                 f"The checkpoint has mla_format_version={self.mla_format_version}; this code reads versions up to "
-                f"{FORMAT_VERSION}. Upgrade it (pip install --upgrade mha2mla), or use the code that lies beside the "
-                "weights: from_pretrained(..., trust_remote_code=True) in a process that does not import mha2mla."
+                f"{FORMAT_VERSION}. Upgrade it (`pip install .` in a newer checkout of mha2mla), or use the code that "
+                "lies beside the weights: from_pretrained(..., trust_remote_code=True) in a process that does not "
+                "import mha2mla."
             )
         if self.num_nope_key_heads is None:
             self.num_nope_key_heads = self.num_attention_heads

@@ -193,7 +193,7 @@ def test_limit_takes_the_first_items_and_spreads_over_lengths(models, sets, tmp_
         (("--tasks", "shape:texts"), "Unknown task 'shape:texts': before the colon stands perplexity, positions"),
         (
             ("--tasks", "mmlu"),
-            "Task mmlu is one of lm-evaluation-harness. Install it with: pip install 'mha2mla[eval]'",
+            "Task mmlu is one of lm-evaluation-harness. Install it: `pip install '.[eval]'` in a checkout",
         ),
         (("--limit", "0"), "limit=0 must be at least 1"),
         (("--dtype", "int3"), "dtype must be auto, float32, bfloat16 or float16, got 'int3'"),

@@ -55,3 +55,15 @@ def test_one_version():
     citation = (REPOSITORY / "CITATION.cff").read_text(encoding="utf-8")
     assert re.findall(r"^## \[(.*?)\]", changelog, re.MULTILINE)[0] == mha2mla.__version__
     assert f"\nversion: {mha2mla.__version__}\n" in citation
+
+
+def test_optional_dependencies_are_installed_from_a_checkout():
+    """There is no package of that name in an index, so one function says the command, of groups that there are."""
+    modules = (REPOSITORY / "src" / "mha2mla").glob("*/**/*.py")
+    code = "".join(path.read_text(encoding="utf-8") for path in modules)
+    named = set(re.findall(r"installing\(['\"](\w+)['\"]\)", code))
+    assert "mha2mla[" not in code
+    groups = (
+        (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8").partition("[project.optional-dependencies]")[2]
+    )
+    assert named == {"eval", "gguf", "train", "vllm"} and all(f"\n{name} = [" in groups for name in named)

@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_peft_available
 
+from mha2mla.common.extras import installing
 from mha2mla.common.loading import load_config, load_tokenizer
 from mha2mla.modeling import LatentConfigMixin
 
@@ -37,7 +38,7 @@ def check_model(model: ModelArguments, length: int) -> tuple[LatentConfigMixin, 
     empty = meta_model(config)
     if model.trainable == LORA:
         if not is_peft_available():
-            raise ValueError("trainable='lora' needs peft: pip install 'mha2mla[train]'.")
+            raise ValueError(f"trainable='lora' needs peft: {installing('train')}.")
         targets = model.lora_targets or config.attention_projections
         check_lora_targets(empty, targets)
         trained = [name for name, _ in empty.named_modules() if name.rsplit(".", 1)[-1] in targets]

@@ -16,6 +16,7 @@ from huggingface_hub.utils import tqdm
 from transformers import DeepseekV3Config
 from transformers.utils import is_gguf_available
 
+from mha2mla.common.extras import installing
 from mha2mla.common.scratch import scratch_folder
 from mha2mla.conversion.checkpoint import CheckpointReader
 from mha2mla.modeling import MLALlamaConfig
@@ -37,7 +38,7 @@ def big_gauge(eps: float, dtype: str) -> Gauge:
 
 def check_package() -> None:
     if not is_gguf_available():
-        raise ValueError("format='gguf' needs the package gguf: pip install 'mha2mla[gguf]'.")
+        raise ValueError(f"format='gguf' needs the package gguf: {installing('gguf')}.")
 
 
 def check_output_file(output: Path, overwrite: bool) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
+from mha2mla.common.extras import installing
 from mha2mla.common.files import read_json_object
 from mha2mla.common.kernel_sizes import KERNEL_HEAD_DIM, KERNEL_ROPE_DIM
 from mha2mla.common.loading import load_config
@@ -20,7 +21,7 @@ from .rope_table import LENGTH_DEPENDENT, RopeTable, fit_table, frequency_places
 
 OurConfig = MLALlamaConfig | MLAMixtralConfig  # of what DeepSeek's block can express
 # A remedy for what DeepSeek's form cannot say.
-AS_IT_IS = "Serve the model as it is by the vLLM plugin (pip install 'mha2mla[vllm]', docs/serving.md)"
+AS_IT_IS = f"Serve the model as it is by the vLLM plugin ({installing('vllm')}; docs/serving.md)"
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-INSTALL = "Install it with: pip install 'mha2mla[eval]'"
+from mha2mla.common.extras import installing
 
 # Their names of what our own tables show.
 METRICS = {
@@ -29,7 +29,7 @@ def require_harness_task(name: str) -> None:
     try:
         names = harness_task_names()
     except ImportError:
-        raise ValueError(f"Task {name} is one of lm-evaluation-harness. {INSTALL}") from None
+        raise ValueError(f"Task {name} is one of lm-evaluation-harness. Install it: {installing('eval')}.") from None
     if name not in names:
         raise ValueError(
             f"Unknown task {name!r}: there is no such file in --data, and lm-evaluation-harness does not know the "
