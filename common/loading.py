@@ -30,6 +30,7 @@ from transformers import (
 
 from .companions import NOTICES
 from .errors import raised_in_package
+from .exports import EXPORT_RECORD_NAME, without_warning_of_factor
 from .hub import check_on_hub, hub_trouble, in_cache, on_hub
 
 
@@ -82,11 +83,13 @@ def head_dim(config: PreTrainedConfig) -> int:
 
 @contextmanager
 def loading(name: str, role: str, part: str, revision: str | None) -> Iterator[None]:
-    """What libraries say of a checkpoint's part that they cannot load, in one sentence."""
+    """What libraries say of a checkpoint's part that they cannot load, in one sentence; nothing where there is no
+    need."""
     check_name(name, role)
     check_on_hub(name, role, revision=revision)
     try:
-        yield
+        with without_warning_of_factor(lambda: find_file(name, EXPORT_RECORD_NAME, revision) is not None):
+            yield
     except (OSError, ImportError, MemoryError, torch.OutOfMemoryError):
         raise  # nothing is wrong with the checkpoint, or it is said already
     except Exception as error:

@@ -8,6 +8,7 @@ from huggingface_hub import snapshot_download
 from transformers import PreTrainedConfig
 
 from mha2mla.common.companions import COMPANION_PATTERNS
+from mha2mla.common.exports import EXPORT_RECORD_NAME
 from mha2mla.common.hub import check_on_hub, on_hub
 from mha2mla.common.loading import load_config
 from mha2mla.common.scratch import scratch_folder
@@ -38,7 +39,7 @@ def local_checkpoint(source: str, revision: str | None = None, gguf_file: str | 
     else:
         check_on_hub(source, "source", revision=revision)
         patterns = ["config.json", "adapter_config.json", "README.md", "*.safetensors", "*.safetensors.index.json"]
-        patterns += COMPANION_PATTERNS
+        patterns += [EXPORT_RECORD_NAME, *COMPANION_PATTERNS]
         yield Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
 
 

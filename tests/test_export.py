@@ -1,6 +1,7 @@
 """The contract of an export: the stock DeepSeek class computes what our model computes, in a process without us."""
 
 import json
+import logging
 import subprocess
 import sys
 
@@ -9,10 +10,13 @@ import torch
 from conftest import pico_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers.utils.logging import warning_once
 
 from mha2mla.cli.main import main
+from mha2mla.common.exports import EXPORT_RECORD_NAME, WARNING
+from mha2mla.common.loading import load_model
 from mha2mla.conversion.export import ExportConfig, check, export
-from mha2mla.conversion.export.rope_table import STEP_NOTE, WARNING
+from mha2mla.conversion.export.rope_table import STEP_NOTE
 from mha2mla.training import add_lora
 from pico import BLOCK_PACKAGE, ROPES, exact_model, make_mla, make_source, tokens
 
@@ -215,6 +219,18 @@ def test_what_transformers_says_of_a_step_is_explained_instead(frequencies, step
     load = "import sys; from transformers import AutoConfig; AutoConfig.from_pretrained(sys.argv[1])"
     command = [sys.executable, "-c", load, str(tmp_path / "out")]
     assert (WARNING in subprocess.run(command, capture_output=True, text=True).stderr) == step  # still to be explained
+
+
+def test_our_commands_hold_that_back_for_exports_only(save, tmp_path, monkeypatch, caplog):
+    export(save(exportable([0, 1, 4, 5])), tmp_path / "out")
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    for is_export in (True, False):  # a folder without our record is somebody else's
+        if not is_export:
+            (tmp_path / "out" / EXPORT_RECORD_NAME).unlink()
+        warning_once.cache_clear()
+        caplog.clear()
+        load_model(str(tmp_path / "out"))
+        assert (WARNING in caplog.text) == (not is_export)
 
 
 def test_adapters_and_exports_are_named(save, tmp_path):

@@ -14,13 +14,13 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from mha2mla.common.exports import EXPORT_RECORD_NAME
 from mha2mla.common.files import read_json_object
 from mha2mla.common.loading import load_config
 from mha2mla.conversion.checkpoint import CheckpointReader
 from mha2mla.modeling import MLALlamaConfig
 
 from .deepseek import LATENT_NORM_EPS, SAME_FIELDS
-from .record import EXPORT_RECORD_NAME
 
 NEUTRAL = 1e-3  # largest relative change of a latent by its norm, beside a constant factor
 

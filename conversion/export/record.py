@@ -1,4 +1,4 @@
-"""`export.json`: what an export is made of, for programs; it also marks a folder as an export's output."""
+"""`export.json`: what an export is made of, for programs."""
 
 import json
 import platform
@@ -6,12 +6,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mha2mla.common.exports import EXPORT_RECORD_NAME
 from mha2mla.common.versions import versions
 
 from .check import Agreement
 from .config import ExportConfig
 
-EXPORT_RECORD_NAME = "export.json"
 PACKAGES = ("mha2mla", "torch", "transformers", "safetensors")
 
 

@@ -7,10 +7,7 @@ ramp between slots L and L + 1 moves everything after L back by ln(factor) d / (
 alone: a second run of frequencies. Slots that no frequency needs get zero weights.
 """
 
-import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -19,31 +16,15 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from mha2mla.common.exports import WARNING
+
 LENGTH_DEPENDENT = ("dynamic", "longrope")  # frequencies change with the length of the text
 LARGEST_THETA = 1e37  # of a stock table, which engines compute in fp32
 TOLERANCE = 1e-5  # of a place: transformers' tables are fp32
-# transformers compares yarn's factor with a ratio of lengths, which is no matter here: lengths are whole numbers, and
-# no two of them have the ratio that puts frequencies where they are.
-WARNING = "The explicitly set RoPE scaling factor"
 STEP_NOTE = (
     f'transformers warns when it loads the export ("{WARNING} ... does not match the ratio"). That is expected: '
     "yarn's factor does not stretch the context here, but puts the second run of frequencies in its place"
 )
-
-
-@contextmanager
-def without_warning_of_factor() -> Iterator[None]:
-    """Without what [`STEP_NOTE`] tells, which says that the config must be mended."""
-
-    def is_another(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(WARNING)
-
-    transformers_logger = logging.getLogger("transformers.modeling_rope_utils")
-    transformers_logger.addFilter(is_another)
-    try:
-        yield
-    finally:
-        transformers_logger.removeFilter(is_another)
 
 
 def frequency_places(config: PreTrainedConfig) -> torch.Tensor:

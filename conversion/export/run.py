@@ -8,6 +8,7 @@ import torch
 from huggingface_hub.utils import tqdm
 
 from mha2mla.common.companions import copy_companions
+from mha2mla.common.exports import EXPORT_RECORD_NAME, without_warning_of_factor
 from mha2mla.common.options import shard_bytes
 from mha2mla.common.tokenizer import write_tokenizer
 from mha2mla.conversion.cache_plan import served_dtype
@@ -31,8 +32,8 @@ from .experts import has_experts, reference_config
 from .from_deepseek import find_layout, find_rope, load_stock_config, our_config, our_tensors
 from .gguf import GGUFTensors, atomic_file, big_gauge, check_output_file, check_package, write_gguf
 from .plan import advise_padding, load_model_config, plan_export
-from .record import EXPORT_RECORD_NAME, write_record
-from .rope_table import STEP_NOTE, without_warning_of_factor
+from .record import write_record
+from .rope_table import STEP_NOTE
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ def export_deepseek(folder: Path, model: str, output: Path, options: ExportConfi
     plan = plan_export(folder, config, reader, options, allow_step=True)
     dtype = weights_dtype(options, reader.get("model.norm.weight").dtype)
     gauge = tiny_gauge(config.rms_norm_eps)
-    with without_warning_of_factor():
+    with without_warning_of_factor(lambda: True):
         stock = stock_config(config, plan, gauge, getattr(torch, dtype))
     logger.info(plan.describe(config, served_dtype(dtype)))
     logger.info("Engines that take these sizes: %s", engines_for(plan, config))
