@@ -1,4 +1,4 @@
-"""Upload a checkpoint to the Hub: a converted or trained model, an adapter, or a merged model.
+"""Upload a checkpoint to the Hub: a converted or trained model, an adapter, a merged model or an export.
 
     mha2mla push llama-mla-recovered my-name/llama-mla --dry-run
     mha2mla push llama-mla-recovered my-name/llama-mla --private
@@ -14,7 +14,7 @@ from pathlib import Path
 from .parsing import Positionals, parse
 
 POSITIONALS: Positionals = {
-    "folder": dict(type=Path, help="Output of convert or train, a checkpoint-N, or OUTPUT/merged."),
+    "folder": dict(type=Path, help="Output of convert, train or export, a checkpoint-N, or OUTPUT/merged."),
     "repo": dict(help="OWNER/NAME on the Hub; created if it is not there."),
 }
 

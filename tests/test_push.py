@@ -3,14 +3,16 @@
 import json
 
 import pytest
+import torch
 from conftest import pico_tokenizer
 from huggingface_hub import HfApi, constants
 
 from hub import COMMIT, run_hub
 from mha2mla.cli.main import main
+from mha2mla.conversion.export import export
 from mha2mla.training import add_lora
 from mha2mla.training.publish import plan_upload, push_folder
-from pico import CODE_FILES, make_mla
+from pico import CODE_FILES, make_mla, make_source
 
 PROJECTIONS = ["q_proj", "kv_a_proj", "kv_b_proj", "o_proj"]
 RUN_FILES = ("trainer_state.json", "training_args.bin", "optimizer.pt", "rng_state.pth", "scheduler.pt")
@@ -85,6 +87,32 @@ def test_an_adapter_names_a_base_that_others_can_load(adapter, model, hub):
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "me/model"
     assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == str(model)
     assert "adapter_model.safetensors" in files
+
+
+def test_an_export_goes_up(model, tmp_path):
+    exportable = make_mla("shared")
+    for layer in exportable.model.layers:
+        layer.self_attn.rope_frequencies.copy_(torch.tensor([[0, 1]]))
+    exportable.save_pretrained(model)
+    export(model, tmp_path / "served")
+    names = {upload.name for upload in plan_upload(tmp_path / "served")}
+    assert {"config.json", "export.json", "model.safetensors", "tokenizer.json"} <= names
+    (tmp_path / "served" / "export.json").unlink()
+    with pytest.raises(ValueError, match="model_type='deepseek_v3': it is neither a converted model nor an export of"):
+        plan_upload(tmp_path / "served")
+
+
+def test_what_this_package_did_not_make_is_not_pushed(adapter, tmp_path, capsys):
+    source = tmp_path / "source"
+    make_source().save_pretrained(source)
+    assert main(["push", str(source), "me/model", "--dry-run"]) == 2
+    said = capsys.readouterr()
+    assert not said.out and f"{source} has model_type='llama': it is neither" in said.err
+    assert f"Convert it first (`mha2mla convert`), or upload it as it is by `hf upload me/model {source}`." in said.err
+    config = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(source)}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"{adapter} is an adapter of {source}, which has model_type='llama'"):
+        plan_upload(adapter, base_model="me/llama")
 
 
 def test_what_would_not_load_is_not_pushed(model, tmp_path, capsys):

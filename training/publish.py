@@ -12,8 +12,11 @@ from safetensors import SafetensorError, safe_open
 
 from mha2mla.common.cards import CARD_NAME, RESULTS_FOLDER
 from mha2mla.common.companions import COMPANION_PATTERNS
+from mha2mla.common.exports import EXPORT_RECORD_NAME
 from mha2mla.common.files import read_json_object, read_text
 from mha2mla.common.hub import on_hub
+from mha2mla.common.loading import find_file
+from mha2mla.modeling import FAMILIES
 
 # Of a checkpoint's own level. What a run leaves beside them (optimizer, random states, `training_args.bin`, which is a
 # pickle, tracking, other checkpoints) is for going on with the run, not for users of the model.
@@ -55,16 +58,17 @@ class Upload:
 
 def plan_upload(folder: Path, base_model: str | None = None, repo: str | None = None) -> list[Upload]:
     """
-    The files of a converted or trained model, an adapter, or a merged model that go to the Hub.
+    The files of a converted or trained model, an adapter, a merged model or an export that go to the Hub.
 
     Args:
-        folder (`Path`): Output of `mha2mla convert` or `mha2mla train`, one of its checkpoints, or its `merged`.
+        folder (`Path`): Output of `mha2mla convert` or `mha2mla train`, one of its checkpoints, or its `merged`; or
+            a folder of `mha2mla export`.
         base_model (`str`, *optional*): Adapter: the name on the Hub of the model that it belongs to, written into the
             uploaded copies of its config and card. The local files stay as they are.
         repo (`str`, *optional*): OWNER/NAME; the uploaded copy of the card loads the model by this name.
 
     Raises:
-        ValueError: If the folder is not a complete checkpoint, or nobody else could load it.
+        ValueError: If the folder is not a complete checkpoint, nobody else could load it, or it is none of ours.
     """
     if not folder.is_dir():
         raise ValueError(f"There is no folder {folder}.")
@@ -78,7 +82,9 @@ def plan_upload(folder: Path, base_model: str | None = None, repo: str | None = 
     files += [path for pattern in IN_FOLDERS for path in sorted(folder.glob(pattern))]
     uploads = {name: Upload(name, path) for path in files for name in [path.relative_to(folder).as_posix()]}
     if not any(name.endswith(".safetensors") for name in uploads):
-        raise ValueError(f"{folder} holds no .safetensors weights. Give the output of mha2mla convert or train.")
+        raise ValueError(
+            f"{folder} holds no .safetensors weights. Give the output of mha2mla convert, train or export."
+        )
     for path in folder.glob("*.safetensors"):
         check_readable(path)
     if ADAPTER_CONFIG in uploads:
@@ -88,6 +94,7 @@ def plan_upload(folder: Path, base_model: str | None = None, repo: str | None = 
             raise ValueError(
                 f"{folder / ADAPTER_CONFIG} names no base model. Give its name on the Hub by --base-model."
             )
+        check_converted(folder, str(config.get("base_model_name_or_path") or base_model), repo)
         if Path(base_model).exists():
             raise ValueError(
                 f"{folder} is an adapter of {base_model}, a folder that nobody else has. Push that first and give its "
@@ -99,6 +106,7 @@ def plan_upload(folder: Path, base_model: str | None = None, repo: str | None = 
         raise ValueError(f"--base-model belongs to adapters; {folder} holds a whole model.")
     else:
         check_model_files(folder, set(uploads))
+        check_converted(folder, str(folder), repo)
     if CARD_NAME in uploads:
         text = read_text(folder / CARD_NAME)
         uploads[CARD_NAME] = Upload(CARD_NAME, published_card(text, repo, base_model).encode())
@@ -128,6 +136,25 @@ def check_model_files(folder: Path, names: set[str]) -> None:
     missing = sorted(needed - names)
     if missing:
         raise ValueError(f"{folder} lacks {', '.join(missing)}, without which it does not load. Save it again.")
+
+
+def check_converted(folder: Path, model: str, repo: str | None) -> None:
+    """
+    Raise a `ValueError` if what would go up was not made by this package.
+
+    Args:
+        model (`str`): The folder itself, or the base model of an adapter, which may be out of reach.
+    """
+    path = find_file(model, "config.json")
+    if path is None:
+        return
+    model_type = read_json_object(path).get("model_type")
+    if model_type not in FAMILIES and find_file(model, EXPORT_RECORD_NAME) is None:
+        what = str(folder) if model == str(folder) else f"{folder} is an adapter of {model}, which"
+        raise ValueError(
+            f"{what} has model_type={model_type!r}: it is neither a converted model nor an export of one. Convert it "
+            f"first (`mha2mla convert`), or upload it as it is by `hf upload {repo or 'OWNER/NAME'} {folder}`."
+        )
 
 
 def named_files(folder: Path) -> set[str]:
