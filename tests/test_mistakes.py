@@ -10,6 +10,7 @@ from conftest import pico_tokenizer
 from safetensors.torch import load_file, save_file
 
 from mha2mla.cli.main import main
+from mha2mla.common.records import RECORD_NAME
 from pico import make_mla, make_source
 
 TEXT = "".join(json.dumps({"text": " ".join(f"w{4 + (i * j) % 90}" for j in range(40))}) + "\n" for i in range(12))
@@ -81,6 +82,19 @@ def test_mistakes_end_in_a_sentence(command, message, inputs, monkeypatch, capsy
     told = capsys.readouterr().err.strip().splitlines()[-1]
     assert told.startswith(f"mha2mla {command[0]}: error: ") and message in told
     assert {path: path.read_bytes() for path in inputs.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_model_has_nothing_to_learn_from_itself(recorded, inputs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(inputs)
+    shutil.copytree("mla", tmp_path / "mla")
+    if recorded:
+        (tmp_path / "mla" / RECORD_NAME).write_text('{"source": "me/llama"}')
+    (tmp_path / "link").symlink_to("mla")
+    assert main([*TRAIN, "--model", str(tmp_path / "link"), "--teacher", str(tmp_path / "." / "mla")]) == 2
+    remedy = "that it was converted from: --teacher me/llama." if recorded else "that it was converted from."
+    told = capsys.readouterr().err.strip()
+    assert "is the model itself, from which there is nothing to learn" in told and told.endswith(remedy)
 
 
 def test_bf16_without_a_gpu_says_what_to_take_back(inputs, monkeypatch, capsys):

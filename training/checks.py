@@ -8,7 +8,8 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_peft_available
 
 from mha2mla.common.extras import installing
-from mha2mla.common.loading import load_config, load_tokenizer
+from mha2mla.common.loading import find_file, load_config, load_tokenizer
+from mha2mla.common.records import RECORD_NAME, read_record
 from mha2mla.modeling import LatentConfigMixin
 
 from .arguments import DataArguments, LossArguments, ModelArguments
@@ -62,7 +63,7 @@ def check_losses(
         tokenizer (`PreTrainedTokenizerBase`): Of the model that is trained.
 
     Raises:
-        ValueError: If the teacher has other tokens than the model, or a loss cannot be computed.
+        ValueError: If the teacher is the model or has other tokens, or a loss cannot be computed.
     """
     teacher_config = None
     if loss.teacher is not None:
@@ -78,7 +79,14 @@ def check_losses(
 def check_teacher(
     teacher: str, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool
 ) -> PreTrainedConfig:
-    """The teacher's config; a `ValueError` if it has other tokens than the model that is trained."""
+    """The teacher's config; a `ValueError` if it is the model that is trained, or has other tokens."""
+    model = config.name_or_path
+    if Path(teacher).resolve() == Path(model).resolve():  # equal names on the Hub, too
+        source = read_record(model).get("source") if find_file(model, RECORD_NAME) else None
+        raise ValueError(
+            f"The teacher {teacher} is the model itself, from which there is nothing to learn. Give the original that "
+            f"it was converted from{f': --teacher {source}' if source else ''}."
+        )
     other = load_config(teacher, "teacher", trust_remote_code)
     if other.vocab_size != config.vocab_size:
         raise ValueError(
