@@ -5,6 +5,7 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,17 @@ class TaskData:
             )
         return {path.name.split(".")[0]: self.data}
 
+    def lacks(self, name: str) -> str:
+        """For a person: that there is no source of that name, and what there is instead."""
+        if self.data is None:
+            return f"There is no file for the task {name!r}: --data names the folder of such files."
+        there = list(self.sources())
+        near = get_close_matches(name, there)
+        instead = f"Did you mean {' or '.join(near)}?" if near else f"--data has {', '.join(there)}."
+        if Path(self.data).is_dir():
+            return f"There is no {name}.jsonl in {self.data}. {instead}"
+        return f"The task {name!r} is not in --data {self.data}. {instead}"
+
     def read(self, source: str, limit: int | None) -> list[Item]:
         """The items of one of the sources; at most `limit`, if it is text."""
         if is_item_file(Path(source)):
@@ -155,17 +167,15 @@ def find_task(name: str, sources: dict[str, str], data: TaskData, limit: int | N
         known = ", ".join((*TEXT_KINDS, LONG))
         raise ValueError(f"Unknown task {name!r}: before the colon stands {known} or harness, got {prefix!r}.")
     if prefix == "harness" or (prefix == "" and stem not in sources):
-        if prefix == "" and sources:
-            known = f"In --data: {', '.join(sources)}."
-        else:
-            known = "Give --data for local files."
         try:
             require_harness_task(stem)
         except ValueError as error:
-            raise ValueError(f"{error} {known}") from None
+            if prefix == "harness":
+                raise
+            raise ValueError(f"{data.lacks(stem)} {error}") from None
         return Task(name, "harness", [], "")
     if stem not in sources:
-        raise ValueError(f"Task {name!r} has no file; --data has {', '.join(sources) or 'none'}.")
+        raise ValueError(data.lacks(stem))
     items = data.read(sources[stem], limit)
     form = item_kind(items[0], sources[stem])
     if prefix and form != "text":

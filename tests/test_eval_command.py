@@ -189,11 +189,17 @@ def test_limit_takes_the_first_items_and_spreads_over_lengths(models, sets, tmp_
     ("options", "message"),
     [
         (("--tasks", "agreement:choices"), "needs items with `text`"),
-        (("--tasks", "perplexity:missing"), "has no file; --data has choices, completion"),
-        (("--tasks", "shape:texts"), "Unknown task 'shape:texts': before the colon stands perplexity, positions"),
+        (("--tasks", "perplexity:missing"), "There is no missing.jsonl in {sets}. --data has choices, completion"),
         (
-            ("--tasks", "mmlu"),
-            "Task mmlu is one of lm-evaluation-harness. Install it: `pip install '.[eval]'` in a checkout",
+            ("--tasks", "choises"),
+            "There is no choises.jsonl in {sets}. Did you mean choices? If choises is a task",
+        ),
+        (("--tasks", "shape:texts"), "Unknown task 'shape:texts': before the colon stands perplexity, positions"),
+        (("--tasks", "mmlu"), "If mmlu is a task of lm-evaluation-harness, install that: `pip install '.[eval]'`"),
+        (("--tasks", "harness:mmlu"), "error: If mmlu is a task of lm-evaluation-harness"),
+        (
+            ("--tasks", "mmlu", "--data", "o/texts"),
+            "The task 'mmlu' is not in --data o/texts. --data has texts. If",
         ),
         (("--limit", "0"), "limit=0 must be at least 1"),
         (("--dtype", "int3"), "dtype must be auto, float32, bfloat16 or float16, got 'int3'"),
@@ -205,7 +211,7 @@ def test_mistakes_show_before_anything_is_measured(sets, tmp_path, options, mess
     harness.harness_task_names.cache_clear()
     output = str(tmp_path / "results")
     assert main(["eval", "no-such-model", "--data", str(sets), "--output", output, *options]) == 2
-    assert message in capsys.readouterr().err
+    assert message.format(sets=sets) in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
 
 

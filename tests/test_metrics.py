@@ -96,7 +96,7 @@ def test_harness_task_gives_our_accuracies(tmp_path):
     assert 0 < ours.accuracy < 1  # something to agree on
     for name in ("mmlu", "arc_easy", "arc_challenge", "piqa", "hellaswag", "openbookqa", "winogrande"):
         require_harness_task(name)
-    with pytest.raises(ValueError, match="Unknown task 'no_such_task'"):
+    with pytest.raises(ValueError, match="lm-evaluation-harness has no task 'no_such_task'"):
         require_harness_task("no_such_task")
 
 

@@ -29,12 +29,11 @@ def require_harness_task(name: str) -> None:
     try:
         names = harness_task_names()
     except ImportError:
-        raise ValueError(f"Task {name} is one of lm-evaluation-harness. Install it: {installing('eval')}.") from None
-    if name not in names:
         raise ValueError(
-            f"Unknown task {name!r}: there is no such file in --data, and lm-evaluation-harness does not know the "
-            "name either (`lm_eval ls tasks` lists its tasks)."
-        )
+            f"If {name} is a task of lm-evaluation-harness, install that: {installing('eval')}."
+        ) from None
+    if name not in names:
+        raise ValueError(f"lm-evaluation-harness has no task {name!r} (`lm_eval ls tasks` lists what it has).")
 
 
 def measure_harness(
