@@ -9,6 +9,8 @@ from huggingface_hub import parse_eval_result_entries
 from test_eval_command import arguments, models, sets, words  # noqa: F401 (fixtures)
 
 from mha2mla.cli.main import main
+from mha2mla.evaluation.report.tables import make_table
+from mha2mla.evaluation.results import ModelResult, Results
 from mha2mla.training.publish import plan_upload
 
 TEXT = ("--samples", 4, "--length", 16)
@@ -25,6 +27,18 @@ def conversions(save_source, calibration_file, tmp_path):
         command = (source, tmp_path / name, *options, "--data", calibration_file, *TEXT)
         assert main(["convert", *map(str, command)]) == 0
     return tmp_path
+
+
+@pytest.mark.parametrize(
+    "dtype, header, size",
+    [("bfloat16", "bytes/token bf16", "192"), ("float32", "bytes/token", "192 fp32")],
+)
+def test_bytes_are_told_with_their_type(dtype, header, size):
+    def row(name, dtype):
+        return ModelResult(name, name, name, "dynamic", "", 192.0, dtype, 1)
+
+    table = make_table(Results({}, models=[row("original", "bfloat16"), row("converted", dtype)]), "", {})
+    assert table.header[1] == header and table.rows[1][1] == size
 
 
 def test_page_and_model_cards_show_the_conversions(conversions, calibration_file, capsys):

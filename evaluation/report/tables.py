@@ -11,6 +11,7 @@ from mha2mla.evaluation.results import ORIGINAL, ModelResult, Results
 from .table import Table, show
 
 CHOICE_KINDS = ("choice", "harness")
+SHORT_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # as everywhere where bytes are told
 
 Numbers = dict[str, Any]
 
@@ -33,18 +34,31 @@ def tasks_with(results: Results, kinds: Sequence[str], key: str) -> list[str]:
 
 
 def model_cells(results: Results, model: ModelResult) -> list[str]:
-    """Name, cache per token, and how much smaller it is than the original's."""
+    """Name, cache per token, and how much smaller it is than the original's. Bytes are those of the type that a model
+    ran in, so it is named: in the header, or with each number where rows have several."""
     original = find_original_row(results)
     if original is None or model is original:
         change = "-"
     else:
         change = f"{100 * (model.cache_bytes_per_token / original.cache_bytes_per_token - 1):+.2f} %"
-    return [model.label, show(model.cache_bytes_per_token, digits=0), change]
+    size = show(model.cache_bytes_per_token, digits=0)
+    return [model.label, size if one_dtype(results) else f"{size} {short_dtype(model)}", change]
+
+
+def short_dtype(model: ModelResult) -> str:
+    return SHORT_DTYPES.get(model.dtype, model.dtype)
+
+
+def one_dtype(results: Results) -> str | None:
+    """The type that all rows were measured in; None where they differ."""
+    dtypes = {short_dtype(model) for model in results.models}
+    return dtypes.pop() if len(dtypes) == 1 else None
 
 
 def make_table(results: Results, title: str, columns: dict[str, Callable[[ModelResult], str]]) -> Table:
     rows = [model_cells(results, m) + [cell(m) for cell in columns.values()] for m in results.models]
-    return Table(title, ["model", "bytes/token", "cache", *columns], rows)
+    dtype = one_dtype(results)
+    return Table(title, ["model", f"bytes/token {dtype}" if dtype else "bytes/token", "cache", *columns], rows)
 
 
 def average_accuracy(model: ModelResult, names: Sequence[str], key: str = "accuracy") -> tuple[float, float] | None:
