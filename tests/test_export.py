@@ -205,6 +205,22 @@ def test_sizes_beyond_the_kernels_are_refused(save, tmp_path):
     assert assert_same_model(many, tmp_path / "out").config.rope_parameters["rope_type"] == "yarn"
 
 
+@pytest.mark.parametrize(
+    "pad, changes, more",
+    [
+        (None, {}, "vLLM on a GPU (--pad 256: 320 values, 667% of the original's), vLLM on a CPU (--pad 512: "),
+        (256, {}, ""),
+        (None, dict(v_head_dim=160, head_dim=160), ""),
+    ],
+)
+def test_what_padding_would_open_is_said(pad, changes, more, save, tmp_path, caplog):
+    with caplog.at_level("INFO", logger="mha2mla"):
+        export(save(exportable([0, 1], **changes)), tmp_path / "out", ExportConfig(pad=pad))
+    start = "Engines that padding would add: "
+    said = "".join(text.removeprefix(start) for text in caplog.messages if text.startswith(start))
+    assert said.startswith(more) and bool(said) == bool(more)
+
+
 @pytest.mark.parametrize("frequencies, step", [([0, 1, 4, 5], True), ([0, 1, 2], False)])
 def test_what_transformers_says_of_a_step_is_explained_instead(frequencies, step, save, tmp_path):
     """In a process of its own, as transformers says it once."""

@@ -161,3 +161,10 @@ def engines_for_frequencies(
     except ValueError as reason:
         return [], f"none. {reason}"
     return found, describe_engines(found, source_width) or "none. They have no rotary table of these frequencies."
+
+
+def engines_by_padding(plan: ExportPlan, config: LatentConfigMixin) -> str:
+    """For a person: the engines that `--pad` would open to an export without it; empty if there are none."""
+    source_width = 2 * config.num_key_value_heads * config.head_dim
+    found, _ = engines_for_frequencies(config, list(plan.table.slots), source_width)
+    return describe_engines([pair for pair in found if pair[1] is not None], source_width)

@@ -27,7 +27,7 @@ from .card import write_export_card, write_way_back_card
 from .check import check_agreement, check_ids, compare_logits, streamed_logits
 from .config import DTYPES, ExportConfig
 from .deepseek import stock_config, stock_names, stock_tensors, tiny_gauge
-from .engines import engines_for
+from .engines import engines_by_padding, engines_for
 from .experts import has_experts, reference_config
 from .from_deepseek import find_layout, find_rope, load_stock_config, our_config, our_tensors
 from .gguf import GGUFTensors, atomic_file, big_gauge, check_output_file, check_package, write_gguf
@@ -100,6 +100,8 @@ def export_deepseek(folder: Path, model: str, output: Path, options: ExportConfi
         stock = stock_config(config, plan, gauge, getattr(torch, dtype))
     logger.info(plan.describe(config, served_dtype(dtype)))
     logger.info("Engines that take these sizes: %s", engines_for(plan, config))
+    if options.pad is None and (more := engines_by_padding(plan, config)):
+        logger.info("Engines that padding would add: %s", more)
     ids = check_ids(folder, config)
     ours = streamed_logits(config, reader, ids, RUNNING)
     with atomic_folder(output, options.overwrite, EXPORT_RECORD_NAME) as partial:
