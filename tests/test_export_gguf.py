@@ -14,7 +14,6 @@ from tokenizers import Regex, pre_tokenizers
 
 from mha2mla.cli.main import main
 from mha2mla.conversion.export import ExportConfig, export
-from mha2mla.conversion.export.gguf import atomic_file
 from mha2mla.conversion.export.gguf_vocab import CONTRACTIONS, REST, pre_tokenizer_name, sentencepiece_scores
 from pico import ROPES, byte_pair_tokenizer
 
@@ -117,21 +116,21 @@ def test_only_files_of_ours_are_overwritten(save, tmp_path):
         export(folder, out, ExportConfig(format="gguf", overwrite=True))
 
 
-def test_a_killed_export_is_cleaned_up_by_the_next(tmp_path, caplog):
-    out = tmp_path / "out.gguf"
-    program = (
-        "import os, pathlib, signal, sys\n"
-        "from mha2mla.conversion.export.gguf import atomic_file\n"
-        "with atomic_file(pathlib.Path(sys.argv[1])) as partial:\n"
-        "    partial.write_text('half')\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+def test_a_killed_export_is_cleaned_up_by_the_next(save, tmp_path, caplog):
+    folder, out = save(exportable([0, 1])), tmp_path / "out.gguf"
+    program = (  # killed when the file is written, and not checked yet
+        "import os, signal, sys\n"
+        "from mha2mla.conversion.export import ExportConfig, export, run\n"
+        "run.compare_logits = lambda *logits: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "export(sys.argv[1], sys.argv[2], ExportConfig(format='gguf'))\n"
     )
-    assert subprocess.run([sys.executable, "-c", program, str(out)]).returncode == -signal.SIGKILL
+    command = [sys.executable, "-c", program, str(folder), str(out)]
+    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
     (left,) = tmp_path.glob(".out.gguf.partial-*/out.gguf")
-    with caplog.at_level("INFO", logger="mha2mla"), atomic_file(out) as partial:
-        partial.write_text("whole")
+    with caplog.at_level("INFO", logger="mha2mla"):
+        export(folder, out, ExportConfig(format="gguf"))
     assert f"Removing {left.parent}, which a run that was killed left behind" in caplog.text
-    assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"] and out.read_text() == "whole"
+    assert {path.name for path in tmp_path.iterdir()} == {folder.name, "out.gguf"}
 
 
 def describe(*steps):
