@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -46,15 +47,15 @@ def data_sets_offline() -> Iterator[None]:
     """As if HF_HUB_OFFLINE were set: `datasets` takes what is in its cache, at once."""
     import datasets  # slow to import
 
-    places = constants, datasets.config
+    places: tuple[Any, ...] = constants, datasets.config
     before = [place.HF_HUB_OFFLINE for place in places]
     try:
         for place in places:
-            place.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
+            place.HF_HUB_OFFLINE = True
         yield
     finally:
         for place, value in zip(places, before, strict=True):
-            place.HF_HUB_OFFLINE = value  # type: ignore[attr-defined]
+            place.HF_HUB_OFFLINE = value
 
 
 def ask(url: str) -> None:
