@@ -17,7 +17,8 @@ of the original's keys and values:
 - `int4-rotated`, `int3-rotated`, `int2-rotated`: each head rotated and rounded as our own latents are;
 - `fp8`: e4m3 with a scale of 1, as vLLM has it by default.
 
-A conversion's latents: `int8`, `int4` (this package's format) and `fp8`. Rows in the file are not measured again.
+A conversion's latents: `int8`, `int4` and `fp8-rotated` (this package's format), and `fp8` as vLLM has it.
+Rows in the file are not measured again.
 """
 
 import argparse
@@ -116,7 +117,7 @@ FORMS = (
     | {f"int{bits}-channel": by_channel(bits) for bits in (4, 2)}
     | {f"int{bits}-rotated": rotated(bits) for bits in (4, 3, 2)}
 )
-LATENT_BITS = {PLAIN: None, "fp8": None, "int8": 8, "int4": 4}
+LATENT_BITS = {PLAIN: None, "fp8": None, "fp8-rotated": 8, "int8": 8, "int4": 4}
 LATENT_SCALES = 4  # bytes of a token and layer: a scale and a zero of the latent, and of the rotary keys
 
 
@@ -196,7 +197,7 @@ def cache_form(name: str, model: PreTrainedModel, ids: torch.Tensor) -> tuple[Ca
     model(ids, logits_to_keep=1, **{CACHE_ARGUMENT: cache})
     attentions = [layer.self_attn for layer in model.base_model.layers]
     roundings = [
-        latent_rounding(attention.channel_factors(model.dtype), name, layer.keys)
+        latent_rounding(attention.channel_factors(model.dtype), name.removesuffix("-rotated"), layer.keys)
         for attention, layer in zip(attentions, cache.layers, strict=True)
     ]
     return Rounded(name, roundings=roundings), (width * nbits / 8 + LATENT_SCALES) * config.num_hidden_layers
