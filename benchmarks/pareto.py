@@ -36,6 +36,7 @@ from recovery_table import ORIGINAL, SETS, read_results
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from mha2mla.common.loading import keys_values_width
 from mha2mla.evaluation import MultipleChoice, choice_bytes, read_items
 from mha2mla.evaluation.caches import CacheKind
 from mha2mla.evaluation.measures.multiple_choice import mean_stderr, paired_difference
@@ -185,8 +186,7 @@ def cache_form(name: str, model: PreTrainedModel, ids: torch.Tensor) -> tuple[Ca
     """The cache of a model by its form, and its bytes a token. `ids` [1, tokens] is a text."""
     config = model.config
     if not isinstance(config, LatentConfigMixin):
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        numbers = 2 * config.num_key_value_heads * head_dim * config.num_hidden_layers
+        numbers = keys_values_width(config) * config.num_hidden_layers
         return Rounded(name), numbers * FORMS[name].bits / 8
     width, nbits = config.latent_cache_dim, LATENT_BITS[name]
     if nbits is None:

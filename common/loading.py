@@ -81,6 +81,12 @@ def head_dim(config: PreTrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def keys_values_width(config: PreTrainedConfig) -> int:
+    """Values of a token and layer in keys and values of all heads: what a source caches, also by the config of a model
+    that was made of it."""
+    return 2 * config.num_key_value_heads * head_dim(config)
+
+
 @contextmanager
 def loading(name: str, role: str, part: str, revision: str | None) -> Iterator[None]:
     """What libraries say of a checkpoint's part that they cannot load, in one sentence; nothing where there is no

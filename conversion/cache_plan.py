@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
+from mha2mla.common.loading import keys_values_width
+
 from .cache_sizes import CacheSizes
 from .rotary import every_layer_has_rope, head_dim, num_rotary_pairs
 
@@ -106,7 +108,7 @@ def plan_caches(
     Raises:
         ValueError: If a size is missing, or more than the source's matrices can fill.
     """
-    source_width = 2 * source.num_key_value_heads * head_dim(source)
+    source_width = keys_values_width(source)
     value_rows = source_width // 2
 
     def ranks_beside(rope: int) -> range:

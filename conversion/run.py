@@ -10,7 +10,7 @@ import torch
 
 from mha2mla.common.device import check_device
 from mha2mla.common.kernel_sizes import ENGINES
-from mha2mla.common.loading import load_config
+from mha2mla.common.loading import keys_values_width, load_config
 from mha2mla.common.options import shard_bytes
 from mha2mla.common.records import RECORD_NAME
 from mha2mla.common.scratch import scratch_folder
@@ -93,7 +93,7 @@ def convert(
         if config.tie_word_embeddings and architecture.has_own_head(tensors):
             config.tie_word_embeddings = False  # what lies in the file counts, as it does for transformers
         engine = None if options.serve is None else ENGINES[options.serve]
-        source_width = 2 * config.num_key_value_heads * architecture.head_dim
+        source_width = keys_values_width(config)
         plans = preset.plans(architecture, options if engine is None else kernel_sizes(options, engine, source_width))
         dtype = architecture.norm(tensors).dtype if options.dtype == "auto" else getattr(torch, options.dtype)
         logger.info(plans[0].describe(served_dtype(dtype)))

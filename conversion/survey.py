@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from mha2mla.common.kernel_sizes import ENGINES, KERNEL_ROPE_DIM, Engine
+from mha2mla.common.loading import keys_values_width
 from mha2mla.modeling import LatentConfigMixin
 
 from .architectures import Architecture, architecture_of
@@ -103,7 +104,7 @@ def survey_caches(config: PreTrainedConfig) -> Survey:
     tensors, tied = expected_tensors(config)
     weights = EmptyTensors(tensors)
     num_parameters = sum(tensor.numel() for name, tensor in tensors.items() if name not in tied)
-    width = 2 * config.num_key_value_heads * source.head_dim
+    width = keys_values_width(config)
     original = Offer("original", "", width, config.num_hidden_layers, num_parameters)
     offers, refused = [], {}
     for title, sizes in sizes_to_show():
@@ -125,7 +126,7 @@ def sizes_to_show() -> Iterator[tuple[str, CacheSizes]]:
 def make_offer(source: Architecture, title: str, sizes: CacheSizes, attention_bias: bool) -> Offer:
     """A `ValueError` if the source cannot have such a cache, or if it is no smaller than its own."""
     preset = Calibrated(rope_layout="shared", rope_frequencies="common")
-    source_width = 2 * source.config.num_key_value_heads * source.head_dim
+    source_width = keys_values_width(source.config)
     if sizes.kv_lora_rank is not None and sizes.kv_lora_rank + KERNEL_ROPE_DIM >= source_width:
         raise ValueError(f"The source caches {source_width} values per token and layer: there is nothing to gain.")
     plans = preset.plans(source, sizes)
@@ -155,8 +156,8 @@ def engines_of_all(
             found.append(fitting_engines(config, has_table))
         except ValueError as reason:
             return (), f"none. {reason}"
-    found = [takers for takers in found if takers] or [[]]
-    common = [pair for pair in found[0] if all(pair in takers for takers in found)]
+    found = [pairs for pairs in found if pairs] or [[]]
+    common = [pair for pair in found[0] if all(pair in pairs for pairs in found)]
     takers = tuple(engine for engine, rank in common if rank is None)
     said = describe_engines(common, plans[0].source_width) or "none. They have no rotary table of so many frequencies."
     return takers, said

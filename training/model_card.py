@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 
 from mha2mla.common.cards import CARD_NAME, card_metadata, table, usage, write_card
+from mha2mla.common.loading import keys_values_width
 from mha2mla.common.versions import made_with
 from mha2mla.modeling import LatentConfigMixin
 
@@ -67,7 +68,7 @@ class TrainingRecord:
 def describe_cache(config: PreTrainedConfig) -> str:
     if not isinstance(config, LatentConfigMixin):
         return ""
-    source = 2 * config.num_key_value_heads * config.head_dim
+    source = keys_values_width(config)
     return (
         f": its cache holds **{config.latent_cache_dim} values per token and layer instead of {source} "
         f"({100 * (config.latent_cache_dim / source - 1):+.2f} %)**"

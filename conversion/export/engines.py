@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 
 from mha2mla.common.kernel_sizes import ENGINES, KERNEL_HEAD_DIM, KERNEL_ROPE_DIM, Engine
+from mha2mla.common.loading import keys_values_width
 from mha2mla.conversion.cache_sizes import CacheSizes
 from mha2mla.modeling.latent_config import LatentConfigMixin
 
@@ -165,6 +166,6 @@ def engines_for_frequencies(
 
 def engines_by_padding(plan: ExportPlan, config: LatentConfigMixin) -> str:
     """For a person: the engines that `--pad` would open to an export without it; empty if there are none."""
-    source_width = 2 * config.num_key_value_heads * config.head_dim
+    source_width = keys_values_width(config)
     found, _ = engines_for_frequencies(config, list(plan.table.slots), source_width)
     return describe_engines([pair for pair in found if pair[1] is not None], source_width)

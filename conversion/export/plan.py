@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 from mha2mla.common.extras import installing
 from mha2mla.common.files import read_json_object
 from mha2mla.common.kernel_sizes import KERNEL_HEAD_DIM, KERNEL_ROPE_DIM
-from mha2mla.common.loading import load_config
+from mha2mla.common.loading import keys_values_width, load_config
 from mha2mla.common.records import RECORD_NAME, read_record
 from mha2mla.conversion.cache_plan import SERVED_BYTES
 from mha2mla.conversion.checkpoint import CheckpointReader
@@ -47,7 +47,7 @@ class ExportPlan:
 
     def describe(self, config: OurConfig, served: str) -> str:
         """What a token costs in an engine, in the type of [`served_dtype`], padding included."""
-        ours, source = config.latent_cache_dim, 2 * config.num_key_value_heads * config.head_dim
+        ours, source = config.latent_cache_dim, keys_values_width(config)
         size = self.width * config.num_hidden_layers * SERVED_BYTES
         line = (
             f"Cache: {self.width} values per token and layer (latent {self.kv_lora_rank} + rotary key "

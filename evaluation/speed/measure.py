@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import Cache
 
-from mha2mla.common.loading import head_dim
+from mha2mla.common.loading import keys_values_width
 from mha2mla.evaluation.caches import CacheKind
 from mha2mla.modeling import CACHE_ARGUMENT, LatentConfigMixin, cache_nbytes
 from mha2mla.modeling.latent_cache import round_up
@@ -51,7 +51,7 @@ def numbers_per_token(config) -> int:
     """Numbers cached per token and layer."""
     if isinstance(config, LatentConfigMixin):
         return config.latent_cache_dim
-    return 2 * config.num_key_value_heads * head_dim(config)
+    return keys_values_width(config)
 
 
 def allocated_nbytes(cache: Cache) -> int:
