@@ -112,10 +112,11 @@ def describe(source: str, survey: "Survey", options: PlanArguments, context: int
         "of a token. A padded export caches the values that its line below says instead. fp8 caches are vLLM's; on "
         "Hopper vLLM 0.25.1 has none for 256 + 64."
     )
-    takers: dict[str, list[str]] = {}
+    titles_by_engines: dict[str, list[str]] = {}
     for offer in offers:
-        takers.setdefault(offer.engines, []).append(offer.title)
-    engines = ["Engines that take an export:", *(f"  {', '.join(titles)}: {e}" for e, titles in takers.items())]
+        titles_by_engines.setdefault(offer.engines, []).append(offer.title)
+    lines = (f"  {', '.join(titles)}: {engines}" for engines, titles in titles_by_engines.items())
+    engines = ["Engines that take an export:", *lines]
     small = ", ".join(offer.title for offer in offers if is_small(offer.width / original.width))
     refused = ["Not to be had:", *(f"  {title}: {reason}" for title, reason in survey.refused.items())]
     parts = [table.markdown(), beside]
