@@ -289,7 +289,7 @@ def test_only_exports_are_overwritten(save, tmp_path):
         export(folder, folder, ExportConfig(overwrite=True))
 
 
-@pytest.mark.parametrize("record", [True, False])
+@pytest.mark.parametrize("record", ["ours", None, {"source": "a model"}, {"source": {"name": "a model"}}])
 @pytest.mark.parametrize(
     "frequencies, pad, changes",
     [
@@ -303,15 +303,17 @@ def test_the_way_back(frequencies, pad, changes, record, save, tmp_path):
     """The same function, in our family and without the padding; then the export of that is the first export again."""
     model = exportable(frequencies, **changes)
     export(save(model), tmp_path / "stock", ExportConfig(pad=pad))
-    if not record:  # any other DeepSeek checkpoint
+    if record is None:  # any other DeepSeek checkpoint
         (tmp_path / "stock" / "export.json").unlink()
+    elif record != "ours":  # another program's
+        (tmp_path / "stock" / "export.json").write_text(json.dumps(record))
     assert main(["export", str(tmp_path / "stock"), str(tmp_path / "back"), "--format", "mla-llama"]) == 0
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
     config = back.config
     assert (config.kv_lora_rank, config.v_head_dim, config.num_key_value_heads) == (10, 12, 2)
     assert config.qk_rope_head_dim == 2 * len(frequencies)
     assert config.num_nope_key_heads == model.config.num_nope_key_heads
-    if record:
+    if record == "ours":
         assert config.rope_parameters == model.config.rope_parameters and config.head_dim == 12
         assert sorted(back.model.layers[0].self_attn.rope_frequencies[0].tolist()) == frequencies
     ids = tokens(2, 96)

@@ -158,11 +158,11 @@ def find_rope(folder: Path, config: PreTrainedConfig, layout: Layout) -> SourceR
     """The source's own table where an export's record tells it, else the checkpoint's: equal frequencies."""
     used = layout.slots.nonzero()[:, 0].tolist()
     if (folder / EXPORT_RECORD_NAME).is_file():
-        source = read_json_object(folder / EXPORT_RECORD_NAME).get("source", {})
-        # Another program's file of that name tells nothing.
-        of_slot = {slot: int(frequency) for frequency, slot in source.get("slot_of_frequency", {}).items()}
-        if of_slot and set(used) <= set(of_slot):
-            return SourceRope(source["head_dim"], source["rope_parameters"], of_slot)
+        source = read_json_object(folder / EXPORT_RECORD_NAME).get("source")
+        if isinstance(source, dict) and "slot_of_frequency" in source:  # else another program's file of that name
+            of_slot = {slot: int(frequency) for frequency, slot in source["slot_of_frequency"].items()}
+            if set(used) <= set(of_slot):
+                return SourceRope(source["head_dim"], source["rope_parameters"], of_slot)
     return SourceRope(config.qk_rope_head_dim, config.rope_parameters, {slot: slot for slot in used})
 
 
