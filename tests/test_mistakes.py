@@ -47,6 +47,8 @@ TRAIN += ("--report_to", "none", "--output", "out")
         (("convert", "source", "out", "--config", "list.yaml"), "preset: ['paper'] does not fit"),
         (("export", "a model!/x", "out"), "There is no folder or .gguf file a model!/x"),
         (("convert", "source/config.json", "out", *SIZES, "--data", "text.jsonl"), "no folder or .gguf file source/"),
+        # Before anything is asked of the Hub.
+        (("convert", "some/model", "out", *SIZES, "--data", "none.jsonl"), "There is no file none.jsonl"),
         (("plan", "source/config.json"), "is a file. Give the folder"),
         ((*CONVERT, "--cache-ratio", "31"), "For 31 %, give 0.31."),
         (("export", "mla", "out.gguf"), "Add --format gguf"),
