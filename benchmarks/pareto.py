@@ -5,17 +5,17 @@
         --device cuda
     python benchmarks/pareto.py table pareto.jsonl
 
-A row is a model with one form of cache. Every entry is rounded as it is written, the newest too and all but the first
-token's, so that a whole text in one pass reads what decoding would read: no window in full precision flatters a cache,
-and accuracy on short questions is that of the rounded cache (the real ones leave 32 recent tokens as they are, and
-ours texts of up to 128). Bytes are counted, not measured: codes, scales and zeros of a token, without a window. Forms
-of the original's keys and values:
+A row is a model with one form of cache. Every entry is rounded as it is written, the newest too and, except in `fp8`,
+all but the first token's, so that a whole text in one pass reads what decoding would read: no window in full precision
+flatters a cache, and accuracy on short questions is that of the rounded cache (the real ones leave 32 recent tokens as
+they are, and ours texts of up to 128). Bytes are counted, not measured: codes, scales and zeros of a token, without a
+window. Forms of the original's keys and values:
 
 - `int8`, `int4`, `int2`: groups of 64 numbers of a token, as quanto and HQQ have them in transformers;
 - `int4-channel`, `int2-channel`: keys by channel over 32 tokens, values by token in groups of 32, as in KIVI
   (arXiv 2402.02750). Groups of a short piece of text are smaller, which is finer than KIVI;
 - `int4-rotated`, `int3-rotated`, `int2-rotated`: each head rotated and rounded as our own latents are;
-- `fp8`: e4m3 with a scale of 1, as vLLM has it by default.
+- `fp8`: e4m3 with a scale of 1, the first token too, as vLLM has it by default.
 
 A conversion's latents: `int8`, `int4` and `fp8-rotated` (this package's format), and `fp8` as vLLM has it.
 Rows in the file are not measured again.
@@ -83,11 +83,13 @@ def round_fp8(x: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Form:
-    """How keys and values are rounded, and the bits that a number takes, scales and zeros (16 bits each) included."""
+    """How keys and values are rounded, the bits that a number takes, scales and zeros (16 bits each) included, and
+    whether a text's first token, on which attention rests, stays as it is."""
 
     keys: Rounding
     values: Rounding
     bits: float
+    keeps_first: bool = True
 
 
 def by_token(bits: int) -> Form:
@@ -113,7 +115,7 @@ def unchanged(x: torch.Tensor) -> torch.Tensor:
 
 
 FORMS = (
-    {PLAIN: Form(unchanged, unchanged, 16), "fp8": Form(round_fp8, round_fp8, 8)}
+    {PLAIN: Form(unchanged, unchanged, 16), "fp8": Form(round_fp8, round_fp8, 8, keeps_first=False)}
     | {f"int{bits}": by_token(bits) for bits in (8, 4, 2)}
     | {f"int{bits}-channel": by_channel(bits) for bits in (4, 2)}
     | {f"int{bits}-rotated": rotated(bits) for bits in (4, 3, 2)}
@@ -122,9 +124,9 @@ LATENT_BITS = {PLAIN: None, "fp8": None, "fp8-rotated": 8, "int8": 8, "int4": 4}
 LATENT_SCALES = 4  # bytes of a token and layer: a scale and a zero of the latent, and of the rotary keys
 
 
-def but_first(rounding: Rounding, x: torch.Tensor, is_first: bool) -> torch.Tensor:
-    """Rounded, but for the first token of a text, on which attention rests: it costs nothing to keep it."""
-    return torch.cat((x[..., :1, :], rounding(x[..., 1:, :])), dim=-2) if is_first else rounding(x)
+def but_first(rounding: Rounding, x: torch.Tensor, keep: bool) -> torch.Tensor:
+    """Rounded, with `keep` all but the first token."""
+    return torch.cat((x[..., :1, :], rounding(x[..., 1:, :])), dim=-2) if keep else rounding(x)
 
 
 class RoundedLayer(DynamicLayer):
@@ -135,9 +137,8 @@ class RoundedLayer(DynamicLayer):
         self.form = form
 
     def update(self, key_states, value_states, *args, **kwargs):
-        is_first = self.get_seq_length() == 0
-        keys = but_first(self.form.keys, key_states, is_first)
-        values = but_first(self.form.values, value_states, is_first)
+        keep = self.form.keeps_first and self.get_seq_length() == 0
+        keys, values = but_first(self.form.keys, key_states, keep), but_first(self.form.values, value_states, keep)
         return super().update(keys, values, *args, **kwargs)
 
 
@@ -146,12 +147,12 @@ class RoundedLatents(LatentDynamicLayer):
 
     _layer_type = None  # or transformers would take it for the layer of every latent cache
 
-    def __init__(self, rounding: Rounding):
+    def __init__(self, rounding: Rounding, keeps_first: bool):
         super().__init__()
-        self.rounding = rounding
+        self.rounding, self.keeps_first = rounding, keeps_first
 
     def append(self, entries: torch.Tensor) -> None:
-        super().append(but_first(self.rounding, entries, self.get_seq_length() == 0))
+        super().append(but_first(self.rounding, entries, self.keeps_first and self.get_seq_length() == 0))
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,8 @@ class Rounded(CacheKind):
 
     def make(self, model: PreTrainedModel, length: int | None = None) -> Cache:
         if self.roundings:
-            return Cache(layers=[RoundedLatents(rounding) for rounding in self.roundings])
+            keeps_first = self.name not in FORMS or FORMS[self.name].keeps_first
+            return Cache(layers=[RoundedLatents(rounding, keeps_first) for rounding in self.roundings])
         return Cache(layers=[RoundedLayer(FORMS[self.name]) for _ in range(model.config.num_hidden_layers)])
 
 

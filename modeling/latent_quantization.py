@@ -100,5 +100,6 @@ def dequantize(codes: torch.Tensor, scales: torch.Tensor, form: str, group_size:
 
 def importance(weight_norms: torch.Tensor) -> torch.Tensor:
     """Factors for channels [C] from the norms of the weights that read them; their geometric mean is 1."""
-    logarithm = weight_norms.float().clamp(min=weight_norms.max().item() * 1e-6 + 1e-30).log() * IMPORTANCE_POWER
+    norms = weight_norms.float()
+    logarithm = norms.clamp(min=norms.max() * 1e-6 + 1e-30).log() * IMPORTANCE_POWER
     return (logarithm - logarithm.mean()).exp()
