@@ -10,6 +10,7 @@ from mha2mla.modeling import CACHE_ARGUMENT
 from pico import make_mla, make_source, tokens
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import fp8_entries
 import pareto
 
 
@@ -34,3 +35,20 @@ def test_rounding_is_within_its_bits(models, name, form):
         assert kl.abs() < 1e-6
     else:
         assert 0 < kl < {"int8": 1e-3, "fp8": 1e-2}.get(form, 1.0)
+
+
+def test_the_parts_of_what_fp8_costs(models):
+    """Latents and keys alone cost about as much as both; without rounding nothing is lost."""
+    model, blocks = models["latents"], tokens(4, 24)
+    entries = fp8_entries.record_entries(model, blocks)
+    assert [layer.shape for layer in entries] == [(4 * 23, model.config.latent_cache_dim)] * 2
+    kl = {
+        name: pareto.compare(model, model, blocks, pareto.Rounded(name, roundings=roundings), 2)["kl"][0]
+        for name, roundings in fp8_entries.variants(model, entries)
+    }
+    both = kl["rotary keys, times 1"] + kl["latents, times 1"]
+    assert 0 < kl["all but the first token"] < 2 * both
+    assert both < 4 * kl["all but the first token"]
+    assert all(value > 0 for value in kl.values())
+    found = fp8_entries.describe(torch.tensor([[1.0, 500.0], [3.0, -500.0]]), 1)
+    assert found["mean_over_deviation"] == pytest.approx(2**0.5) and found["overflows"] == 0.5
