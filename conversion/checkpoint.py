@@ -1,5 +1,6 @@
 """Reading and writing safetensors checkpoints tensor by tensor, so that memory does not grow with the model."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from mha2mla.common.scratch import scratch_folder
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+# Tables that older versions of transformers saved (Llama 2's checkpoints have them) and every version computes.
+COMPUTED = ".rotary_emb.inv_freq"
 
 
 class TensorSource(Protocol):
@@ -59,6 +62,7 @@ class CheckpointReader:
             )
         else:
             raise ValueError(f"No {WEIGHTS_NAME} or {INDEX_NAME} in {folder}.")
+        self.files = {name: file for name, file in self.files.items() if not name.endswith(COMPUTED)}
 
     def __contains__(self, name: str) -> bool:
         return name in self.files
@@ -97,6 +101,19 @@ class CheckpointReader:
             check_finite(name, tensor, f"{self.folder / self.files[name]} is damaged, or training diverged.")
             self.finite.add(name)
         return tensor
+
+    def digest(self) -> str:
+        """What tells these weights from others, for the price of reading the first row of each tensor."""
+        found = hashlib.sha256()
+        for file in sorted(set(self.files.values())):
+            with self._open(file) as opened:
+                for name in sorted(name for name, place in self.files.items() if place == file):
+                    tensor = opened.get_slice(name)
+                    shape = tensor.get_shape()
+                    row = tensor[:1] if shape else opened.get_tensor(name)
+                    found.update(f"{name} {shape} {tensor.get_dtype()} ".encode())
+                    found.update(row.reshape(-1).view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()
 
     def names(self, prefix: str) -> list[str]:
         """What follows `prefix` in the names that start with it."""

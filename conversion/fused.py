@@ -45,6 +45,10 @@ class FusedReader:
     def __contains__(self, name: str) -> bool:
         return name in self.names_in_file or name in self.parts
 
+    def digest(self) -> str:
+        """See [`CheckpointReader.digest`]."""
+        return self.reader.digest()
+
     def _fuse(self, name: str, tensors: Iterable[torch.Tensor]) -> torch.Tensor:
         """The tensor of which these are the parts, in their order."""
         parts = self.parts[name]

@@ -110,7 +110,7 @@ def convert(
 
         if engine is not None:
             check_servable(config_of(plans[0]), preset.common_frequencies, engine)
-        blocks, held_out = load_text(folder, options, trust_remote_code)
+        blocks, held_out = load_text(folder, options, config.vocab_size, trust_remote_code)
         with (
             atomic_folder(output, options.overwrite) as partial,
             scratch_folder("mha2mla-conversion-") as scratch,
@@ -122,6 +122,7 @@ def convert(
                 options.device,
                 options.seed,
                 scratch,
+                tensors.digest(),
                 engine=None if engine is None else engine.title,
                 expressible=expressible_lists(config_of(plans[0]), engine or ENGINES["transformers"]),
                 held_out=held_out,
@@ -161,7 +162,7 @@ def convert(
 
 
 def load_text(
-    folder: Path, options: ConversionConfig, trust_remote_code: bool
+    folder: Path, options: ConversionConfig, vocab_size: int, trust_remote_code: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Calibration blocks [samples, length], if the preset has any use for text, and blocks [at most HELD_OUT_BLOCKS,
     length] to measure the result on, if there is so much."""
@@ -180,5 +181,10 @@ def load_text(
         trust_remote_code,
         HELD_OUT_BLOCKS,
     )
+    if (unknown := int(blocks.max())) >= vocab_size:
+        raise ValueError(
+            f"The text has a token with the id {unknown}, and the model knows vocab_size={vocab_size} tokens. Was one "
+            "added to the tokenizer without model.resize_token_embeddings? Mend the model, or give text without it."
+        )
     held_out = blocks[options.samples :]
     return blocks[: options.samples], held_out if len(held_out) > 0 else None

@@ -1,6 +1,5 @@
 """A checkpoint's weights against its config, from the headers of its files: before anything long starts."""
 
-import re
 from textwrap import shorten
 
 import torch
@@ -10,8 +9,6 @@ from .checkpoint import CheckpointReader
 from .fused import FusedReader
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
-# Tables that older versions of transformers saved and every version computes.
-IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 
 
 def expected_tensors(config: PreTrainedConfig) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -40,7 +37,7 @@ def check_weights(reader: CheckpointReader | FusedReader, config: PreTrainedConf
             f"{reader.folder} lacks {missing[0]}{more(missing)}, which its config.json asks for. Is the checkpoint "
             "complete, and is it the config's?"
         )
-    extra = [name for name in found if name not in expected and not IGNORED.search(name)]
+    extra = [name for name in found if name not in expected]
     if extra:
         raise ValueError(
             f"{reader.folder} holds {extra[0]}{more(extra)}, of which its config.json says nothing (num_hidden_layers="

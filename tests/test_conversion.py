@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mha2mla.cli.main import main
@@ -388,10 +389,40 @@ def test_calibration_state_serves_several_ratios_and_refuses_other_text(
         run(source, tmp_path / "same", "--cache-ratio", 0.3, *base, preset="calibrated")
     torch.testing.assert_close(logits(tmp_path / "same"), logits(tmp_path / "fresh"))
     assert run(source, tmp_path / "x", "--cache-ratio", 0.5, *base, "--seed", 7, preset="calibrated") == 2
-    assert "made with another text" in capsys.readouterr().err
+    assert "made with other values of: text. Give" in capsys.readouterr().err
     (state / "calibration.json").unlink()
     assert run(source, tmp_path / "x", "--cache-ratio", 0.5, *base, preset="calibrated") == 2
     assert "not a calibration state" in capsys.readouterr().err
+
+
+def test_calibration_state_belongs_to_the_weights_wherever_they_lie(
+    save_source, calibration_file, tmp_path, monkeypatch, capsys
+):
+    """A .gguf is unpacked to another folder each time; a later checkpoint may take an earlier one's place."""
+    source, moved = save_source("gqa"), tmp_path / "moved"
+    base = ("--data", calibration_file, "--calibration-state", tmp_path / "state", "--cache-ratio", 0.3, *CALIBRATED)
+    assert run(source, tmp_path / "out", *base, preset="calibrated") == 0
+    source.rename(moved)
+    monkeypatch.chdir(tmp_path)
+    assert run("moved", tmp_path / "again", *base, preset="calibrated") == 0
+    weights = load_file(moved / "model.safetensors")
+    weights["model.layers.1.self_attn.k_proj.weight"] *= 1.01  # trained on
+    save_file(weights, moved / "model.safetensors", metadata={"format": "pt"})
+    assert run(moved, tmp_path / "trained", *base, preset="calibrated") == 2
+    assert "made with other values of: weights. Give the model" in capsys.readouterr().err
+
+
+def test_text_with_tokens_that_the_model_has_not_is_refused(save_source, calibration_file, tmp_path, capsys):
+    source = save_source("gqa")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.add_tokens([f"<new {i}>" for i in range(200)])
+    tokenizer.save_pretrained(source)
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": "w5 w6 <new 150> " * 200}) + "\n")
+    assert run(source, tmp_path / "out", "--data", text, *CALIBRATED, "--cache-ratio", 0.3, preset="calibrated") == 2
+    assert "resize_token_embeddings" in (message := capsys.readouterr().err) and "vocab_size=" in message
+    options = ("--data", calibration_file, *CALIBRATED, "--cache-ratio", 0.3)
+    assert run(source, tmp_path / "out", *options, preset="calibrated") == 0
 
 
 OTHER_PRESETS = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import pico_tokenizer
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.utils.logging import warning_once
 
 from mha2mla.cli.main import main
@@ -347,3 +347,18 @@ def test_a_real_norm_does_not_come_back(save, tmp_path):
             export(changed, tmp_path / "out", ExportConfig(format="mla-llama"))
     with pytest.raises(ValueError, match=r"model_type='mla_llama'; format='mla-llama' is the way back"):
         export(save(exportable([0, 1]), "ours"), tmp_path / "out", ExportConfig(format="mla-llama"))
+
+
+@pytest.mark.parametrize("fault", ["own code", "unknown tokens"])
+def test_a_tokenizer_that_cannot_tell_the_check_its_text_does_not_stop_an_export(fault, save, tmp_path):
+    folder = save(exportable([0, 1, 2]))
+    if fault == "own code":  # may not run here
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": {"AutoTokenizer": ["own.Own", None]}}))
+        (folder / "own.py").write_text("raise SystemExit('was run')")
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.add_tokens([f"<{i}>" for i in range(200)] + ["harbour"])
+        tokenizer.save_pretrained(folder)
+    export(folder, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").is_file()

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from mha2mla.cli.main import main
 from pico import tokens
 
+CALIBRATED = "--cache-ratio 0.5 --samples 6 --length 16 --refine-steps 0".split()
 OPTIONS = "--preset paper --rope-selection high --qk-rope-head-dim 12 --kv-lora-rank 12".split()
 
 
@@ -53,6 +54,18 @@ def test_weights_and_config_that_disagree_are_refused(case, save_source, tmp_pat
     assert re.search(message, error), error
     assert not (tmp_path / "out").exists()
     assert list(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.parametrize("preset", ["paper", "calibrated"])
+def test_tables_that_older_checkpoints_hold_are_passed_over(preset, save_source, calibration_file, tmp_path):
+    """Llama 2's have them, and every version of transformers computes them."""
+    source = save_source()
+    weights = load_file(source / "model.safetensors")
+    weights |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(6) for i in (0, 1)}
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    options = OPTIONS if preset == "paper" else ["--data", str(calibration_file), *CALIBRATED]
+    assert main(["convert", str(source), str(tmp_path / "out"), *options]) == 0
+    assert not [name for name in load_file(tmp_path / "out" / "model.safetensors") if "inv_freq" in name]
 
 
 @pytest.mark.parametrize("same", [True, False])

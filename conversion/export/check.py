@@ -6,7 +6,10 @@ from typing import Protocol
 
 import torch
 from huggingface_hub.utils import tqdm
-from transformers import AutoTokenizer, PreTrainedConfig
+from transformers import PreTrainedConfig
+
+from mha2mla.common.loading import load_tokenizer
+from mha2mla.common.tokenizer import has_own_code, has_tokenizer
 
 from .experts import causal_model
 
@@ -38,10 +41,13 @@ class TensorSource(Protocol):
 
 
 def check_ids(folder: Path, config: PreTrainedConfig) -> torch.Tensor:
-    """Token ids [T] of a text, or, without a tokenizer, drawn at random."""
+    """Token ids [T] of a text, or, without a tokenizer that needs no code of its own and knows no more tokens than the
+    model, drawn at random."""
     length = min(CHECK_LENGTH, config.max_position_embeddings)
-    if any(folder.glob("tokenizer*")):
-        return torch.tensor(AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"][:length])
+    if has_tokenizer(folder) and not has_own_code(folder):
+        ids = torch.tensor(load_tokenizer(str(folder))(TEXT)["input_ids"][:length])
+        if ids.max() < config.vocab_size:
+            return ids
     return torch.randint(config.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
 
 

@@ -136,7 +136,8 @@ class Calibrated(Preset):
 
         assert job.blocks is not None
         folder = Path(self.calibration_state or job.scratch / "statistics")
-        state = CalibrationState(folder, fingerprint(job.config, job.blocks, self.score_samples, self.shared_key))
+        identity = fingerprint(job.config, job.weights, job.blocks, self.score_samples, self.shared_key)
+        state = CalibrationState(folder, identity)
         return Passes(job, state, self.shared_key, self.steps or DEFAULT_STEPS)
 
     def choose(self, job: ConversionJob, plans: list[CachePlan]) -> CachePlan:

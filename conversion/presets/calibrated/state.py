@@ -14,13 +14,18 @@ from .closed_form import LayerStatistics
 from .pair_scores import PairMoments
 
 FINGERPRINT_NAME = "calibration.json"
+UNRELATED = ("transformers_version", "_name_or_path")  # fields of a config that change nothing
 
 
-def fingerprint(config: PreTrainedConfig, blocks: torch.Tensor, num_score_blocks: int, shared_key: bool) -> dict:
-    """What statistics depend on, besides the weights."""
-    described = {key: value for key, value in config.to_dict().items() if key != "transformers_version"}
+def fingerprint(
+    config: PreTrainedConfig, weights: str, blocks: torch.Tensor, num_score_blocks: int, shared_key: bool
+) -> dict:
+    """What statistics depend on: not on where the model lies, which a .gguf does elsewhere each time. `weights` is
+    their [`digest`]."""
+    described = {key: value for key, value in config.to_dict().items() if key not in UNRELATED}
     return {
         "config": hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest(),
+        "weights": weights,
         "text": hashlib.sha256(blocks.numpy().tobytes()).hexdigest(),
         "num_score_blocks": num_score_blocks,
         "shared_key": shared_key,
@@ -41,11 +46,12 @@ class CalibrationState:
         folder.mkdir(parents=True, exist_ok=True)
         mark = folder / FINGERPRINT_NAME
         if mark.is_file():
-            differing = [key for key, value in json.loads(mark.read_text()).items() if identity.get(key) != value]
+            there = json.loads(mark.read_text())
+            differing = [key for key, value in identity.items() if there.get(key) != value]
             if differing:
                 raise ValueError(
-                    f"The calibration state in {folder} was made with another {' and '.join(differing)}. Give the "
-                    "options it was made with, or another folder."
+                    f"The calibration state in {folder} was made with other values of: {', '.join(differing)}. Give "
+                    "the model and options it was made with, or another folder."
                 )
         elif any(folder.iterdir()):
             raise ValueError(f"{folder} is not a calibration state (no {FINGERPRINT_NAME}). Give another folder.")
