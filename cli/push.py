@@ -34,10 +34,13 @@ def main(argv: list[str]) -> None:
     options, given = parse(argv, "mha2mla push", PushArguments, description=__doc__, positionals=POSITIONALS)
 
     from mha2mla.common.hub import is_hub_name
-    from mha2mla.training.publish import describe_upload, plan_upload, push_folder
+    from mha2mla.training.publish import describe_upload, missing_companions, plan_upload, push_folder
 
     if not is_hub_name(given.repo):
         raise ValueError(f"{given.repo!r} is no name on the Hub, which has the form OWNER/NAME.")
-    print(describe_upload(plan_upload(given.folder, options.base_model, given.repo)))
+    uploads = plan_upload(given.folder, options.base_model, given.repo)
+    print(describe_upload(uploads))
+    if absent := missing_companions(uploads):
+        print(f"Without {' and without '.join(absent)}: save them in {given.folder} first if there are any.")
     if not options.dry_run:
         print(push_folder(given.folder, given.repo, options.private, options.base_model))

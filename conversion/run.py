@@ -92,6 +92,8 @@ def convert(
         check_weights(tensors, config)
         if config.tie_word_embeddings and architecture.has_own_head(tensors):
             config.tie_word_embeddings = False  # what lies in the file counts, as it does for transformers
+        if preset.use_of_text is not None and options.length > (limit := config.max_position_embeddings):
+            raise ValueError(f"length={options.length} is more than the source's context: give --length {limit}.")
         engine = None if options.serve is None else ENGINES[options.serve]
         source_width = keys_values_width(config)
         plans = preset.plans(architecture, options if engine is None else kernel_sizes(options, engine, source_width))

@@ -22,6 +22,9 @@ from .latent_decode import Part
 from .latent_quantized_entries import MEAN_TOKENS, QuantizedEntries
 from .latent_static_quantized_cache import LatentStaticQuantizedLayer
 
+SETTINGS = ("q_group_size", "residual_length")
+BACKEND_SETTINGS = (*SETTINGS, "axis_key", "axis_value")  # of "quanto" and "hqq"
+
 
 class LatentQuantizedLayer(QuantizedEntries, DynamicLayer):
     """
@@ -241,18 +244,27 @@ def quantized_cache(
         max_cache_len (`int`, *optional*): Tokens of a static cache, which "latent" and "fp8" can be.
         settings: `q_group_size` and `residual_length` of [`QuantizedEntries`], or the arguments of transformers'
             layers.
+
+    Raises:
+        ValueError: If the model has no latents, or a setting is unknown or out of range.
     """
-    layers = model.base_model.layers
+    attentions = [module for module in model.modules() if hasattr(module, "channel_factors")]  # adapters wrap models
+    if not attentions:
+        raise ValueError(f"{type(model).__name__} has no latents to quantise: convert the model first.")
+    known = SETTINGS if backend in ("latent", "fp8") else BACKEND_SETTINGS
+    if unknown := sorted(set(settings) - set(known)):  # transformers' layers swallow what they do not know
+        names = ", ".join(("backend", "nbits", *known))
+        raise ValueError(f"There is no setting {', '.join(unknown)} of a quantised cache; there are {names}.")
     if backend in ("latent", "fp8"):
         if backend == "fp8" and nbits not in (None, 8):
-            raise ValueError(f"The backend 'fp8' has 8 bits, got nbits={nbits}; the backend 'latent' has 4 or 8.")
+            raise ValueError(f"The backend 'fp8' has 8 bits, got nbits={nbits!r}; the backend 'latent' has 4 or 8.")
         if backend == "latent" and nbits not in (None, 4, 8):
-            raise ValueError(f"nbits must be 4 or 8 for the backend 'latent', got {nbits}.")
+            raise ValueError(f"nbits must be 4 or 8 for the backend 'latent', got {nbits!r}.")
         settings["form"] = "fp8" if backend == "fp8" else f"int{nbits or 4}"
         layer_class: Callable[..., QuantizedEntries] = LatentQuantizedLayer
         if max_cache_len is not None:
             layer_class, settings["max_cache_len"] = LatentStaticQuantizedLayer, max_cache_len
-        factors = [layer.self_attn.channel_factors(model.dtype) for layer in layers]
+        factors = [attention.channel_factors(model.dtype) for attention in attentions]
         return Cache(layers=[layer_class(*each, **settings) for each in factors])
     if backend not in ("quanto", "hqq"):
         raise ValueError(
@@ -265,7 +277,7 @@ def quantized_cache(
     if nbits is not None:
         settings["nbits"] = nbits
     backend_class = LatentQuantoLayer if backend == "quanto" else LatentHQQLayer
-    return Cache(layers=[backend_class(**settings) for _ in layers])
+    return Cache(layers=[backend_class(**settings) for _ in attentions])
 
 
 def cache_for_generation(model, generation_config, batch_size: int, max_cache_length: int) -> Cache | None:

@@ -425,6 +425,12 @@ def test_text_with_tokens_that_the_model_has_not_is_refused(save_source, calibra
     assert run(source, tmp_path / "out", *options, preset="calibrated") == 0
 
 
+def test_blocks_longer_than_the_context_are_refused(save_source, calibration_file, tmp_path, capsys):
+    options = ("--data", calibration_file, "--cache-ratio", 0.3, "--samples", 2, "--length", 64)
+    assert run(save_source("gqa"), tmp_path / "out", *options, preset="calibrated") == 2
+    assert "length=64 is more than the source's context: give --length 32." in capsys.readouterr().err
+
+
 OTHER_PRESETS = {
     "svd is an option of the preset 'paper', and 'calibrated' is chosen. Leave it out, or add --preset paper": (
         "calibrated",

@@ -197,3 +197,17 @@ def test_the_time_left_is_over_all_that_is_to_be_measured():
     progress.done("c", 20_000.0)
     progress.done("a", 10.0)
     assert progress.describe() == "measurement 5 of 5, about 2 min left"
+
+
+def test_one_string_is_no_list_of_texts():
+    with pytest.raises(ValueError, match=r"got one string \('w5 w6' ...\). Give \[text\]"):
+        measure_text_perplexity(make_mla(), TOKENIZER, "w5 w6", length=8)
+    with pytest.raises(ValueError, match="got one string"):
+        measure_agreement(make_source(), make_mla(), TOKENIZER, "w5 w6")
+
+
+def test_items_need_no_name_but_their_parts():
+    item = {"context": "w5 w6", "target": " w7"}
+    assert measure_retrieval(make_mla(), TOKENIZER, [item]).num_items == 1
+    with pytest.raises(ValueError, match="Item 0 has no target"):
+        measure_retrieval(make_mla(), TOKENIZER, [{"context": "w5"}])

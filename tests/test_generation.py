@@ -156,3 +156,13 @@ def test_static_decode_is_one_graph_without_recompiles(model):
         expected = model(torch.cat((ids, step), dim=1), use_cache=False).logits[:, 6:]
     assert len(graphs) == 1
     torch.testing.assert_close(torch.cat(got, dim=1), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_embeddings_can_stand_for_the_prompt(form):
+    """Soft prompts, and models that see."""
+    model, ids = make_mla(form), tokens(2, 6)
+    options = dict(max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+    expected = model.generate(ids, **options)[:, 6:]
+    embedded = model.get_input_embeddings()(ids)
+    assert model.generate(inputs_embeds=embedded, **options).equal(expected)

@@ -53,6 +53,12 @@ def api_of(hub):
     return HfApi(endpoint=hub.endpoint, token="hf_stand_in")
 
 
+def test_dry_run_tells_what_users_would_miss(tmp_path, capsys):
+    make_mla().save_pretrained(tmp_path)
+    assert main(["push", str(tmp_path), "me/model", "--dry-run"]) == 0
+    assert "Without a tokenizer and without a model card (README.md)" in capsys.readouterr().out
+
+
 def test_dry_run_lists_a_model_and_nothing_of_its_run(model, capsys):
     assert main(["push", str(model), "me/model", "--dry-run"]) == 0
     listed = {line.split()[-1]: line.split()[0] for line in capsys.readouterr().out.splitlines()[:-1]}

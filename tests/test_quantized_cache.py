@@ -14,7 +14,8 @@ from mha2mla.modeling import (
     quantized_cache,
 )
 from mha2mla.modeling.latent_quantization import CODE_BITS, dequantize, pack, quantize, random_rotation, unpack
-from pico import FORMS, LAYOUTS, make_mla, tokens
+from mha2mla.training import add_lora
+from pico import FORMS, LAYOUTS, make_mla, make_source, tokens
 
 NEW = 10
 
@@ -177,6 +178,12 @@ def test_generate_takes_the_same_cache_config_twice_and_defaults_to_ours(model):
     "settings, message",
     [
         (dict(nbits=2), "nbits must be 4 or 8"),
+        (dict(nbits="4"), "nbits must be 4 or 8 for the backend 'latent', got '4'"),
+        (
+            dict(nbit=8),
+            "no setting nbit of a quantised cache; there are backend, nbits, q_group_size",
+        ),
+        (dict(backend="quanto", group_size=16), "no setting group_size"),
         (dict(q_group_size=0), "q_group_size must be at least 1"),
         (dict(residual_length=0), "residual_length must be at least 1"),
         (dict(backend="fp8", nbits=4), "'fp8' has 8 bits, got nbits=4"),
@@ -187,6 +194,13 @@ def test_generate_takes_the_same_cache_config_twice_and_defaults_to_ours(model):
 def test_errors_name_the_setting(settings, message):
     with pytest.raises(ValueError, match=message):
         quantized_cache(make_mla(), **settings)
+
+
+def test_it_is_for_latents_whatever_wraps_the_model():
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no latents to quantise: convert the model first"):
+        quantized_cache(make_source())
+    adapted = add_lora(make_mla(), 2, 4, 0.0, ["q_proj"])
+    assert len(quantized_cache(adapted, nbits=8).layers) == 2
 
 
 @pytest.mark.parametrize("backend, package", [("quanto", "optimum.quanto"), ("hqq", "hqq")])

@@ -237,3 +237,13 @@ def test_data_errors_name_the_source_and_the_remedy(tmp_path):
         DataArguments(data=texts, eval_data=texts, eval_fraction=0.1)
     with pytest.raises(ValueError, match="eval_fraction needs all documents"):
         DataArguments(data=texts, streaming=True, eval_fraction=0.1)
+
+
+def test_what_is_no_row_or_document_is_refused():
+    for wrong in (dict(length=0), dict(length=4, short_length=0)):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            pack_documents([[1, 2, 3]], **wrong)
+    with pytest.raises(ValueError, match="Documents are token ids here, got text"):
+        pack_documents(["We go."], 4)
+    with pytest.raises(ValueError, match=r"Rows have input_ids and no lengths.*remove_unused_columns=False"):
+        collate_packed([{"input_ids": [1, 2, 3]}])

@@ -305,3 +305,12 @@ def test_a_teacher_in_8_bits_takes_half_and_says_the_same():
         p, q = expected.log_softmax(-1), found.log_softmax(-1)
         assert (p.exp() * (p - q)).sum(-1).mean() < 2e-3
         assert not torch.equal(expected, found)
+
+
+def test_a_model_with_a_loss_still_writes():
+    """A callback that looks at samples during training."""
+    model, ids = make_mla().eval(), tokens(2, 6)
+    options = dict(max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+    expected = model.generate(ids, **options)
+    use_losses(model, make_losses())
+    assert model.generate(ids, **options).equal(expected)

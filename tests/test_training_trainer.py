@@ -108,3 +108,9 @@ def test_the_trainer_sees_to_it_by_itself(tmp_path, monkeypatch):
     monkeypatch.setattr("mha2mla.training.trainer.sum_in_full_precision", seen.append)
     trainer = RecoveryTrainer(make_mla(), RecoveryTrainingArguments(output_dir=str(tmp_path), use_cpu=True))
     assert seen == [trainer.accelerator]
+
+
+def test_stock_arguments_are_refused_at_once(tmp_path):
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match=r"RecoveryTrainer takes RecoveryTrainingArguments.* got TrainingArguments"):
+        RecoveryTrainer(make_mla(), arguments, data_collator=collate_packed, train_dataset=ROWS)

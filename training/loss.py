@@ -134,7 +134,7 @@ def use_losses(
 ) -> None:
     """
     Let `model(input_ids, position_ids, labels, num_items_in_batch)` give a [`RecoveryOutput`]: the weighted sum of the
-    losses in training, cross-entropy alone in evaluation.
+    losses in training, cross-entropy alone in evaluation. Without labels the model answers as before.
 
     Args:
         model (`PreTrainedModel`): A causal language model with a decoder `model` and a head `lm_head`, before peft,
@@ -151,7 +151,9 @@ def use_losses(
     if not training_terms:
         raise ValueError("There is nothing to minimise: every loss has a weight of 0, or lacks its teacher.")
 
-    def forward(self, input_ids, position_ids=None, labels=None, num_items_in_batch=None, **options):
+    def forward(self, input_ids=None, position_ids=None, labels=None, num_items_in_batch=None, **options):
+        if labels is None:  # somebody looks at what the model writes meanwhile
+            return type(self).forward(self, input_ids=input_ids, position_ids=position_ids, **options)
         terms = training_terms if self.training else [(1.0, Language())]
         # The state at t predicts the label at t + 1; the last one predicts nothing.
         targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()

@@ -43,7 +43,15 @@ def pack_documents(
 
     Returns:
         `input_ids`, a list of `length` ids for each row, and `lengths`, the sizes of each row's pieces, in order.
+
+    Raises:
+        ValueError: If a length is below 1, or a document is text.
     """
+    for name, value in (("length", length), ("short_length", short_length)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1.")
+    if any(isinstance(document, str) for document in documents):
+        raise ValueError("Documents are token ids here, got text: give tokenizer(texts)['input_ids'].")
     input_ids: list[list[int]] = []
     lengths: list[list[int]] = []
     row: list[int] = []
@@ -71,7 +79,15 @@ def collate_packed(rows: Sequence[dict[str, Sequence[int]]]) -> dict[str, torch.
     Positions start again with each document, which keeps documents apart (see [`packed_inputs`]). Labels are the
     tokens themselves, end-of-sequence tokens included. The first token of a document counts for nothing: what stands
     before it is another document, which must not predict it.
+
+    Raises:
+        ValueError: If rows lack the lengths of their documents.
     """
+    if "lengths" not in rows[0]:
+        raise ValueError(
+            f"Rows have {', '.join(rows[0])} and no lengths, by which documents are kept apart: a Trainer drops what "
+            "the model does not take. Give TrainingArguments(remove_unused_columns=False)."
+        )
     input_ids = torch.stack([torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows])
     position_ids = torch.stack([torch.cat([torch.arange(int(n)) for n in row["lengths"]]) for row in rows])
     labels = input_ids.masked_fill(position_ids == 0, IGNORED)

@@ -209,6 +209,13 @@ def push_folder(
     return api.create_commit(repo_id, operations=operations, commit_message=message).commit_url
 
 
+def missing_companions(uploads: list[Upload]) -> list[str]:
+    """What users of a model look for beside its weights and would not find."""
+    names = {upload.name for upload in uploads}
+    absent = [] if any(name.startswith("tokenizer") for name in names) else ["a tokenizer"]
+    return absent + ([] if CARD_NAME in names else [f"a model card ({CARD_NAME})"])
+
+
 def describe_upload(uploads: list[Upload]) -> str:
     """One line a file, sizes in bytes, and the sum."""
     lines = [f"{upload.size:>15,}  {upload.name}" for upload in uploads]

@@ -57,6 +57,11 @@ class RecoveryTrainer(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        if not isinstance(self.args, RecoveryTrainingArguments):
+            raise ValueError(
+                f"RecoveryTrainer takes RecoveryTrainingArguments (mha2mla.training), which have all of transformers' "
+                f"and more, got {type(self.args).__name__}."
+            )
         self.first_step = []
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:

@@ -57,6 +57,6 @@ class ExportConfig:
         if self.format == "mla-llama":
             raise ValueError(f"pad={self.pad} is for engines; format='mla-llama' takes padding away.")
         if self.format == "deepseek-v3" and self.pad not in KERNEL_RANKS:
-            raise ValueError(f"pad={self.pad} must be one of {', '.join(map(str, KERNEL_RANKS))}.")
+            raise ValueError(f"pad={self.pad!r} must be one of {', '.join(map(str, KERNEL_RANKS))}.")
         if self.format == "gguf" and (self.pad < 1 or self.pad % CPU_BLOCK):
             raise ValueError(f"pad={self.pad} must be a multiple of {CPU_BLOCK} with format='gguf'.")

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mha2mla.evaluation.caches import DYNAMIC, CacheKind
 
 from .multiple_choice import mean_stderr
-from .perplexity import CHUNK, chunked_logits, text_tokens
+from .perplexity import CHUNK, check_texts, chunked_logits, text_tokens
 from .scoring import inference
 
 
@@ -107,6 +107,7 @@ def measure_agreement(
     Raises:
         ValueError: If the vocabularies differ, the models' context is too short, or there is no text.
     """
+    check_texts(texts)
     if original.config.vocab_size != model.config.vocab_size:
         raise ValueError(
             f"The models' vocabularies have {original.config.vocab_size} and {model.config.vocab_size} tokens: only "

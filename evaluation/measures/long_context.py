@@ -71,13 +71,16 @@ def measure_retrieval(
         cache_kind (`CacheKind`): In what cache the target finds the context.
 
     Raises:
-        ValueError: If no item fits into the model's context.
+        ValueError: If an item lacks its parts, or none fits into the model's context.
     """
     limit = model.config.max_position_embeddings
     fitting, requests = [], []
-    for item in items:
+    for index, item in enumerate(items):
+        name = item.get("id", str(index))
+        if missing := [key for key in ("context", "target") if key not in item]:
+            raise ValueError(f"Item {name} has no {' and no '.join(missing)}.")
         try:
-            requests.append(encode_request(tokenizer, item["id"], item["context"], [item["target"]], limit))
+            requests.append(encode_request(tokenizer, name, item["context"], [item["target"]], limit))
             fitting.append(item)
         except ValueError:
             if "length" not in item:  # a plain completion is no test of length: it is refused as it stands

@@ -75,6 +75,7 @@ def measure_text_perplexity(
         raise ValueError(f"The window must have 1 to {limit} tokens (the model's context), got {length}.")
     if not 1 <= stride <= length:
         raise ValueError(f"The stride must be 1 to {length} tokens (the window), got {stride}.")
+    check_texts(texts)
     sums, counts = [], []
     with inference(model):
         for text in tqdm(texts, desc="Perplexity", unit="text"):
@@ -92,6 +93,12 @@ def measure_text_perplexity(
     if not counts:
         raise ValueError("There is no text to measure on.")
     return Perplexity.from_sums(sums, counts, sum(len(text.encode()) for text in texts))
+
+
+def check_texts(texts: Sequence[str]) -> None:
+    """Raise a `ValueError` if there is one text where several are asked for: each of its characters would be one."""
+    if isinstance(texts, str):
+        raise ValueError(f"Texts are a list of strings, got one string ({texts[:20]!r} ...). Give [text].")
 
 
 def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
