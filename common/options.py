@@ -2,10 +2,27 @@
 
 import re
 from dataclasses import fields
+from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 SEEDS = (0, 2**32 - 1)  # that numpy takes
+PLAIN = {bool, int, float, str, NoneType}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def check_types(options: Any) -> None:
+    """Raise a `ValueError` for a field of plain values that holds another kind: what is written in Python comes as it
+    is, where the command line makes numbers of words. An integer is a float, too."""
+    hints = get_type_hints(type(options))
+    for field in fields(options):
+        allowed = set(get_args(hints[field.name])) or {hints[field.name]}
+        if not allowed <= PLAIN:
+            continue
+        value = getattr(options, field.name)
+        kinds = tuple(allowed | ({int} if float in allowed else set()))
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in allowed):
+            names = " or ".join(sorted(kind.__name__ for kind in allowed - {NoneType}))
+            raise ValueError(f"{field.name}={value!r} must be of type {names}, got {type(value).__name__}.")
 
 
 def check_choices(options: Any) -> None:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedConfig
 
 from mha2mla.common.device import check_device
 from mha2mla.common.kernel_sizes import ENGINES
@@ -92,8 +93,6 @@ def convert(
         check_weights(tensors, config)
         if config.tie_word_embeddings and architecture.has_own_head(tensors):
             config.tie_word_embeddings = False  # what lies in the file counts, as it does for transformers
-        if preset.use_of_text is not None and options.length > (limit := config.max_position_embeddings):
-            raise ValueError(f"length={options.length} is more than the source's context: give --length {limit}.")
         engine = None if options.serve is None else ENGINES[options.serve]
         source_width = keys_values_width(config)
         plans = preset.plans(architecture, options if engine is None else kernel_sizes(options, engine, source_width))
@@ -112,7 +111,7 @@ def convert(
 
         if engine is not None:
             check_servable(config_of(plans[0]), preset.common_frequencies, engine)
-        blocks, held_out = load_text(folder, options, config.vocab_size, trust_remote_code)
+        blocks, held_out = load_text(folder, options, config, trust_remote_code)
         with (
             atomic_folder(output, options.overwrite) as partial,
             scratch_folder("mha2mla-conversion-") as scratch,
@@ -164,13 +163,15 @@ def convert(
 
 
 def load_text(
-    folder: Path, options: ConversionConfig, vocab_size: int, trust_remote_code: bool
+    folder: Path, options: ConversionConfig, config: PreTrainedConfig, trust_remote_code: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Calibration blocks [samples, length], if the preset has any use for text, and blocks [at most HELD_OUT_BLOCKS,
     length] to measure the result on, if there is so much."""
     if options.preset.use_of_text is None:
         return None, None
     assert options.data is not None and options.samples is not None and options.length is not None
+    if options.length > (limit := config.max_position_embeddings):
+        raise ValueError(f"length={options.length} is more than the source's context: give --length {limit}.")
     blocks = load_blocks(
         folder,
         options.data,
@@ -183,10 +184,10 @@ def load_text(
         trust_remote_code,
         HELD_OUT_BLOCKS,
     )
-    if (unknown := int(blocks.max())) >= vocab_size:
+    if (unknown := int(blocks.max())) >= config.vocab_size:
         raise ValueError(
-            f"The text has a token with the id {unknown}, and the model knows vocab_size={vocab_size} tokens. Was one "
-            "added to the tokenizer without model.resize_token_embeddings? Mend the model, or give text without it."
+            f"The text has a token with the id {unknown}, and the model knows vocab_size={config.vocab_size} tokens. "
+            "Was one added to the tokenizer without model.resize_token_embeddings? Mend the model, or give other text."
         )
     held_out = blocks[options.samples :]
     return blocks[: options.samples], held_out if len(held_out) > 0 else None

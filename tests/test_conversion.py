@@ -21,6 +21,7 @@ from mha2mla.conversion import ConversionConfig, Paper, convert
 from mha2mla.conversion.architectures import architecture_of
 from mha2mla.conversion.cache_plan import unrotated_rows
 from mha2mla.conversion.cache_sizes import CacheSizes
+from mha2mla.conversion.export import ExportConfig
 from mha2mla.conversion.recovered import SMALL
 from mha2mla.conversion.rotary import head_dim, num_rotary_pairs
 from mha2mla.conversion.search import TIE
@@ -429,6 +430,22 @@ def test_blocks_longer_than_the_context_are_refused(save_source, calibration_fil
     options = ("--data", calibration_file, "--cache-ratio", 0.3, "--samples", 2, "--length", 64)
     assert run(save_source("gqa"), tmp_path / "out", *options, preset="calibrated") == 2
     assert "length=64 is more than the source's context: give --length 32." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: ConversionConfig(cache_ratio="0.5", data="t"), "cache_ratio='0.5' must be of type float, got str"),
+        (lambda: ConversionConfig(cache_ratio=0.5, data=["t"]), r"data=\['t'\] must be of type str, got list"),
+        (lambda: ConversionConfig(cache_ratio=0.5, data="t", device=torch.device("cpu")), "type str, got device"),
+        (lambda: ConversionConfig(cache_ratio=0.5, data="t", samples=True), "samples=True must be of type int, got b"),
+        (lambda: Paper(score_samples=0.5), "score_samples=0.5 must be of type int, got float"),
+        (lambda: ExportConfig(pad="512"), "pad='512' must be of type int, got str"),
+    ],
+)
+def test_options_of_another_type_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 OTHER_PRESETS = {
