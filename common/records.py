@@ -1,5 +1,6 @@
 """The record that a conversion leaves beside the weights: what it takes to repeat it, and what it measured."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 from .files import read_json_object
 from .loading import find_file
 
-RECORD_NAME = "conversion.json"  # marks a folder as an output of the conversion
+RECORD_NAME = "conversion.json"  # marks a folder as an output of the conversion, together with FILES
+FILES = "files"  # in a record: what a command wrote, which is all that it may replace
 
 
 def read_record(checkpoint: str | Path) -> dict[str, Any]:
@@ -39,7 +41,15 @@ def recorded_preset(checkpoint: str | Path) -> str | None:
 
 def copy_record(checkpoint: str | Path, folder: Path) -> None:
     """Take the record of a checkpoint along, if it has one, so that what is made of it still tells how it was
-    converted."""
+    converted. The list of files stays behind: those in `folder` are not the conversion's, and it must not replace
+    them."""
     path = find_file(str(checkpoint), RECORD_NAME)
-    if path is not None:
+    if path is None:
+        return
+    try:
+        record = read_json_object(path)
+    except ValueError:  # malformed, which is no reason to lose what was made
         shutil.copyfile(path, folder / RECORD_NAME)
+        return
+    record.pop(FILES, None)
+    (folder / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +10,6 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-
-from mha2mla.common.records import RECORD_NAME
-from mha2mla.common.scratch import scratch_folder
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -194,38 +190,3 @@ class CheckpointWriter:
         metadata = {"total_size": self.total_bytes, "total_parameters": self.total_parameters}
         index_text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True)
         (self.folder / INDEX_NAME).write_text(index_text + "\n")
-
-
-def check_output(output: Path, overwrite: bool, record: str = RECORD_NAME) -> None:
-    """Refuse to touch what is already there, before any work is done, unless `record` lies in it and tells that a run
-    of the same kind made it."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    if not overwrite:
-        raise ValueError(f"{output} exists already. Choose another folder, or pass --overwrite to replace it.")
-    if not (output / record).is_file():
-        raise ValueError(
-            f"{output} has no {record}, so it is not an earlier output of the {Path(record).stem}, and --overwrite "
-            "will not delete it. Choose another folder, or remove it yourself."
-        )
-
-
-@contextmanager
-def atomic_folder(output: Path, overwrite: bool, record: str = RECORD_NAME) -> Iterator[Path]:
-    """
-    A new folder beside `output` that takes its name only when the body has run to its end.
-
-    A run that fails removes it. A run that is killed leaves it under its temporary name (`.OUTPUT.partial-*`), never
-    half a model under the real one, and the next run removes it. With `overwrite`, the old folder stays in place until
-    the new one is complete.
-    """
-    check_output(output, overwrite, record)
-    with scratch_folder(f".{output.name}.partial-", output.parent) as partial:
-        yield partial
-        check_output(output, overwrite, record)
-        if output.exists():
-            with scratch_folder(f".{output.name}.old-", output.parent) as old:
-                os.replace(output, old / output.name)
-                os.replace(partial, output)
-        else:
-            os.replace(partial, output)

@@ -13,6 +13,7 @@ from mha2mla.common.device import check_device
 from mha2mla.common.kernel_sizes import ENGINES
 from mha2mla.common.loading import keys_values_width, load_config
 from mha2mla.common.options import shard_bytes
+from mha2mla.common.outputs import atomic_folder, check_output
 from mha2mla.common.records import RECORD_NAME
 from mha2mla.common.scratch import scratch_folder
 from mha2mla.common.text import load_blocks
@@ -22,7 +23,6 @@ from mha2mla.modeling.latent_config import LatentConfigMixin
 
 from .architectures import architecture_of
 from .cache_plan import CachePlan, served_dtype
-from .checkpoint import atomic_folder, check_output
 from .config import ConversionConfig
 from .export.engines import (
     advise_sizes,

@@ -4,10 +4,12 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mha2mla.cli.main import main
+from mha2mla.common.records import copy_record
 from mha2mla.common.text import load_blocks
 from mha2mla.conversion import ConversionConfig, Paper, convert
 from mha2mla.conversion.architectures import architecture_of
@@ -161,6 +164,52 @@ def test_existing_output_is_not_touched_without_overwrite(save_source, tmp_path,
     assert run(source, other, *options, "--overwrite") == 0
     assert type(AutoModelForCausalLM.from_pretrained(other)) is MLALlamaForCausalLM
     assert not list(tmp_path.glob(".other.*"))
+
+
+def test_overwrite_deletes_nothing_that_the_command_did_not_write(save_source, tmp_path, capsys):
+    """Nor a trained model, which has a copy of the conversion's record, and files of the same names."""
+    source, out, trained = save_source(), tmp_path / "out", tmp_path / "trained"
+    command = (*FULL, "--kv-lora-rank", 24, "--overwrite")
+    assert run(source, out, *command) == 0
+    shutil.copytree(out, trained)
+    copy_record(out, trained)
+    (out / "notes").mkdir()
+    (out / "notes" / "mine.txt").write_text("mine")
+    (out / "link").symlink_to(source)
+    for folder, message in ((out, "did not write, and --overwrite will not delete it: link, notes. Choose"),
+                            (trained, "(conversion.json names no files, as in a trained model)")):  # fmt: skip
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        assert run(source, folder, *command) == 2
+        assert message in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    shutil.rmtree(out / "notes")
+    (out / "link").unlink()
+    assert run(source, out, *command) == 0
+
+
+@pytest.mark.parametrize("place", ["current", "mount"])
+def test_a_folder_that_cannot_be_replaced_is_refused_at_once(place, save_source, tmp_path, monkeypatch, capsys):
+    source, out = save_source(), tmp_path / "out"
+    out.mkdir()
+    if place == "current":
+        monkeypatch.chdir(out)
+    else:
+        monkeypatch.setattr(Path, "is_mount", lambda path: path == out)
+    monkeypatch.setattr("mha2mla.conversion.run.open_checkpoint", None)  # no work is begun
+    assert run(source, "." if place == "current" else out, *FULL, "--kv-lora-rank", 24) == 2
+    told = capsys.readouterr().err
+    assert "which a complete output cannot take the place of. Give a folder in it" in told and "model." in told
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_a_link_is_followed_to_its_disk(made, save_source, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk/model")
+    if made:
+        (tmp_path / "disk" / "model").mkdir()
+    assert run(save_source(), tmp_path / "out", *FULL, "--kv-lora-rank", 24) == 0
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "disk" / "model" / "config.json").is_file()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize("killed", [False, True])

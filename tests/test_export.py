@@ -287,6 +287,9 @@ def test_only_exports_are_overwritten(save, tmp_path):
     assert json.loads((out / "config.json").read_text())["kv_lora_rank"] == 256
     with pytest.raises(ValueError, match=r"has no export\.json, so it is not an earlier output of the export"):
         export(folder, folder, ExportConfig(overwrite=True))
+    (out / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds what the export did not write, .*: mine\.txt\. Choose"):
+        export(folder, out, ExportConfig(overwrite=True))
 
 
 @pytest.mark.parametrize("record", ["ours", None, {"source": "a model"}, {"source": {"name": "a model"}}])

@@ -112,8 +112,11 @@ def test_only_files_of_ours_are_overwritten(save, tmp_path):
         export(folder, out, ExportConfig(format="gguf", overwrite=True))
     assert out.read_text() == "mine"
     out.unlink()
+    (tmp_path / "disk").mkdir()
+    out.symlink_to("disk/model.gguf")  # which is followed
     for _ in range(2):
         export(folder, out, ExportConfig(format="gguf", overwrite=True))
+    assert out.is_symlink() and [path.name for path in (tmp_path / "disk").iterdir()] == ["model.gguf"]
 
 
 def test_a_killed_export_is_cleaned_up_by_the_next(save, tmp_path, caplog):

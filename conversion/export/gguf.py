@@ -17,6 +17,7 @@ from transformers import DeepseekV3Config
 from transformers.utils import is_gguf_available
 
 from mha2mla.common.extras import installing
+from mha2mla.common.outputs import real_path
 from mha2mla.common.scratch import scratch_folder
 from mha2mla.conversion.checkpoint import CheckpointReader
 from mha2mla.modeling import MLALlamaConfig
@@ -63,9 +64,10 @@ def check_output_file(output: Path, overwrite: bool) -> None:
 def atomic_file(output: Path) -> Iterator[Path]:
     """A new file in a folder beside `output` that takes its name only when the body has run to its end. What a killed
     run leaves, the next one removes."""
-    with scratch_folder(f".{output.name}.partial-", output.parent) as folder:
-        yield folder / output.name
-        os.replace(folder / output.name, output)
+    real = real_path(output)
+    with scratch_folder(f".{real.name}.partial-", real.parent) as folder:
+        yield folder / real.name
+        os.replace(folder / real.name, real)
 
 
 @cache

@@ -10,13 +10,12 @@ from huggingface_hub.utils import tqdm
 from mha2mla.common.companions import copy_companions
 from mha2mla.common.exports import EXPORT_RECORD_NAME, without_warning_of_factor
 from mha2mla.common.options import shard_bytes
+from mha2mla.common.outputs import atomic_folder, check_output
 from mha2mla.common.tokenizer import write_tokenizer
 from mha2mla.conversion.cache_plan import served_dtype
 from mha2mla.conversion.checkpoint import (
     CheckpointReader,
     CheckpointWriter,
-    atomic_folder,
-    check_output,
 )
 from mha2mla.conversion.fused import open_checkpoint
 from mha2mla.conversion.output import check_complete, write_companions
