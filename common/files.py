@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from difflib import get_close_matches
@@ -69,24 +70,45 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """
-    The lines of a .jsonl file, compressed by gzip or not, with their numbers from 1; empty lines are passed over.
+    The lines of a text file, compressed by gzip or not, with their numbers from 1.
 
     Raises:
-        ValueError: At a line that is not JSON, or where the file cannot be read further; with the line.
+        ValueError: At a line that is not UTF-8, or where the file cannot be read further; with the line.
     """
     number = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{number} is not JSON: {error.msg}.") from None
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError:
         raise ValueError(f"{path}:{number} is not UTF-8 text. Save the file as UTF-8.") from None
     except FileNotFoundError:
         raise ValueError(no_file(path)) from None
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read after line {number} ({error}). Is it complete?") from None
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """
+    What the lines of a .jsonl file hold, with their numbers; empty lines are passed over.
+
+    Raises:
+        ValueError: As [`read_lines`], and at a line that is not JSON or escapes half a character, which Python takes
+            and neither `datasets` nor tokenizers do.
+    """
+    for number, line in read_lines(path):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number} is not JSON: {error.msg}.") from None
+        half = "\\u" in line and re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False))
+        if half:
+            raise ValueError(
+                f"{path}:{number} holds \\u{ord(half[0]):x}, which is half of a surrogate pair and no character. "
+                "Remove it."
+            )
+        yield number, row

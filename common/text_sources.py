@@ -4,11 +4,13 @@ A recipe is a YAML list of sources with weights. A document is a text, or a chat
 """
 
 import math
+import os
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
-from glob import glob
+from glob import escape, glob
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from .files import no_file, read_json_lines, read_yaml
+from .files import no_file, read_json_lines, read_lines, read_yaml
 from .hub import data_sets_offline, hub_trouble, is_hub_name, on_hub
 
 if TYPE_CHECKING:
@@ -85,13 +87,18 @@ class TextSource:
         Raises:
             ValueError: If there is none.
         """
-        found = [file for file in sorted(glob(self.data)) if Path(file).is_file()]
+        found = local_files(self.data)
         if not found:
             raise TextError(no_file(self.data))
         files = [file for file in found if Path(file).stat().st_size > 0]
         if not files:
             raise TextError(f"{self.data}: the file is there, but it is empty.")
         return files
+
+
+def local_files(data: str) -> list[str]:
+    """The files of a name, or else of a pattern: a name may hold the characters of one."""
+    return [data] if Path(data).is_file() else [file for file in sorted(glob(data)) if Path(file).is_file()]
 
 
 def is_chat(document: Any) -> bool:
@@ -148,7 +155,7 @@ def find_sources(
                 raise ValueError(f"{name}={value!r}: each source of the recipe {data} says its own. Leave it out.")
         return read_recipe(recipe)
     source = TextSource(data, subset, split, column)
-    if source.builder is None and any(Path(file).is_file() for file in glob(data)):
+    if source.builder is None and local_files(data):
         raise ValueError(f"{data}: files of text must end in {', '.join(FILE_BUILDERS)} (or with .gz after it).")
     if source.builder is None and not is_hub_name(data):
         raise ValueError(
@@ -186,7 +193,9 @@ def load_source(source: TextSource, streaming: bool) -> "Dataset | IterableDatas
             raise TextError(trouble) from None
     options = {"sample_by": "paragraph"} if source.builder == "text" else {}
     with reading(source):
-        return load_dataset(source.builder, data_files=source.files(), split="train", streaming=streaming, **options)
+        # `datasets` takes every name for a pattern, those of the folders above a relative one included.
+        files = [escape(os.path.abspath(file)) for file in source.files()]
+        return load_dataset(source.builder, data_files=files, split="train", streaming=streaming, **options)
 
 
 def find_column(source: TextSource, names: list[str]) -> str:
@@ -220,7 +229,10 @@ def check_source(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> Colu
     column = find_column(source, list(rows[0]))
     documents = clean_documents([row.get(column) for row in rows], source, column)
     if not documents:
-        raise TextError(f"{source}: column {column!r} is empty in the first {len(rows)} rows.")
+        raise TextError(
+            f"{source}: column {column!r} is empty in the first {len(rows)} rows. Remove the rows without text, or "
+            "name another column (--column, or `column` in the recipe)."
+        )
     chats = is_chat(documents[0])
     if chats and tokenizer.chat_template is None:
         raise TextError(f"{source}: column {column!r} holds messages, and the tokenizer has no chat template.")
@@ -267,16 +279,15 @@ def reading(source: TextSource) -> Iterator[None]:
 
 def find_fault(source: TextSource, column: str | None = None) -> str | None:
     """
-    What is wrong with the .jsonl files of a source, at the first line that is no JSON object or, given a column, holds
-    something else than a document in it. None if nothing is found, or the files are of another kind.
+    What is wrong with the .txt and .jsonl files of a source, at the first line that cannot be read, is no JSON object
+    or, given a column, holds something else than a document in it. None if nothing is found, or the files are of
+    another kind.
     """
-    if source.builder != "json":
-        return None
-    for path in map(Path, source.files()):
-        if ".jsonl" not in path.suffixes:
-            continue
+    for path in map(Path, source.files() if source.builder else ()):
         try:
-            for number, row in read_json_lines(path):
+            if ".txt" in path.suffixes:
+                deque(read_lines(path), maxlen=0)
+            for number, row in read_json_lines(path) if ".jsonl" in path.suffixes else ():
                 if not isinstance(row, dict):
                     return f"{path}:{number} is no JSON object: {row!r:.80}."
                 value = None if column is None else row.get(column)

@@ -25,7 +25,8 @@ def tokenizer(tmp_path):
 
 
 def write_lines(path, rows):
-    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    lines = (json.dumps(row) + "\n" if isinstance(row, dict) else row for row in rows)
+    path.write_bytes(b"".join(line.encode() if isinstance(line, str) else line for line in lines))
     return str(path)
 
 
@@ -106,7 +107,7 @@ def test_rows_without_text_are_passed_over(tokenizer, tmp_path):
         ("b.jsonl", [GOOD[0], '{"text": "w\n', GOOD[1]], r"b\.jsonl:2 is not JSON: Invalid control character"),
         ("c.jsonl", [GOOD[0], "\n", "[1, 2]\n"], r"c\.jsonl:3 is no JSON object: \[1, 2\]\."),
         ("d.jsonl", [{"id": 1}], r"d\.jsonl has no column 'text'; it has id\. Set --column"),
-        ("e.jsonl", [{"text": None}] * 3, r"e\.jsonl: column 'text' is empty in the first 3 rows\."),
+        ("e.jsonl", [{"text": None}] * 3, r"e\.jsonl: column 'text' is empty in the first 3 rows\. Remove the rows"),
         ("f.jsonl", [{"text": ["w4"]}], r"f\.jsonl:1: column 'text' holds neither text nor messages, but \['w4'\]"),
         ("g.jsonl", [], r"g\.jsonl: the file is there, but it is empty\."),
         ("h.jsonl", ["\n\n"], r"h\.jsonl.*(empty|cannot be read as json)"),
@@ -115,6 +116,9 @@ def test_rows_without_text_are_passed_over(tokenizer, tmp_path):
         ("k.yaml", ["- {data: a/b, weight: .nan}\n"], r"k\.yaml: source 1: a/b: weight=nan must be a number above 0"),
         ("l.yaml", ["- {data: 7}\n"], r"l\.yaml: source 1: 7: data=7 must be a string"),
         ("m.yaml", ["- data: a\n  - b\n"], r"m\.yaml:2 is not YAML: "),
+        ("n.jsonl", [*GOOD, '{"text": "w4 \\ud83d"}\n'], r"n\.jsonl:21 holds \\ud83d, which is half .* Remove it\."),
+        ("o.txt", ["w4\n\n", b"caf\xe9\n"], r"o\.txt:3 is not UTF-8 text\. Save the file as UTF-8\."),
+        ("p.jsonl", ['{"text": "w4"}\n', b'{"text": "caf\xe9"}\n'], r"p\.jsonl:2 is not UTF-8 text\. Save the file"),
     ],
 )
 def test_errors_say_where(reader, name, rows, message, tokenizer, tmp_path):
@@ -142,6 +146,18 @@ def test_what_a_name_means(tmp_path):
             find_sources(name)
     with pytest.raises(ValueError, match=r"There is no file .*no-such-\*\.txt"):
         find_sources(str(tmp_path / "no-such-*.txt"))[0].files()
+
+
+@pytest.mark.parametrize("name", ["t[1].jsonl", "[a]*?.jsonl"])
+def test_a_name_may_hold_the_characters_of_a_pattern(name, tokenizer, tmp_path, monkeypatch):
+    """So may the folder that a relative name lies in."""
+    (tmp_path / "[x]").mkdir()
+    monkeypatch.chdir(tmp_path / "[x]")
+    write_lines(tmp_path / "[x]" / name, GOOD)
+    write_lines(tmp_path / "[x]" / "t1.jsonl", [{"text": "w90"}] * 50)
+    assert load_blocks(tokenizer, name, 8, 8, seed=None).flatten().tolist()[:4] == [10, 11, 12, 2]
+    assert len(load_rows(DataArguments(data=name, length=4), pico_tokenizer(), seed=0)[0]) == len(GOOD)
+    assert load_blocks(tokenizer, "t[0-9].jsonl", 8, 8, seed=None).flatten().tolist()[:4] == [90, 2, 90, 2]
 
 
 @pytest.mark.parametrize("option", [{"column": "messages"}, {"subset": "all"}, {"split": "test"}])
