@@ -6,23 +6,32 @@ from pathlib import Path
 
 # What may be done with a checkpoint.
 NOTICES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
-# Downloaded with a source and taken over as they are, subfolders included.
-COMPANION_PATTERNS = [
-    *NOTICES,
-    "generation_config.json",
+# Of tokenizers, by which AutoTokenizer finds one.
+TOKENIZERS = (
     "tokenizer*",
-    "tokenization_*.py",
-    "special_tokens_map.json",
-    "added_tokens.json",
     "vocab.*",
     "merges.txt",
     "spiece.model",
     "sentencepiece*.model",
     "*.tiktoken",
     "tekken.json",
+)
+# Downloaded with a source and taken over as they are, subfolders included.
+COMPANION_PATTERNS = [
+    *NOTICES,
+    "generation_config.json",
+    *TOKENIZERS,
+    "tokenization_*.py",
+    "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template*",
     "additional_chat_templates/*.jinja",
 ]
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds any tokenizer's files."""
+    return any(any(folder.glob(pattern)) for pattern in TOKENIZERS)
 
 
 def find_companions(folder: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -17,6 +18,14 @@ def no_file(path: str | Path) -> str:
     path = Path(path)
     near = get_close_matches(path.name, [other.name for other in path.parent.glob("*")], n=1, cutoff=0.85)
     return f"There is no file {path}. " + (f"Did you mean {path.parent / near[0]}?" if near else "Check the path.")
+
+
+def check_readable(folder: Path) -> None:
+    """Raise a `ValueError` for a file of a checkpoint that may not be read: libraries say that it is not there. A
+    folder that there is not, as of a name on the Hub, has none."""
+    for path in (path for pattern in ("*.safetensors", "*.json") for path in sorted(folder.glob(pattern))):
+        if path.exists() and not os.access(path, os.R_OK):
+            raise ValueError(f"{path} may not be read by you. Change its permissions, for example by `chmod u+r`.")
 
 
 def read_text(path: Path) -> str:

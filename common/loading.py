@@ -28,9 +28,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .companions import NOTICES
+from .companions import NOTICES, has_tokenizer
 from .errors import raised_in_package
 from .exports import EXPORT_RECORD_NAME, without_warning_of_factor
+from .files import check_readable
 from .hub import check_on_hub, hub_trouble, in_cache, on_hub
 
 
@@ -93,6 +94,7 @@ def loading(name: str, role: str, part: str, revision: str | None) -> Iterator[N
     need."""
     check_name(name, role)
     check_on_hub(name, role, revision=revision)
+    check_readable(Path(name))
     try:
         with without_warning_of_factor(lambda: find_file(name, EXPORT_RECORD_NAME, revision) is not None):
             yield
@@ -112,6 +114,15 @@ def loading(name: str, role: str, part: str, revision: str | None) -> Iterator[N
         raise ValueError(f"{role}: the {part} of {name} cannot be loaded ({reason}).") from error
 
 
+def refuse_adapter(folder: Path, name: str, role: str) -> None:
+    """Raise a `ValueError` if a folder, which `name` stands for, holds an adapter."""
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{role}: {name} holds an adapter (adapter_config.json), which is no whole model. Merge it first (peft's "
+            "merge_and_unload) and give what that saves."
+        )
+
+
 def load_config(
     name: str, role: str = "model", trust_remote_code: bool = False, revision: str | None = None
 ) -> PreTrainedConfig:
@@ -128,6 +139,7 @@ def load_config(
         ValueError: If there is no such checkpoint, its config is malformed, or it needs code of its own.
     """
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        refuse_adapter(Path(name), name, role)
         raise ValueError(f"{role}: {name} has no config.json: it is not a transformers checkpoint.")
     with loading(name, role, "config", revision):
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision or "main")
@@ -136,7 +148,12 @@ def load_config(
 def load_tokenizer(
     name: str, role: str = "model", trust_remote_code: bool = False, revision: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint; arguments and errors as [`load_config`]'s."""
+    """The tokenizer of a checkpoint; arguments and errors as [`load_config`]'s, and one where it has none."""
+    if Path(name).is_dir() and not has_tokenizer(Path(name)):
+        raise ValueError(
+            f"{role}: {name} has no tokenizer files. Copy them from the original, or save them: "
+            "AutoTokenizer.from_pretrained(original).save_pretrained(folder)."
+        )
     with loading(name, role, "tokenizer", revision):
         tokenizer = AutoTokenizer.from_pretrained(
             name, trust_remote_code=trust_remote_code, revision=revision or "main"

@@ -15,7 +15,7 @@ from pathlib import Path
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .companions import copy_companions
+from .companions import copy_companions, has_tokenizer
 from .loading import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -45,11 +45,6 @@ MESSAGES = (
 
 class TokensDiffer(ValueError):
     """Two tokenizers are not the same."""
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds any tokenizer's files."""
-    return any(any(folder.glob(pattern)) for pattern in ("tokenizer*", "tekken.json", "*.tiktoken", "spiece.model"))
 
 
 def has_own_code(folder: Path) -> bool:

@@ -11,6 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from mha2mla.common.files import check_readable
+
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 # Tables that older versions of transformers saved (Llama 2's checkpoints have them) and every version computes.
@@ -38,6 +40,7 @@ class CheckpointReader:
     def __init__(self, folder: Path):
         self.folder = folder
         self.finite: set[str] = set()  # tensors that have been read and hold no NaN and no infinity
+        check_readable(folder)
         if (folder / INDEX_NAME).is_file():
             self.files = read_index(folder / INDEX_NAME)
             missing = sorted({file for file in self.files.values() if not (folder / file).is_file()})
@@ -54,7 +57,8 @@ class CheckpointReader:
         elif any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
             raise ValueError(
                 f"{folder} holds pickled weights only, which can run code when loaded. Save it as safetensors first: "
-                "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)."
+                "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder), and the same with "
+                "AutoTokenizer."
             )
         else:
             raise ValueError(f"No {WEIGHTS_NAME} or {INDEX_NAME} in {folder}.")

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from mha2mla.common.device import check_device
 from mha2mla.common.kernel_sizes import ENGINES
-from mha2mla.common.loading import keys_values_width, load_config
+from mha2mla.common.loading import keys_values_width, load_config, refuse_adapter
 from mha2mla.common.options import shard_bytes
 from mha2mla.common.outputs import atomic_folder, check_output
 from mha2mla.common.records import RECORD_NAME
@@ -82,11 +82,7 @@ def convert(
         assert options.data is not None  # by the config
         check_files(find_sources(options.data, options.column, options.subset, options.split))
     with local_checkpoint(source, revision, gguf_file) as folder:
-        if (folder / "adapter_config.json").is_file():
-            raise ValueError(
-                f"{source} holds an adapter (adapter_config.json), which transformers would load with its base model. "
-                "Merge it first (peft's merge_and_unload) and give what that saves."
-            )
+        refuse_adapter(folder, source, "source")  # of one with a config, transformers would load the base model, too
         config = load_config(str(folder), "source")
         architecture, tensors = architecture_of(config), open_checkpoint(folder, config)
         architecture.check_tensors(tensors)

@@ -54,7 +54,7 @@ def check_weights(reader: CheckpointReader | FusedReader, config: PreTrainedConf
         if name in found and tensor.is_floating_point() and found[name][1] not in FLOATS:
             raise ValueError(
                 f"{reader.folder}: {name} holds {found[name][1]}: the weights are quantised. Give the original, or "
-                "de-quantise and save it first."
+                "de-quantise and save it first, with its tokenizer."
             )
 
 

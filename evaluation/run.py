@@ -116,6 +116,8 @@ def evaluate_models(
     paths = list(dict.fromkeys([*([original_path] if original_path else []), *paths]))
     find_records(paths)  # one that is malformed shows before anything is measured
     suited = {path: suited_caches(path, caches, trust_remote_code) for path in paths}
+    # Before anything is measured, too.
+    tokenizers = {path: load_tokenizer(path, trust_remote_code=trust_remote_code) for path in paths}
     results = Results.open(output, settings)
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     results.runs.append({"command": command, "started": started, "environment": describe_environment(device)})
@@ -130,7 +132,7 @@ def evaluate_models(
     progress = Progress(task.name for chosen in tasks_of.values() for task in chosen)
     for path in paths:
         model = load_model(path, trust_remote_code=trust_remote_code, dtype=settings.dtype).to(device).eval()
-        tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+        tokenizer = tokenizers[path]
         for kind in suited[path]:
             size = measure_cache(model, prefix_token(tokenizer), kind)
             row = results.row(describe_model(path, model, kind.name, size, path == original_path))

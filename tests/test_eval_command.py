@@ -232,6 +232,14 @@ def shortened(file: Path, size: int) -> None:
     [
         (lambda folder: shortened(folder / "model.safetensors", 2000), "the weights of"),
         (lambda folder: shortened(folder / "tokenizer.json", 100), "the tokenizer of"),
+        (
+            lambda folder: [file.unlink() for file in folder.glob("tokenizer*")],
+            "has no tokenizer files. Copy them from",
+        ),
+        (
+            lambda folder: (folder / "config.json").rename(folder / "adapter_config.json"),
+            "adapter_config.json), which is",
+        ),
         (lambda folder: (folder / "model.safetensors").unlink(), "no file named model.safetensors"),
         (lambda folder: (folder / "config.json").write_text("{"), "is not a valid JSON file"),
         (lambda folder: (folder / "config.json").write_text("{}"), "Should have a `model_type` key"),

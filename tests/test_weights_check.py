@@ -149,3 +149,14 @@ def test_an_adapter_in_the_folder_is_not_passed_over(save_source, tmp_path, caps
     (source / "adapter_config.json").write_text('{"base_model_name_or_path": "own/base", "peft_type": "LORA"}')
     assert convert(source, tmp_path / "out") == 2
     assert "holds an adapter" in capsys.readouterr().err
+    (source / "config.json").unlink()
+    for command in (["plan", str(source)], ["convert", str(source), str(tmp_path / "out"), *OPTIONS]):
+        assert main(command) == 2
+        assert "holds an adapter (adapter_config.json), which is no whole model. Merge" in capsys.readouterr().err
+
+
+def test_weights_that_may_not_be_read_are_not_said_to_be_missing(save_source, tmp_path, monkeypatch, capsys):
+    source = save_source()
+    monkeypatch.setattr("os.access", lambda path, mode: path.suffix != ".safetensors")
+    assert convert(source, tmp_path / "out") == 2
+    assert "model.safetensors may not be read by you. Change its permissions" in capsys.readouterr().err

@@ -78,7 +78,8 @@ def refuse_quantised_weights(config: PreTrainedConfig) -> None:
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             "quantization_config: the weights are quantised. De-quantise and save them first "
-            "(from_pretrained(...).dequantize().save_pretrained(folder)), or give the original."
+            "(from_pretrained(...).dequantize().save_pretrained(folder), and the tokenizer likewise), or give the "
+            "original."
         )
 
 
