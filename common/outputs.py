@@ -62,13 +62,18 @@ def check_output(output: Path, overwrite: bool, record: str = RECORD_NAME) -> No
         if not overwrite:
             raise ValueError(f"{output} exists already. Choose another folder, or pass --overwrite to replace it.")
         check_replaceable(output, record)
-    current = Path.cwd().is_relative_to(real)
-    if current or real.is_mount():
-        what = "the current folder" if current else "a mount point"
-        raise ValueError(
-            f"{output} is {what}, which a complete output cannot take the place of. Give a folder in it that is not "
-            f"there yet, such as {output / 'model'}."
-        )
+    if Path.cwd().is_relative_to(real):
+        place = "the current folder"
+    elif real.is_mount():
+        place = "a mount point"
+    elif not os.access(real.parent, os.W_OK):
+        place = f"in {real.parent}, where you may not write"
+    else:
+        return
+    raise ValueError(
+        f"{output} is {place}, so that a complete output cannot take its place. Give a folder in it that is not there "
+        f"yet, such as {output / 'model'}."
+    )
 
 
 @contextmanager

@@ -187,18 +187,20 @@ def test_overwrite_deletes_nothing_that_the_command_did_not_write(save_source, t
     assert run(source, out, *command) == 0
 
 
-@pytest.mark.parametrize("place", ["current", "mount"])
+@pytest.mark.parametrize("place", ["current", "mount", "locked"])
 def test_a_folder_that_cannot_be_replaced_is_refused_at_once(place, save_source, tmp_path, monkeypatch, capsys):
     source, out = save_source(), tmp_path / "out"
     out.mkdir()
     if place == "current":
         monkeypatch.chdir(out)
-    else:
+    elif place == "mount":
         monkeypatch.setattr(Path, "is_mount", lambda path: path == out)
+    else:
+        monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
     monkeypatch.setattr("mha2mla.conversion.run.open_checkpoint", None)  # no work is begun
     assert run(source, "." if place == "current" else out, *FULL, "--kv-lora-rank", 24) == 2
     told = capsys.readouterr().err
-    assert "which a complete output cannot take the place of. Give a folder in it" in told and "model." in told
+    assert "so that a complete output cannot take its place. Give a folder in it" in told and "model." in told
 
 
 @pytest.mark.parametrize("made", [False, True])

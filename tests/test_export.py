@@ -286,7 +286,9 @@ def test_only_exports_are_overwritten(save, tmp_path):
     export(folder, out, ExportConfig(pad=256, overwrite=True))
     assert json.loads((out / "config.json").read_text())["kv_lora_rank"] == 256
     with pytest.raises(ValueError, match=r"has no export\.json, so it is not an earlier output of the export"):
-        export(folder, folder, ExportConfig(overwrite=True))
+        export(out, folder, ExportConfig(format="mla-llama", overwrite=True))
+    with pytest.raises(ValueError, match=r"out is the model, which would be lost\. Choose another output"):
+        export(out, out / "." / ".." / "out", ExportConfig(format="mla-llama", overwrite=True))
     (out / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"holds what the export did not write, .*: mine\.txt\. Choose"):
         export(folder, out, ExportConfig(overwrite=True))

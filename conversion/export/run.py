@@ -10,7 +10,7 @@ from huggingface_hub.utils import tqdm
 from mha2mla.common.companions import copy_companions
 from mha2mla.common.exports import EXPORT_RECORD_NAME, without_warning_of_factor
 from mha2mla.common.options import shard_bytes
-from mha2mla.common.outputs import atomic_folder, check_output
+from mha2mla.common.outputs import atomic_folder, check_output, real_path
 from mha2mla.common.tokenizer import write_tokenizer
 from mha2mla.conversion.cache_plan import served_dtype
 from mha2mla.conversion.checkpoint import (
@@ -66,6 +66,8 @@ def export(
             f"{output} is named like a file for llama.cpp, and format={options.format!r} writes a folder. Add "
             "--format gguf, or name the folder otherwise."
         )
+    if real_path(output) == real_path(Path(model)):
+        raise ValueError(f"{output} is the model, which would be lost. Choose another output.")
     with local_checkpoint(str(model), revision) as folder:
         write = {"deepseek-v3": export_deepseek, "gguf": export_gguf, "mla-llama": export_ours}[options.format]
         write(folder, str(model), output, options)
