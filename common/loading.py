@@ -23,6 +23,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    DeepseekV2Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -145,6 +146,16 @@ def load_config(
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision or "main")
 
 
+def check_router(config: PreTrainedConfig, name: str, role: str) -> None:
+    """Raise a `ValueError` for experts that transformers runs otherwise than their config says: its DeepSeek-V2 does
+    not renormalise the weights of the chosen ones. Our exports of Mixtral ask for it; DeepSeek's own models do not."""
+    if isinstance(config, DeepseekV2Config) and config.norm_topk_prob:
+        raise ValueError(
+            f"{role}: {name} is a mixture of experts with norm_topk_prob=True, which transformers' DeepSeek-V2 "
+            "ignores: it would give other text than engines do. Give the converted model that it was exported from."
+        )
+
+
 def load_tokenizer(
     name: str, role: str = "model", trust_remote_code: bool = False, revision: str | None = None
 ) -> PreTrainedTokenizerBase:
@@ -167,7 +178,8 @@ def load_model(
 ) -> PreTrainedModel:
     """The causal language model of a checkpoint; `options` are those of `from_pretrained`: dtype, ... Arguments and
     errors are otherwise [`load_config`]'s; weights that are not there, which transformers would draw at random, are an
-    error too."""
+    error too, and so is what [`check_router`] refuses."""
+    check_router(load_config(name, role, trust_remote_code, revision), name, role)
     with loading(name, role, "weights", revision):
         model, found = AutoModelForCausalLM.from_pretrained(
             name,

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, set_seed
 
 from mha2mla.common.device import check_device
-from mha2mla.common.loading import load_config, load_model, load_tokenizer
+from mha2mla.common.loading import check_router, load_config, load_model, load_tokenizer
 from mha2mla.common.records import read_record, recorded_preset
 from mha2mla.modeling import CACHE_ARGUMENT, cache_nbytes
 
@@ -45,6 +45,7 @@ def measure_cache(model: PreTrainedModel, token: int, kind: CacheKind = DYNAMIC)
 def suited_caches(path: str, caches: Sequence[CacheKind], trust_remote_code: bool) -> list[CacheKind]:
     """Those in which a model's cache can be held; the others are named in the log."""
     config = load_config(path, trust_remote_code=trust_remote_code)
+    check_router(config, path, "model")  # now, not when the models before it have been measured
     suited = [kind for kind in caches if kind.suits(config)]
     for kind in caches:
         if kind not in suited:

@@ -1,6 +1,7 @@
 """A mixture of experts in DeepSeek's terms: what engines compute with it, by the class of transformers that does."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ from conftest import pico_tokenizer
 from transformers import AutoModelForCausalLM
 
 from mha2mla.cli.main import main
+from mha2mla.common.loading import load_model
 from mha2mla.conversion.checkpoint import CheckpointReader
 from mha2mla.conversion.export import ExportConfig, check, export
 from pico import make_mla, tokens
@@ -44,9 +46,10 @@ def test_the_check_is_of_our_logits(save, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("frequencies", [[0, 1, 2], [0, 2, 4], [0, 1, 4, 5]])  # the last needs yarn's step
-def test_what_is_written(frequencies, save, tmp_path):
+def test_what_is_written(frequencies, save, tmp_path, caplog):
     model, folder = save(frequencies)
     export(folder, tmp_path / "out")
+    assert caplog.messages[-1].startswith("Not for transformers' own DeepSeek-V2")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["model_type"], config["architectures"]) == ("deepseek_v2", ["DeepseekV2ForCausalLM"])
     said = ("scoring_func", "topk_method", "norm_topk_prob", "n_group", "topk_group", "routed_scaling_factor")
@@ -69,6 +72,22 @@ def test_what_is_written(frequencies, save, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "stock DeepSeek-V2 checkpoint" in card and "Not for transformers' own DeepSeek-V2" in card
     assert "from_pretrained" not in card
+
+
+def test_transformers_is_kept_from_running_it(save, tmp_path, capsys, monkeypatch):
+    """What it would say is not what the model says; before anything is measured, and before weights are read."""
+    _, folder = save([0, 1, 2])
+    export(folder, tmp_path / "out")
+    (tmp_path / "texts.jsonl").write_text('{"id": "0", "text": "w5 w6 w7"}\n')
+    both = [str(folder), str(tmp_path / "out")]
+    message = "model: .*out is a mixture of experts with norm_topk_prob=True, .* Give the converted model"
+    with pytest.raises(ValueError, match=message):
+        load_model(both[1])
+    assert main(["chat", both[1], "--prompt", "w5"]) == 2
+    monkeypatch.setattr("mha2mla.evaluation.run.load_model", None)
+    data = ["--data", str(tmp_path / "texts.jsonl"), "--output", str(tmp_path / "results")]
+    assert main(["eval", *both, *data]) == 2
+    assert len(re.findall(message, capsys.readouterr().err)) == 2
 
 
 def test_other_formats_refuse_experts(save, tmp_path, capsys):

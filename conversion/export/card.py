@@ -7,7 +7,7 @@ from mha2mla.common.versions import made_with
 
 from .check import Agreement
 from .engines import engines_for
-from .experts import has_experts
+from .experts import NOT_FOR_TRANSFORMERS, has_experts
 from .plan import ExportPlan, OurConfig
 from .rope_table import STEP_NOTE
 
@@ -35,11 +35,6 @@ vllm serve {title} --compilation-config '{{"custom_ops": ["-rotary_embedding"]}}
 python -m sglang.launch_server --model-path {title}"""
 NO_SERVE = """vLLM's and SGLang's kernels take a latent of 512 (vLLM: or 256), 64 rotary dims and heads of 128: export
 with `--pad 512` for them."""
-
-EXPERTS = """
-
-**Not for transformers' own DeepSeek-V2**, which does not renormalise the weights of the chosen experts
-(`norm_topk_prob`) and gives other text; there, use the model that this was exported from."""
 
 WAY_BACK = """The DeepSeek checkpoint `{model}` as a model of the [mha2mla] family, to train or measure it further: the
 same function, without zero padding and without a norm on the latents. Its cache holds {width} values per token and
@@ -75,7 +70,7 @@ def write_export_card(
     more = MORE.format(title=title) if "SGLang" in served else ""
     body = BODY.format(
         stock="DeepSeek-V2" if has_experts(config) else "DeepSeek-V3",
-        experts=EXPERTS if has_experts(config) else "",
+        experts=f"\n\n**{NOT_FOR_TRANSFORMERS}.**" if has_experts(config) else "",
         origin=f"[{base}](https://huggingface.co/{base})" if isinstance(base, str) else f"`{model}`",
         width=plan.width,
         padding=f", of which {wasted} are zeros that its kernels' sizes cost" if wasted else "",

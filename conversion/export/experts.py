@@ -11,6 +11,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, DeepseekV2Config, Mistral4Config, Mistral4ForCausalLM, PreTrainedConfig
 
+NOT_FOR_TRANSFORMERS = (
+    "Not for transformers' own DeepSeek-V2, which does not renormalise the weights of the chosen experts "
+    "(norm_topk_prob) and gives other text: serve it by vLLM, and in transformers use the model that it was "
+    "exported from"
+)
 FUSED = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
 

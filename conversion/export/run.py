@@ -27,7 +27,7 @@ from .check import check_agreement, check_ids, compare_logits, streamed_logits
 from .config import DTYPES, ExportConfig
 from .deepseek import stock_config, stock_names, stock_tensors, tiny_gauge
 from .engines import engines_by_padding, engines_for
-from .experts import has_experts, reference_config
+from .experts import NOT_FOR_TRANSFORMERS, has_experts, reference_config
 from .from_deepseek import find_layout, find_rope, load_stock_config, our_config, our_tensors
 from .gguf import GGUFTensors, atomic_file, big_gauge, check_output_file, check_package, write_gguf
 from .plan import advise_padding, load_model_config, plan_export
@@ -134,6 +134,8 @@ def export_deepseek(folder: Path, model: str, output: Path, options: ExportConfi
         write_record(partial, model, options, details, agreement, time.perf_counter() - start)
     if plan.table.last is not None:
         logger.info("%s.", STEP_NOTE)
+    if has_experts(config):
+        logger.warning("%s.", NOT_FOR_TRANSFORMERS)
 
 
 def export_ours(folder: Path, model: str, output: Path, options: ExportConfig) -> None:
