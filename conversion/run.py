@@ -38,7 +38,7 @@ from .output import write_companions, write_weights
 from .recovered import LEAST, SMALL, is_small
 from .source import local_checkpoint
 from .summary import summary
-from .weights_check import check_weights
+from .weights_check import check_weights, stored_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def convert(
         engine = None if options.serve is None else ENGINES[options.serve]
         source_width = keys_values_width(config)
         plans = preset.plans(architecture, options if engine is None else kernel_sizes(options, engine, source_width))
-        dtype = architecture.norm(tensors).dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+        dtype = stored_dtype(tensors) if options.dtype == "auto" else getattr(torch, options.dtype)
         logger.info(plans[0].describe(served_dtype(dtype)))
         if is_small(plans[0].ratio):
             remedy = f"Take --cache-ratio 0.3125, or at least {LEAST / 100:g}"

@@ -1,5 +1,7 @@
 """A checkpoint's weights against its config, from the headers of its files: before anything long starts."""
 
+import math
+from collections import Counter
 from textwrap import shorten
 
 import torch
@@ -8,7 +10,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from .checkpoint import CheckpointReader
 from .fused import FusedReader
 
-FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
+# As safetensors names them.
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def expected_tensors(config: PreTrainedConfig) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -56,6 +59,15 @@ def check_weights(reader: CheckpointReader | FusedReader, config: PreTrainedConf
                 f"{reader.folder}: {name} holds {found[name][1]}: the weights are quantised. Give the original, or "
                 "de-quantise and save it first, with its tokenizer."
             )
+
+
+def stored_dtype(reader: CheckpointReader | FusedReader) -> torch.dtype:
+    """The type of most of a checkpoint's numbers, which have been checked by [`check_weights`]: some files hold norms
+    or routers in another one than the matrices."""
+    numbers: Counter[str] = Counter()
+    for shape, kind in reader.headers().values():
+        numbers[kind] += math.prod(shape)
+    return FLOATS[max(FLOATS, key=lambda kind: numbers[kind])]
 
 
 def more(names: list[str]) -> str:

@@ -24,7 +24,7 @@ from mha2mla.conversion import ConversionConfig, Paper, convert
 from mha2mla.conversion.architectures import architecture_of
 from mha2mla.conversion.cache_plan import unrotated_rows
 from mha2mla.conversion.cache_sizes import CacheSizes
-from mha2mla.conversion.export import ExportConfig
+from mha2mla.conversion.export import ExportConfig, export
 from mha2mla.conversion.recovered import SMALL
 from mha2mla.conversion.rotary import head_dim, num_rotary_pairs
 from mha2mla.conversion.search import TIE
@@ -75,6 +75,27 @@ def test_output_keeps_the_sources_dtype_unless_told(dtype, save_source, tmp_path
             found = {file.get_tensor(k).dtype for k in file.keys() if "rope_frequencies" not in k}
         assert found == {expected}
         assert AutoConfig.from_pretrained(tmp_path / name).dtype == expected
+
+
+@pytest.mark.parametrize("most, norms", [("bfloat16", "float32"), ("float32", "float16")])
+def test_the_type_is_that_of_most_weights(most, norms, save_source, tmp_path):
+    """Whatever the norms are stored in: neither is the output twice the size, nor are weights rounded."""
+    source, out = save_source("mqa", dtype=getattr(torch, most)), tmp_path / "out"
+
+    def mix(path):
+        stored = load_file(path)
+        mixed = {name: t.to(getattr(torch, norms)) if "norm" in name else t for name, t in stored.items()}
+        save_file(mixed, path, metadata={"format": "pt"})
+
+    def types(path):
+        return {str(t.dtype) for t in load_file(path).values() if t.is_floating_point()}
+
+    mix(source / "model.safetensors")
+    assert run(source, out, *FULL, "--kv-lora-rank", 12) == 0
+    assert types(out / "model.safetensors") == {f"torch.{most}"}
+    mix(out / "model.safetensors")
+    export(out, tmp_path / "exported")
+    assert types(tmp_path / "exported" / "model.safetensors") == {f"torch.{most}"}
 
 
 def test_output_folder_is_complete(save_source, calibration_file, tmp_path):

@@ -20,7 +20,7 @@ from mha2mla.conversion.checkpoint import (
 from mha2mla.conversion.fused import open_checkpoint
 from mha2mla.conversion.output import check_complete, write_companions
 from mha2mla.conversion.source import local_checkpoint
-from mha2mla.conversion.weights_check import check_weights
+from mha2mla.conversion.weights_check import check_weights, stored_dtype
 
 from .card import write_export_card, write_way_back_card
 from .check import check_agreement, check_ids, compare_logits, streamed_logits
@@ -95,7 +95,7 @@ def export_deepseek(folder: Path, model: str, output: Path, options: ExportConfi
     reader = CheckpointReader(folder)
     check_weights(reader, config)
     plan = plan_export(folder, config, reader, options, allow_step=True)
-    dtype = weights_dtype(options, reader.get("model.norm.weight").dtype)
+    dtype = weights_dtype(options, stored_dtype(reader))
     gauge = tiny_gauge(config.rms_norm_eps)
     with without_warning_of_factor(lambda: True):
         stock = stock_config(config, plan, gauge, getattr(torch, dtype))
@@ -147,7 +147,7 @@ def export_ours(folder: Path, model: str, output: Path, options: ExportConfig) -
     check_weights(reader, config)
     layout = find_layout(reader, config)
     rope = find_rope(folder, config, layout)
-    dtype = weights_dtype(options, reader.get("model.norm.weight").dtype)
+    dtype = weights_dtype(options, stored_dtype(reader))
     ours = our_config(config, layout, rope, getattr(torch, dtype))
     logger.info("Cache: %d values per token and layer in use", ours.latent_cache_dim)
     ids = check_ids(folder, config)
@@ -179,7 +179,7 @@ def export_gguf(folder: Path, model: str, output: Path, options: ExportConfig) -
         )
     check_weights(reader, config)
     plan = plan_export(folder, config, reader, options, allow_step=False)
-    dtype = weights_dtype(options, reader.get("model.norm.weight").dtype)
+    dtype = weights_dtype(options, stored_dtype(reader))
     gauge = big_gauge(config.rms_norm_eps, dtype)
     stock = stock_config(config, plan, gauge, torch.float32)
     logger.info(plan.describe(config, "fp16"))  # llama.cpp's cache, whatever the weights are
