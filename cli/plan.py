@@ -109,8 +109,9 @@ def describe(source: str, survey: "Survey", options: PlanArguments, context: int
     gigabytes = f"{original.weight_bytes / 1e9:.2f} GB; at most {heaviest / 1e9:.2f} GB converted"
     beside = (
         f"Tokens: {100 * MEMORY_SHARE:.0f} % of the memory less the weights in {served} ({gigabytes}), over the bytes "
-        "of a token. A padded export caches the values that its line below says instead. fp8 caches are vLLM's; on "
-        "Hopper vLLM 0.25.1 has none for 256 + 64."
+        "of a token. Where kernels have the very size, the weights are an export's; a row that is padded to it caches "
+        "the values that its line below says instead, and has more weights, too. fp8 caches are vLLM's; on Hopper "
+        "vLLM 0.25.1 has none for 256 + 64."
     )
     titles_by_engines: dict[str, list[str]] = {}
     for offer in offers:

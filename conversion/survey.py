@@ -2,18 +2,22 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
-from mha2mla.common.kernel_sizes import ENGINES, KERNEL_ROPE_DIM, Engine
+from mha2mla.common.kernel_sizes import ENGINES, KERNEL_HEAD_DIM, KERNEL_ROPE_DIM, Engine
 from mha2mla.common.loading import keys_values_width
 from mha2mla.modeling import LatentConfigMixin
 
 from .architectures import Architecture, architecture_of
 from .cache_plan import SERVED_BYTES, CachePlan
 from .cache_sizes import CacheSizes
+from .export.deepseek import stock_config, tiny_gauge
 from .export.engines import describe_engines, expressible_lists, fitting_engines
+from .export.plan import ExportPlan
+from .export.rope_table import RopeTable
 from .output import empty_model
 from .presets.calibrated import Calibrated
 from .presets.calibrated.frequency_lists import two_runs
@@ -35,7 +39,8 @@ class Offer:
         sizes (`str`): Of latent and rotary key.
         width (`int`): Values per token and layer.
         num_layers (`int`): Layers.
-        num_parameters (`int`): Of the model that has the cache.
+        num_parameters (`int`): Of the model that has the cache: of its export, where an engine's kernels have this
+            very cache, and else of the converted model.
         takers (`tuple[Engine, ...]`): Engines that take an export as it is, without padding.
         engines (`str`): Which engines take an export and how, for a person; empty for the original.
         options (`tuple[str, ...]`): Of `mha2mla convert`, that ask for it.
@@ -132,18 +137,32 @@ def make_offer(source: Architecture, title: str, sizes: CacheSizes, attention_bi
     plans = preset.plans(source, sizes)
     configs = [preset.mla_config(source, plan, attention_bias=attention_bias) for plan in plans]
     split = " or ".join(f"{plan.kv_lora_rank} + {plan.qk_rope_head_dim}" for plan in plans)
-    num_parameters = empty_model(configs[0]).num_parameters()
-    takers, engines = engines_of_all(source, plans, configs)
+    common, engines = engines_of_all(source, plans, configs)
+    takers = tuple(engine for engine, rank in common if rank is None)
+    num_parameters = empty_model(as_served(configs[0], common)).num_parameters()
     given = {f"--{name.replace('_', '-')}": value for name, value in vars(sizes).items() if value is not None}
     options = tuple(str(word) for pair in given.items() for word in pair)
     return Offer(title, split, plans[0].width, plans[0].num_layers, num_parameters, takers, engines, options)
 
 
+def as_served(config: Any, takers: list[tuple[Engine, int | None]]) -> PreTrainedConfig:
+    """The config of the export that engines with kernels of the model's very cache hold in memory, which has more
+    weights: heads are padded, values are not shared by heads, and the head is not tied. Without such an engine, the
+    model's own."""
+    if config.qk_rope_head_dim != KERNEL_ROPE_DIM or not any(
+        engine.kernel_ranks and rank in (None, config.kv_lora_rank) for engine, rank in takers
+    ):
+        return config
+    table = RopeTable({0: 0})  # whichever it is: weights do not depend on it
+    plan = ExportPlan(table, config.kv_lora_rank, KERNEL_ROPE_DIM, KERNEL_HEAD_DIM, KERNEL_HEAD_DIM)
+    return stock_config(config, plan, tiny_gauge(config.rms_norm_eps), torch.bfloat16)
+
+
 def engines_of_all(
     source: Architecture, plans: list[CachePlan], configs: list[LatentConfigMixin]
-) -> tuple[tuple[Engine, ...], str]:
+) -> tuple[list[tuple[Engine, int | None]], str]:
     """The engines that take each of the plans, whichever of those that some engine takes will be chosen by
-    measurement: those that need no padding, and all of them for a person."""
+    measurement, as [`fitting_engines`] gives them, and for a person."""
     num_pairs = num_rotary_pairs(source.config)
     found = []
     for plan, config in zip(plans, configs, strict=True):
@@ -155,9 +174,8 @@ def engines_of_all(
         try:
             found.append(fitting_engines(config, has_table))
         except ValueError as reason:
-            return (), f"none. {reason}"
+            return [], f"none. {reason}"
     found = [pairs for pairs in found if pairs] or [[]]
     common = [pair for pair in found[0] if all(pair in pairs for pairs in found)]
-    takers = tuple(engine for engine, rank in common if rank is None)
     said = describe_engines(common, plans[0].source_width) or "none. They have no rotary table of so many frequencies."
-    return takers, said
+    return common, said

@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig
+from safetensors.torch import load_file
+from transformers import AutoConfig, LlamaConfig, MistralConfig
 
 from mha2mla.cli.main import main
 from mha2mla.cli.plan import GPU_MEMORY, QUALITY, advised
 from mha2mla.conversion.cache_sizes import CacheSizes
+from mha2mla.conversion.export import ExportConfig, export
 from mha2mla.conversion.recovered import PERPLEXITY, POINTS_LOST, SMALL, TOKENS
 from mha2mla.conversion.survey import survey_caches
-from pico import SOURCES
+from pico import ARCHITECTURE_FIELDS, BASE, SOURCES, make_mla
 
 LLAMA3_8B = LlamaConfig(
     hidden_size=4096,
@@ -44,6 +46,22 @@ def test_tokens_are_what_vllm_had_room_for():
     assert found["31.25 %"].sizes == "512 + 128"  # the rotary key has no more dims than a head
     assert found["31.25 %"].engines == "transformers, llama.cpp"
     assert survey.original.tokens_in(2**30, 1) == 0  # the weights alone are more
+
+
+@pytest.mark.parametrize("kind, form", [("llama", "shared"), ("mixtral", "mla_mixtral")])
+def test_weights_are_those_of_the_export_that_kernels_take(kind, form, tmp_path):
+    """Heads of 64 are padded to 128, those of values are not shared, and the head is not tied."""
+    fields = dict(hidden_size=320, head_dim=64, num_key_value_heads=4, tie_word_embeddings=True)
+    config = AutoConfig.for_model(kind, **{**BASE, **fields, **ARCHITECTURE_FIELDS.get(kind, {})})
+    (offer,) = (offer for offer in survey_caches(config).offers if offer.title == "256 + 64")
+    model = make_mla(form, **fields, v_head_dim=64, kv_lora_rank=256, qk_rope_head_dim=64)
+    for layer in model.model.layers:
+        layer.self_attn.rope_frequencies.copy_(torch.arange(32)[None])
+    model.save_pretrained(tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "out", ExportConfig(pad=256))
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert offer.num_parameters == sum(tensor.numel() for tensor in weights.values())
+    assert survey_caches(config).original.num_parameters < offer.num_parameters
 
 
 @pytest.mark.parametrize("kind", SOURCES)
