@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from mha2mla.common.device import check_device
-from mha2mla.common.kernel_sizes import ENGINES
+from mha2mla.common.kernel_sizes import ENGINES, Engine
 from mha2mla.common.loading import keys_values_width, load_config, refuse_adapter
 from mha2mla.common.options import shard_bytes
 from mha2mla.common.outputs import atomic_folder, check_output
@@ -21,8 +21,9 @@ from mha2mla.common.text_sources import check_files, find_sources
 from mha2mla.common.versions import versions
 from mha2mla.modeling.latent_config import LatentConfigMixin
 
-from .architectures import architecture_of
+from .architectures import Architecture, architecture_of
 from .cache_plan import CachePlan, served_dtype
+from .cache_sizes import CacheSizes
 from .config import ConversionConfig
 from .export.engines import (
     advise_sizes,
@@ -35,6 +36,7 @@ from .fused import open_checkpoint
 from .job import ConversionJob
 from .model_card import write_model_card
 from .output import write_companions, write_weights
+from .presets import Preset
 from .recovered import LEAST, SMALL, is_small
 from .source import local_checkpoint
 from .summary import summary
@@ -91,20 +93,29 @@ def convert(
             config.tie_word_embeddings = False  # what lies in the file counts, as it does for transformers
         engine = None if options.serve is None else ENGINES[options.serve]
         source_width = keys_values_width(config)
-        plans = preset.plans(architecture, options if engine is None else kernel_sizes(options, engine, source_width))
+        plans = plan_sizes(architecture, options, preset, engine)
         dtype = stored_dtype(tensors) if options.dtype == "auto" else getattr(torch, options.dtype)
         logger.info(plans[0].describe(served_dtype(dtype)))
         if is_small(plans[0].ratio):
             remedy = f"Take --cache-ratio 0.3125, or at least {LEAST / 100:g}"
             remedy += "" if engine is None else ", without --serve"
             logger.warning("That is %.3g %%, %s. %s.", 100 * plans[0].ratio, SMALL, remedy)
-        if engine is None and (advice := advise_sizes(plans[0].width, source_width)):
-            logger.info(advice)
 
         def config_of(plan: CachePlan) -> LatentConfigMixin:
             bias = architecture.has_attention_bias(tensors)
             return preset.mla_config(architecture, plan, attention_bias=bias, dtype=dtype)
 
+        def runs_by_kernels(engine: Engine) -> bool:
+            try:
+                plan = plan_sizes(architecture, CacheSizes(), preset, engine)[0]
+                check_servable(config_of(plan), preset.common_frequencies, engine)
+            except ValueError:
+                return False
+            return True
+
+        if engine is None and (advice := advise_sizes(plans[0].width, source_width)):
+            if runs_by_kernels(ENGINES["vllm"]):
+                logger.info(advice)
         if engine is not None:
             check_servable(config_of(plans[0]), preset.common_frequencies, engine)
         blocks, held_out = load_text(folder, options, config, trust_remote_code)
@@ -156,6 +167,26 @@ def convert(
     original = None if gguf_file is not None or source.endswith(".gguf") else source
     logger.info(summary(original, output, options, plan, mla_config, job.losses, served_dtype(dtype)))
     return output
+
+
+def plan_sizes(
+    architecture: Architecture, sizes: CacheSizes, preset: Preset, engine: Engine | None
+) -> list[CachePlan]:
+    """The preset's plans for what is asked for, which for an engine may be the sizes of its kernels. A `ValueError` if
+    the source cannot have such a cache."""
+    if engine is None:
+        return preset.plans(architecture, sizes)
+    chosen = kernel_sizes(sizes, engine, keys_values_width(architecture.config))
+    try:
+        return preset.plans(architecture, chosen)
+    except ValueError as reason:
+        if chosen is sizes:  # the user's own
+            raise
+        raise ValueError(
+            f"The source has too few rotary frequencies, or too small matrices, to fill {chosen.kv_lora_rank} + "
+            f"{chosen.qk_rope_head_dim}, which {engine.title} takes. Give smaller --kv-lora-rank and "
+            "--qk-rope-head-dim, and export with --pad."
+        ) from reason
 
 
 def load_text(

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from conftest import pico_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from mha2mla.cli.main import main
 from mha2mla.common.kernel_sizes import ENGINES
@@ -13,7 +13,7 @@ from mha2mla.conversion.cache_sizes import CacheSizes
 from mha2mla.conversion.export import export
 from mha2mla.conversion.export.engines import advise_sizes, engines_for_frequencies, kernel_sizes
 from mha2mla.modeling import MLALlamaConfig
-from pico import make_source
+from pico import BASE, make_source
 
 QUICK = ("--samples", 4, "--length", 16, "--score-samples", 2, "--refine-steps", 0)
 SMALL = ("--kv-lora-rank", 12, "--qk-rope-head-dim", 6)
@@ -154,8 +154,8 @@ def test_kernel_sizes_are_chosen_and_padded(save_source, calibration_file, tmp_p
         ("gqa", "default", ("--rope-frequencies", "per-layer"), "frequencies of their own .*Leave --rope-frequencies"),
         ("gqa", "default", ("--rope-layout", "per-head"), "num_rope_key_heads=2.*--rope-layout shared"),
         ("gqa", "default", ("--preset", "paper"), "num_rope_key_heads=2"),
-        ("llama-bias", "default", (), "attention_bias=True"),
-        ("qwen3", "default", (), "qk-norm"),
+        ("llama-bias", "default", (), "attention_bias=True: .* in transformers or .*Without --serve it is converted"),
+        ("qwen3", "default", (), "qk-norm.*Without --serve it is converted"),
         ("gqa", "dynamic", (), "rope_type='dynamic'"),
         ("gqa", "linear", (), "no rotary table for 3 frequencies"),
     ],
@@ -175,6 +175,28 @@ def test_what_cannot_be_served_is_refused(
     error = " ".join(capsys.readouterr().err.split())
     assert re.search(message, error), error
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "changes, advised",
+    [
+        (dict(head_dim=64, num_key_value_heads=4, hidden_size=320), True),
+        (dict(head_dim=64, num_key_value_heads=4, hidden_size=320, attention_bias=True), False),
+        (dict(head_dim=16, num_attention_heads=12, num_key_value_heads=12, hidden_size=384), False),  # 8 frequencies
+        (dict(head_dim=64, num_key_value_heads=4), False),  # matrices of rank 48
+    ],
+)
+def test_kernel_sizes_are_advised_where_they_work(changes, advised, calibration_file, tmp_path, caplog, capsys):
+    source, out = tmp_path / "source", tmp_path / "out"
+    AutoModelForCausalLM.from_config(LlamaConfig(**{**BASE, **changes})).save_pretrained(source)
+    pico_tokenizer().save_pretrained(source)
+    with caplog.at_level("INFO", logger="mha2mla"):
+        assert convert(source, out, *SMALL, "--data", calibration_file) == 0
+    assert ("--serve vllm chooses among them" in caplog.text) == advised
+    assert convert(source, tmp_path / "served", "--data", calibration_file, "--serve", "vllm") == (0 if advised else 2)
+    error = capsys.readouterr().err
+    if not advised and "attention_bias" not in changes:
+        assert "to fill 256 + 64, which vLLM on a GPU takes. Give smaller --kv-lora-rank" in error
 
 
 def test_an_unknown_engine_is_refused(save_source, tmp_path, capsys):

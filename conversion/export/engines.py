@@ -53,7 +53,10 @@ def check_servable(config: LatentConfigMixin, common_frequencies: bool, engine: 
     Raises:
         ValueError: If the engine cannot run an export of such a model, whatever its weights are.
     """
-    check_architecture(config, "--preset calibrated --rope-layout shared")
+    try:
+        check_architecture(config, "--preset calibrated --rope-layout shared")
+    except ValueError as reason:
+        raise ValueError(f"{reason} Without --serve it is converted, for use as it is.") from None
     if not common_frequencies:
         raise ValueError(
             f"Layers with frequencies of their own cannot be served by {engine.title}, whose rotary table is one for "

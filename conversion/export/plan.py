@@ -21,7 +21,7 @@ from .rope_table import LENGTH_DEPENDENT, RopeTable, fit_table, frequency_places
 
 OurConfig = MLALlamaConfig | MLAMixtralConfig  # of what DeepSeek's block can express
 # A remedy for what DeepSeek's form cannot say.
-AS_IT_IS = f"Serve the model as it is by the vLLM plugin ({installing('vllm')}; docs/serving.md)"
+AS_IT_IS = f"Run the model as it is, in transformers or by the vLLM plugin ({installing('vllm')}; docs/serving.md)"
 
 
 @dataclass(frozen=True)
@@ -143,8 +143,8 @@ def check_architecture(config: LatentConfigMixin, remedy: str) -> None:
     if rope_type in LENGTH_DEPENDENT:
         raise ValueError(
             f"rope_parameters.rope_type={rope_type!r} changes the frequencies with the length of the text, which "
-            "engines do not do for DeepSeek. If short texts are all you need, set rope_type to 'default' in the "
-            "source's config.json and convert it again."
+            f"engines do not do for DeepSeek. {AS_IT_IS}. If short texts are all you need, set rope_type to 'default' "
+            "in the source's config.json and convert it again."
         )
 
 
