@@ -63,6 +63,7 @@ class NormalisedHeads:
         directions and of variance 1, [G, d, hidden]."""
         dims = (1, 2) if self.k_gain.dim() == 1 else (0, 1, 2)
         power = self.k.square().sum(dims, keepdim=True) / self.k_gain.numel()
+        power = power.clamp_min(torch.finfo(power.dtype).tiny)  # heads that were pruned stay zero
         return self.k * power.rsqrt() * self.k_gain[..., None]
 
 

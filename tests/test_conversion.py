@@ -433,6 +433,31 @@ def test_exact_sizes_lose_nothing_through_the_whole_pipeline(save_source, calibr
     assert (logits(out) - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
+@pytest.mark.parametrize(
+    "zero",
+    [("q_proj",), ("k_proj",), ("v_proj",), ("o_proj",), ("k_proj", "v_proj"), ("input_layernorm",)],
+    ids="+".join,
+)
+@pytest.mark.parametrize("kind", ["gqa", "qwen3", "olmo2"])
+def test_layers_that_were_pruned_are_zero_still(kind, zero, save_source, calibration_file, tmp_path):
+    source, out = save_source(kind), tmp_path / "out"
+    stored = load_file(source / "model.safetensors")
+    pruned = {n: t * 0 if "layers.1." in n and any(part in n for part in zero) else t for n, t in stored.items()}
+    save_file(pruned, source / "model.safetensors", metadata={"format": "pt"})
+    config = SOURCES[kind]
+    width = config.num_key_value_heads * head_dim(config)
+    text = ("--data", calibration_file, *CALIBRATED[:4])
+    sizes = ("--qk-rope-head-dim", width, "--kv-lora-rank", min(width, config.hidden_size))
+    everything = ("--refine-steps", 0, "--rope-frequencies", "per-layer")
+    assert run(source, out, *sizes, *text, *everything, preset="calibrated") == 0
+    expected = logits(source)
+    assert (logits(out) - expected).abs().max() <= 1e-4 * expected.abs().max()
+    for preset, own in (("calibrated", CALIBRATED[4:]), ("paper", ())):
+        options = ("--cache-ratio", 0.5, *text, *own, "--overwrite")
+        assert run(source, out, *options, preset=preset) == 0
+        assert logits(out).isfinite().all() and "NaN" not in (out / "conversion.json").read_text()
+
+
 def test_common_frequencies_are_each_there_once(save_source, calibration_file, tmp_path, capsys):
     sizes = ("--qk-rope-head-dim", 14, "--kv-lora-rank", 12, "--data", calibration_file)
     assert run(save_source("gqa"), tmp_path / "out", *sizes, *CALIBRATED, preset="calibrated") == 2

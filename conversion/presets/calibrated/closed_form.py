@@ -140,8 +140,10 @@ def collect_statistics(
 
 
 def shrink(covariance: torch.Tensor, amount: float) -> torch.Tensor:
-    """(1 - amount) C + amount * mean(diag C) * I."""
+    """(1 - amount) C + amount * mean(diag C) * I; I where C is zero, as behind a norm whose weight is."""
     unit = torch.eye(covariance.shape[0], dtype=covariance.dtype, device=covariance.device)
+    if not covariance.any():
+        return unit
     return (1 - amount) * covariance + amount * covariance.diagonal().mean() * unit
 
 
@@ -149,10 +151,16 @@ def unrotation_cost(
     statistics: LayerStatistics, num_heads: int, steps: Steps = DEFAULT_STEPS
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What it costs to take RoPE from each pair of a layer, summed over heads, [F, A], and the energy of the layer's
-    scores that this is to be compared with."""
+    scores that this is to be compared with, above 0."""
     factors = head_factors(statistics.mix, num_heads)  # [H, F, A]
     cost = steps.mean_rotation(statistics.moments, factors)[1].sum(0)
-    return cost, score_energy(statistics.moments, factors).sum()
+    return cost, total_energy(statistics.moments, factors)
+
+
+def total_energy(moments: PairMoments, factors: torch.Tensor) -> torch.Tensor:
+    """Of all scores of a layer, to divide costs by, which are 0 too where all scores are."""
+    energy = score_energy(moments, factors).sum()
+    return energy.clamp_min(torch.finfo(energy.dtype).tiny)
 
 
 def convert_attention(
@@ -244,7 +252,7 @@ def convert_attention(
         layer.k_rope_bias = to_real(k_pairs[component, frequency] * used[..., None])[..., 0].to(source.q.dtype)
 
     metrics = {
-        "unrotation_error": (cost.masked_fill(kept, 0).sum() / score_energy(statistics.moments, factors).sum()).item(),
+        "unrotation_error": (cost.masked_fill(kept, 0).sum() / total_energy(statistics.moments, factors)).item(),
         "key_energy_kept": share(key_up.square().sum(), mixed_energy(coefficients, white_rows)),
         "value_energy_kept": share(value_up.square().sum(), white_values.square().sum()),
     }

@@ -24,8 +24,11 @@ def joint_low_rank(
         down [R, D], a latent with E[c c^T] = I but for zero dims where there is less than R to keep, and decoder
         [D, R]: W ~ (W decoder) down.
     """
-    # No key energy is left once every pair is rotated.
-    rows = torch.cat([w / w.norm() for w in (keys, values) if w.norm() > 0])  # [k + v, D]
+    # No key energy is left once every pair is rotated, and a layer that was pruned has none at all.
+    filled = [w / w.norm() for w in (keys, values) if w.norm() > 0]
+    if not filled:
+        return root.new_zeros(rank, len(root)), root.new_zeros(len(root), rank)
+    rows = torch.cat(filled)  # [k + v, D]
     if rows.shape[0] >= rows.shape[1]:
         basis = torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -rank:]
     else:  # fewer rows than dims (GQA): the same inside the span of the rows, where it is far cheaper

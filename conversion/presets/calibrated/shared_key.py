@@ -43,6 +43,8 @@ def shared_key_basis(
     groups = k.shape[0]
     keys = to_complex(k).transpose(0, 1)  # [F, G, D]
     power = query_power.unflatten(0, (groups, -1)).sum(1).T  # [F, G]
+    if not power.any():  # queries of a layer that was pruned weigh nothing
+        power = torch.ones_like(power)
     weight = power.clamp_min(1e-12 * power.max()).sqrt()
     weighted = weight[..., None] * keys
     gram = weighted @ covariance.to(keys.dtype) @ weighted.mH
