@@ -5,6 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 
+def perplexity_of(loss: float) -> float:
+    """exp of a loss in nats; infinity where that is beyond a number, as a model that lost everything may have it."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
 @dataclass(frozen=True)
 class Perplexity:
     """
@@ -33,7 +41,7 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss)
+        return perplexity_of(self.loss)
 
     @property
     def stderr(self) -> float:

@@ -1,11 +1,11 @@
 """What a conversion ends with: what it did to the cache and to the model, and the commands that come next."""
 
-import math
 import shlex
 from pathlib import Path
 
 from mha2mla.common.extras import installing
 from mha2mla.common.kernel_sizes import ENGINES, KERNEL_ROPE_DIM, Engine
+from mha2mla.common.perplexity import perplexity_of
 from mha2mla.modeling.latent_config import LatentConfigMixin
 
 from .cache_plan import CachePlan
@@ -43,8 +43,8 @@ def summary(
     if losses:
         before, after = losses["source"], losses["converted"]
         lines.append(
-            f"Loss: {before:.3f} -> {after:.3f} nats per token (perplexity {math.exp(before):,.1f} -> "
-            f"{math.exp(after):,.1f}) on held-out text of the same data"
+            f"Loss: {before:.3f} -> {after:.3f} nats per token (perplexity {perplexity_of(before):,.1f} -> "
+            f"{perplexity_of(after):,.1f}) on held-out text of the same data"
         )
     found, engines = engines_for_frequencies(config, plan.frequencies, plan.source_width)
     lines.append(f"Engines for an export: {engines}")

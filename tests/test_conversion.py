@@ -313,6 +313,10 @@ BAD_SOURCES = {
         {"model_type": "ministral3", "rope_parameters": None, "max_position_embeddings": 32768},
         "llama_4_scaling_beta=0.1 makes queries larger from position 16384 on",
     ),
+    "growing by nothing": (
+        {"model_type": "ministral3", "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0}},
+        "rope_parameters has no llama_4_scaling_beta, without which transformers' Ministral 3 does not run",
+    ),
     "sliding": ({"model_type": "mistral", "sliding_window": 16}, "set sliding_window to null"),
     "some sliding": (
         {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
@@ -615,6 +619,17 @@ def test_it_ends_with_what_it_did_and_what_comes_next(save_source, calibration_f
     short = ["--length", "16", "--max-steps", "1", "--report_to", "none", "--use_cpu"]
     assert main([*train, *short]) == 0 and (tmp_path / "a model-recovered" / "config.json").is_file()
     assert main(export) == 0 and (tmp_path / "a model-served" / "config.json").is_file()
+
+
+def test_a_loss_beyond_any_perplexity_is_told(save_source, calibration_file, tmp_path, caplog):
+    """A head like this makes losses of thousands of nats; the output is there, and the end of the command too."""
+    source = save_source("gqa")
+    stored = load_file(source / "model.safetensors")
+    save_file({**stored, "lm_head.weight": 1e4 * stored["lm_head.weight"]}, source / "model.safetensors")
+    with caplog.at_level("INFO", logger="mha2mla"):
+        sizes = ("--cache-ratio", 0.5, "--data", calibration_file, *CALIBRATED)
+        assert run(source, tmp_path / "out", *sizes, preset="calibrated") == 0
+    assert "(perplexity inf -> inf)" in caplog.text
 
 
 def test_without_more_text_no_loss_is_told(save_source, calibration_file, tmp_path, caplog):

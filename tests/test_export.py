@@ -21,6 +21,7 @@ from mha2mla.training import add_lora
 from pico import BLOCK_PACKAGE, ROPES, exact_model, make_mla, make_source, tokens
 
 LLAMA3 = {**ROPES["llama3"], "original_max_position_embeddings": 2048, "rope_theta": 1e5}
+SLOW = {**ROPES["default"], "rope_theta": 1e8}
 
 
 def exportable(frequencies, seed=0, **changes):
@@ -162,13 +163,11 @@ def test_float16_is_written_as_bfloat16(save, tmp_path, caplog):
         (lambda: exportable([0, 1], attention_bias=True), r"attention_bias=True.*Qwen2"),
         (lambda: exportable([0, 1], mlp_bias=True), r"mlp_bias=True"),
         (lambda: exportable([0, 1], hidden_act="gelu"), r"hidden_act='gelu'"),
+        (lambda: exportable([0, 1], rms_norm_eps=0.0), r"rms_norm_eps=0\.0: .* must be above 0\. .* set a small one"),
         (lambda: exportable([0, 1], rope_parameters=ROPES["dynamic"]), r"rope_type='dynamic'.*length of the text"),
         (lambda: exportable([0, 1], rope_parameters=ROPES["longrope"]), r"rope_type='longrope'"),
         (lambda: exportable([0, 3, 3]), r"Layer 0 uses the rotary frequencies \[3\] more than once"),
-        (
-            lambda: exportable([1, 3, 4], rope_parameters=LLAMA3),
-            r"moves \[3, 4\] of them. It leaves \[0, 1, 2\]",
-        ),
+        (lambda: exportable([1, 3, 4], rope_parameters=LLAMA3), r"moves \[3, 4\] of them. It leaves \[0, 1, 2\]"),
         (lambda: exportable([0, 1], rope_parameters=ROPES["linear"]), r"'linear' moves \[0, 1\].* It leaves none"),
         (lambda: make_source("gqa"), r"model_type='llama': it is not converted. Convert it first: `mha2mla convert"),
     ],
@@ -198,6 +197,8 @@ def test_sizes_beyond_the_kernels_are_refused(save, tmp_path):
         export(save(exportable([0, 1], kv_lora_rank=300)), tmp_path / "out", ExportConfig(pad=256))
     with pytest.raises(ValueError, match=r"v_head_dim=160 is more than the 128"):
         export(save(exportable([0, 1], v_head_dim=160)), tmp_path / "out", ExportConfig(pad=256))
+    with pytest.raises(ValueError, match=r"head_dim=12 and rope_theta=1e\+08: the last slots turn too slowly"):
+        export(save(exportable([0, 1], rope_parameters=SLOW)), tmp_path / "out", ExportConfig(pad=256))
     many = exportable([0, 1, 40], head_dim=96)
     with pytest.raises(ValueError, match=r"need a table of"):
         export(save(exportable(list(range(34)), head_dim=96)), tmp_path / "out", ExportConfig(pad=256))

@@ -12,6 +12,12 @@ def refuse_growing_queries(config: PreTrainedConfig) -> None:
     """A query at position m is multiplied by 1 + beta log(1 + floor(m / original length)): by 1 below that length."""
     beta = config.rope_parameters.get("llama_4_scaling_beta")
     original = config.rope_parameters.get("original_max_position_embeddings")
+    for field, value in (("llama_4_scaling_beta", beta), ("original_max_position_embeddings", original)):
+        if value is None:
+            raise ValueError(
+                f"rope_parameters has no {field}, without which transformers' Ministral 3 does not run. Set it in "
+                "config.json; a llama_4_scaling_beta of 0 leaves queries as they are."
+            )
     if beta and config.max_position_embeddings > original:
         raise ValueError(
             f"rope_parameters.llama_4_scaling_beta={beta} makes queries larger from position {original} on, and those "

@@ -137,6 +137,11 @@ def check_architecture(config: LatentConfigMixin, remedy: str) -> None:
                 f"{field}=True: the model's projections have biases (as Qwen2's), and DeepSeek's have none. "
                 f"{AS_IT_IS}, or convert a source without them."
             )
+    if not config.rms_norm_eps > 0:
+        raise ValueError(
+            f"rms_norm_eps={config.rms_norm_eps}: an export scales the model by its eps, which must be above 0. "
+            f"{AS_IT_IS}, or set a small one (1e-12) in its config.json."
+        )
     if config.hidden_act != "silu":
         raise ValueError(f"hidden_act={config.hidden_act!r}: engines run DeepSeek's MLP with 'silu' only.")
     rope_type = config.rope_parameters["rope_type"]
@@ -188,6 +193,12 @@ def find_table(
     if table is not None:
         return table
     smallest = fit_table(places, frequencies, theta, allow_step)
+    if smallest is not None and num_slots is not None and smallest.num_slots <= num_slots:
+        raise ValueError(
+            f"A rotary table of {num_slots} slots, which kernels have, has no rope_theta in fp32 where head_dim="
+            f"{config.head_dim} and rope_theta={theta:g}: the last slots turn too slowly. Leave --pad out: "
+            "transformers then runs it."
+        )
     if smallest is not None:
         raise ValueError(
             f"The rotary frequencies {frequencies} need a table of {smallest.num_slots} slots, and kernels have "
