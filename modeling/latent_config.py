@@ -67,6 +67,7 @@ class LatentConfigMixin:
         head_dim: int
         max_position_embeddings: int
         hidden_act: str
+        rms_norm_eps: float
         rope_parameters: dict[str, Any]
 
         def __init__(self, **kwargs: Any) -> None: ...
