@@ -40,6 +40,7 @@ from .presets import Preset
 from .recovered import LEAST, SMALL, is_small
 from .source import local_checkpoint
 from .summary import summary
+from .survey import engines_of_all
 from .weights_check import check_weights, stored_dtype
 
 logger = logging.getLogger(__name__)
@@ -108,14 +109,14 @@ def convert(
         def runs_by_kernels(engine: Engine) -> bool:
             try:
                 plan = plan_sizes(architecture, CacheSizes(), preset, engine)[0]
-                check_servable(config_of(plan), preset.common_frequencies, engine)
             except ValueError:
                 return False
-            return True
+            takers, _ = engines_of_all(architecture, [plan], [config_of(plan)])
+            return preset.common_frequencies and engine in dict(takers)
 
-        if engine is None and (advice := advise_sizes(plans[0].width, source_width)):
-            if runs_by_kernels(ENGINES["vllm"]):
-                logger.info(advice)
+        advice = advise_sizes(plans[0].width, source_width) if engine is None else None
+        if advice is not None and runs_by_kernels(ENGINES["vllm"]):
+            logger.info(advice)
         if engine is not None:
             check_servable(config_of(plans[0]), preset.common_frequencies, engine)
         blocks, held_out = load_text(folder, options, config, trust_remote_code)

@@ -13,7 +13,7 @@ from mha2mla.conversion.cache_sizes import CacheSizes
 from mha2mla.conversion.export import export
 from mha2mla.conversion.export.engines import advise_sizes, engines_for_frequencies, kernel_sizes
 from mha2mla.modeling import MLALlamaConfig
-from pico import BASE, make_source
+from pico import BASE, ROPES, make_source
 
 QUICK = ("--samples", 4, "--length", 16, "--score-samples", 2, "--refine-steps", 0)
 SMALL = ("--kv-lora-rank", 12, "--qk-rope-head-dim", 6)
@@ -184,6 +184,7 @@ def test_what_cannot_be_served_is_refused(
         (dict(head_dim=64, num_key_value_heads=4, hidden_size=320, attention_bias=True), False),
         (dict(head_dim=16, num_attention_heads=12, num_key_value_heads=12, hidden_size=384), False),  # 8 frequencies
         (dict(head_dim=64, num_key_value_heads=4), False),  # matrices of rank 48
+        (dict(head_dim=64, num_key_value_heads=4, hidden_size=320, rope_parameters=ROPES["linear"]), False),
     ],
 )
 def test_kernel_sizes_are_advised_where_they_work(changes, advised, calibration_file, tmp_path, caplog, capsys):
@@ -195,7 +196,7 @@ def test_kernel_sizes_are_advised_where_they_work(changes, advised, calibration_
     assert ("--serve vllm chooses among them" in caplog.text) == advised
     assert convert(source, tmp_path / "served", "--data", calibration_file, "--serve", "vllm") == (0 if advised else 2)
     error = capsys.readouterr().err
-    if not advised and "attention_bias" not in changes:
+    if not advised and not {"attention_bias", "rope_parameters"} & set(changes):
         assert "to fill 256 + 64, which vLLM on a GPU takes. Give smaller --kv-lora-rank" in error
 
 
