@@ -364,7 +364,7 @@ def test_pickled_missing_and_incomplete_weights(save_source, tmp_path, capsys):
 
 def test_calibration_errors(save_source, calibration_file, tmp_path, capsys):
     source = save_source()
-    base = (source, tmp_path / "out", "--cache-ratio", "0.5", "--data", calibration_file)
+    base = (source, tmp_path / "out", "--cache-ratio", "0.5", "--data", calibration_file, "--length", 32)
     assert run(*base, "--column", "body") == 2
     assert "no column 'body'; it has text" in capsys.readouterr().err
     assert run(*base, "--samples", "1000") == 2
@@ -540,7 +540,7 @@ def test_blocks_longer_than_the_context_are_refused(save_source, calibration_fil
         (lambda: ConversionConfig(cache_ratio=0.5, data=["t"]), r"data=\['t'\] must be of type str, got list"),
         (lambda: ConversionConfig(cache_ratio=0.5, data="t", device=torch.device("cpu")), "type str, got device"),
         (lambda: ConversionConfig(cache_ratio=0.5, data="t", samples=True), "samples=True must be of type int, got b"),
-        (lambda: Paper(score_samples=0.5), "score_samples=0.5 must be of type int, got float"),
+        (lambda: Paper(rope_selection=3), "rope_selection=3 must be of type str, got int"),
         (lambda: ExportConfig(pad="512"), "pad='512' must be of type int, got str"),
     ],
 )
