@@ -49,7 +49,8 @@ def test_the_check_is_of_our_logits(save, tmp_path, monkeypatch):
 def test_what_is_written(frequencies, save, tmp_path, caplog):
     model, folder = save(frequencies)
     export(folder, tmp_path / "out")
-    assert caplog.messages[-1].startswith("Not for transformers' own DeepSeek-V2")
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings[-1].startswith("Not for transformers' own DeepSeek-V2")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["model_type"], config["architectures"]) == ("deepseek_v2", ["DeepseekV2ForCausalLM"])
     said = ("scoring_func", "topk_method", "norm_topk_prob", "n_group", "topk_group", "routed_scaling_factor")
