@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
     import torch
 
     from mha2mla.common.device import check_device
-    from mha2mla.common.loading import load_config, load_model
+    from mha2mla.common.loading import check_router, load_config, load_model
     from mha2mla.evaluation.caches import CacheKind
     from mha2mla.evaluation.speed.dimensions import random_models
     from mha2mla.evaluation.speed.run import bench_models
@@ -84,6 +84,7 @@ def main(argv: list[str]) -> None:
         makers = {Path(path).name: partial(load, path) for path in given.models}
         for path in given.models:  # before the first is measured
             config = load_config(path, trust_remote_code=options.trust_remote_code)
+            check_router(config, path, "model")
             for kind in caches:
                 kind.suits(config)
     table = bench_models(

@@ -57,6 +57,8 @@ def main(argv: list[str]) -> None:
         name = f"{path} (original)" if path == original and len(paths) > 1 else path
         speakers.append(Speaker(name, model.to(options.device).eval(), tokenizer))
     for prompt in prompts(options.prompt):
+        if not prompt.isprintable() and any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise ValueError(f"The prompt {prompt!r} holds what is no character. Is the terminal's encoding UTF-8?")
         show(speakers, prompt, options.max_new_tokens)
 
 

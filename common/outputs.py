@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
@@ -23,6 +23,15 @@ def files_in(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
+def own_files(folder: Path, names: Iterable[str], record: str = RECORD_NAME) -> None:
+    """Let a folder's record count these files, too, among what it may replace; one that lists none stays as it is."""
+    path = folder / record
+    content = read_json_object(path) if path.is_file() else {}
+    if isinstance(content.get(FILES), list):
+        content[FILES] = sorted({*content[FILES], *names})
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 def check_replaceable(folder: Path, record: str) -> None:
     """Raise a `ValueError` unless `record` lies in a folder and names all files in it. A copy of the record beside
     other weights, as training leaves it, names none."""
@@ -37,7 +46,7 @@ def check_replaceable(folder: Path, record: str) -> None:
     others = [file for file in files_in(folder) if file not in written]
     if others:
         names = shorten(", ".join(dict.fromkeys(file.split("/")[0] for file in others)), 120, placeholder=" ...")
-        why = "" if written else f" ({record} names no files, as in a trained model)"
+        why = "" if written else f" ({record} lists no files, as in a trained model, or one of an older version)"
         raise ValueError(
             f"{folder} holds what the {command} did not write{why}, and --overwrite will not delete it: {names}. "
             "Choose another folder, or remove it yourself."

@@ -103,16 +103,14 @@ class CheckpointReader:
         return tensor
 
     def digest(self) -> str:
-        """What tells these weights from others, for the price of reading the first row of each tensor."""
+        """What tells these weights from others, for the price of reading them."""
         found = hashlib.sha256()
         for file in sorted(set(self.files.values())):
             with self._open(file) as opened:
                 for name in sorted(name for name, place in self.files.items() if place == file):
-                    tensor = opened.get_slice(name)
-                    shape = tensor.get_shape()
-                    row = tensor[:1] if shape else opened.get_tensor(name)
-                    found.update(f"{name} {shape} {tensor.get_dtype()} ".encode())
-                    found.update(row.reshape(-1).view(torch.uint8).numpy().tobytes())
+                    tensor = opened.get_tensor(name)
+                    found.update(f"{name} {list(tensor.shape)} {tensor.dtype} ".encode())
+                    found.update(tensor.reshape(-1).view(torch.uint8).numpy())
         return found.hexdigest()
 
     def names(self, prefix: str) -> list[str]:

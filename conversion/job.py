@@ -22,7 +22,7 @@ class ConversionJob:
         device (`str`): Where layers live while it is their turn.
         seed (`int`): Of whatever is drawn at random.
         scratch (`Path`): A folder that lives as long as the conversion.
-        weights (`str`): What tells the source's weights from others, see [`CheckpointReader.digest`].
+        digest (`Callable`): Gives what tells the source's weights from others, see [`CheckpointReader.digest`].
         engine (`str`, *optional*): Title of the inference engine that the model must suit.
         expressible (`Callable`): Whether that engine, or else any that runs DeepSeek's models, has a rotary table of
             some of the source's frequencies, which are given by their indices.
@@ -38,7 +38,7 @@ class ConversionJob:
     device: str
     seed: int
     scratch: Path
-    weights: str = ""
+    digest: Callable[[], str] = str
     engine: str | None = None
     expressible: Callable[[Sequence[int]], bool] = lambda frequencies: True
     held_out: torch.Tensor | None = None

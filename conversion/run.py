@@ -4,6 +4,7 @@ import json
 import logging
 import platform
 import time
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -131,7 +132,7 @@ def convert(
                 options.device,
                 options.seed,
                 scratch,
-                tensors.digest(),
+                cache(tensors.digest),
                 engine=None if engine is None else engine.title,
                 expressible=expressible_lists(config_of(plans[0]), engine or ENGINES["transformers"]),
                 held_out=held_out,

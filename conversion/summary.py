@@ -50,11 +50,12 @@ def summary(
     lines.append(f"Engines for an export: {engines}")
     if options.data is not None:
         lines.append(RECOVERY)
-    commands = [*compare_and_recover(original, output, options), *serve(output, found, plan, config)]
+    context = config.max_position_embeddings
+    commands = [*compare_and_recover(original, output, options, context), *serve(output, found, plan, config)]
     return "\n".join([*lines, f"Wrote {output}", "Next:", *(f"  {command}" for command in commands)])
 
 
-def compare_and_recover(original: str | None, output: Path, options: ConversionConfig) -> list[str]:
+def compare_and_recover(original: str | None, output: Path, options: ConversionConfig, context: int) -> list[str]:
     """Commands that show the model beside its source, and that train it back to it."""
     commands = [] if original is None else [["mha2mla", "chat", original, str(output)]]
     if options.data is not None:
@@ -62,7 +63,15 @@ def compare_and_recover(original: str | None, output: Path, options: ConversionC
         named["--split"] = None if options.split == "train" else options.split
         given = [word for name, value in named.items() if value is not None for word in (name, value)]
         if options.device == "cpu":  # to see that it works
-            how = ["--use_cpu", "--length", "256", "--per_device_train_batch_size", "2", "--max_steps", "10"]
+            how = [
+                "--use_cpu",
+                "--length",
+                str(min(256, context)),
+                "--per_device_train_batch_size",
+                "2",
+                "--max_steps",
+                "10",
+            ]
             how += ["--learning_rate", "3e-5", *(["--distillation_weight", "1"] if original is not None else [])]
         else:  # the recipe is for a teacher
             how = ["--config", "docs/examples/recovery.yaml"] if original is not None else ["--bf16"]

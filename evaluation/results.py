@@ -79,13 +79,20 @@ class Results:
         Those in the folder, to be continued, or new ones.
 
         Raises:
-            ValueError: If the folder's were measured with other settings.
+            ValueError: If the folder's were measured with other settings, or nothing can be written there.
         """
         path = folder / RESULTS_NAME
+        try:  # now, not when the first numbers are there
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{folder} cannot be a folder of results ({error}). Choose another --output.") from None
+        if not os.access(folder, os.W_OK) or path.is_dir():
+            raise ValueError(f"{path} cannot be written. Choose another --output.")
         if not path.is_file():
             return cls(asdict(settings))
         content = read_json_object(path)
-        if missing := [name for name in ("settings", "runs", "models") if name not in content]:
+        kinds = {"settings": dict, "runs": list, "models": list}
+        if missing := [name for name, kind in kinds.items() if not isinstance(content.get(name), kind)]:
             raise ValueError(f"{path} has no {missing[0]}: `mha2mla eval` did not write it. Choose another --output.")
         changed = {k: v for k, v in asdict(settings).items() if content["settings"].get(k) != v}
         if changed:

@@ -56,6 +56,11 @@ def test_a_conversation_beyond_the_context_ends_in_a_sentence(folders, capsys):
     assert "The conversation has 40 tokens, and" in capsys.readouterr().err
 
 
+def test_a_prompt_of_half_characters_is_refused(folders, capsys):
+    assert main(["chat", *folders, "--prompt", "a\udcff"]) == 2
+    assert r"The prompt 'a\udcff' holds what is no character" in capsys.readouterr().err
+
+
 def test_prompts_are_read_until_an_empty_line(monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n\nthree\n"))
     assert list(chat.prompts(None)) == ["one", "two"]

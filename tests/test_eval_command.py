@@ -260,3 +260,20 @@ def test_broken_checkpoints_end_in_a_sentence(spoil, message, sets, tmp_path, ca
     command = ["eval", *paths, "--data", str(sets), "--tasks", "completion", "--output", str(output)]
     assert main(command) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fault", ["a file", "a dangling link", "a folder for a file", "numbers"])
+def test_an_output_that_cannot_be_is_refused_before_anything_is_measured(fault, models, sets, tmp_path, capsys):
+    output = tmp_path / "results"
+    if fault == "a file":
+        output.write_text("")
+    elif fault == "a dangling link":
+        output.symlink_to(tmp_path / "no" / "such")
+    elif fault == "a folder for a file":
+        (output / "results.json").mkdir(parents=True)
+    else:
+        output.mkdir()
+        (output / "results.json").write_text(json.dumps({"settings": 3, "runs": [], "models": []}))
+    assert main(arguments(models, sets, tmp_path)) == 2
+    captured = capsys.readouterr()
+    assert "Choose another --output" in captured.err and "measurement 1" not in captured.err + captured.out

@@ -71,6 +71,10 @@ def test_page_and_model_cards_show_the_conversions(conversions, calibration_file
     assert card.count("## Evaluation\n") == 1 and card.endswith("[mha2mla]: https://arxiv.org/abs/2502.14837\n")
     source = next(conversions.glob("source-*"))
     assert not list(source.glob("*.png")) and not (source / "README.md").exists()
+    # Our own pictures are no reason to keep an earlier output.
+    options = ("--cache-ratio", 0.5, "--refine-steps", 1, "--data", calibration_file, *TEXT, "--overwrite")
+    assert main(["convert", str(source), str(big), *map(str, options)]) == 0
+    assert not list(big.glob("*.png"))
 
 
 def test_without_its_source_a_conversion_is_measured_alone(conversions, calibration_file, capsys):

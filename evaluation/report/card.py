@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from mha2mla.common.cards import CARD_NAME
+from mha2mla.common.outputs import own_files
 from mha2mla.evaluation.results import ORIGINAL, Results
 
 from .conversion import conversion_figures, find_records
@@ -31,8 +32,8 @@ def write_cards(results: Results) -> None:
             logger.info("%s has no %s, left as it is", folder, CARD_NAME)
             continue
         shown = [save(folder, name, figure) for name, figure in against_cache(results)]
-        for name, figure in conversion_figures(record):
-            save(folder, name, figure)
+        saved = [save(folder, name, figure) for name, figure in conversion_figures(record)]
+        own_files(folder, [*shown, *saved])
         models = [model for model in results.models if model.preset == ORIGINAL or model.path == path]
         tables = [table.markdown() for table in make_tables(replace(results, models=models))]
         pictures = [f"![{Path(name).stem} against cache size]({name})" for name in shown]

@@ -12,6 +12,7 @@ import yaml
 from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
 from mha2mla.common.cards import RESULTS_FOLDER
+from mha2mla.common.outputs import own_files
 from mha2mla.evaluation.caches import DYNAMIC
 from mha2mla.evaluation.results import ORIGINAL, Results
 from mha2mla.evaluation.tasks import Task
@@ -79,4 +80,5 @@ def write_hub_results(results: Results, benchmarks: Iterable[Benchmark]) -> None
             file.parent.mkdir(exist_ok=True)
             text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
             file.write_text(text, encoding="utf-8")
+            own_files(Path(model.path), [file.relative_to(model.path).as_posix()])
             logger.info("Wrote %s", file)

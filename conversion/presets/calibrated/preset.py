@@ -136,7 +136,8 @@ class Calibrated(Preset):
 
         assert job.blocks is not None
         folder = Path(self.calibration_state or job.scratch / "statistics")
-        identity = fingerprint(job.config, job.weights, job.blocks, self.score_samples, self.shared_key)
+        weights = job.digest() if self.calibration_state else ""  # reads all of them
+        identity = fingerprint(job.config, weights, job.blocks, self.score_samples, self.shared_key)
         state = CalibrationState(folder, identity)
         return Passes(job, state, self.shared_key, self.steps or DEFAULT_STEPS)
 
