@@ -10,7 +10,7 @@ are rounded, except in the first row. What follows is a line for each layer.
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from conversion_ablation import read_blocks
@@ -56,29 +56,29 @@ def record_entries(model: PreTrainedModel, blocks: torch.Tensor) -> list[torch.T
     return [torch.cat(entries) for entries in seen]
 
 
-def variants(model: PreTrainedModel, entries: list[torch.Tensor]) -> Iterator[tuple[str, list[Rounding]]]:
-    """What is rounded and how, with the rounding of each layer."""
+def variants(model: PreTrainedModel, entries: list[torch.Tensor]) -> Iterator[Rounded]:
+    """What is rounded and how, by its name."""
     rank = model.config.kv_lora_rank
     rotation = random_rotation(rank).to(model.device)
     factors = [layer.self_attn.channel_factors(model.dtype)[0] for layer in model.base_model.layers]
     means = [layer[:, :rank].mean(0) for layer in entries]
 
-    def alike(latents: Rounding, keys: Rounding) -> list[Rounding]:
-        return [parts(rank, latents, keys)] * len(entries)
+    def alike(name: str, latents: Rounding, keys: Rounding, keeps_first: bool = True) -> Rounded:
+        return Rounded(name, roundings=[parts(rank, latents, keys)] * len(entries), keeps_first=keeps_first)
 
-    def latents_by(make: Callable[[int], Rounding]) -> list[Rounding]:
-        return [parts(rank, make(index), unchanged) for index in range(len(entries))]
+    def latents_by(name: str, roundings: Iterable[Rounding]) -> Rounded:
+        return Rounded(name, roundings=[parts(rank, rounding, unchanged) for rounding in roundings])
 
-    yield "fp8", alike(round_fp8, round_fp8)  # the form of pareto.py that rounds the first token, too
-    yield "all but the first token", alike(round_fp8, round_fp8)
+    yield alike("all", round_fp8, round_fp8, keeps_first=False)
+    yield alike("all but the first token", round_fp8, round_fp8)
     for factor in (1, 1 / 16, 1 / 256):
-        yield f"rotary keys, times {factor:g}", alike(unchanged, times(factor))
+        yield alike(f"rotary keys, times {factor:g}", unchanged, times(factor))
     for factor in (1, 16, 1 / 16):
-        yield f"latents, times {factor:g}", alike(times(factor), unchanged)
-    yield "latents, rotated", alike(in_basis(rotation, rotation.T), unchanged)
-    bases = [(factor[:, None] * rotation, rotation.T / factor) for factor in factors]
-    yield "latents, in the basis of our codes", latents_by(lambda index: in_basis(*bases[index]))
-    yield "latents, without their mean", latents_by(lambda index: without(means[index]))
+        yield alike(f"latents, times {factor:g}", times(factor), unchanged)
+    yield alike("latents, rotated", in_basis(rotation, rotation.T), unchanged)
+    bases = ((factor[:, None] * rotation, rotation.T / factor) for factor in factors)
+    yield latents_by("latents, in the basis of our codes", (in_basis(*basis) for basis in bases))
+    yield latents_by("latents, without their mean", map(without, means))
 
 
 def describe(entries: torch.Tensor, rank: int) -> dict[str, float]:
@@ -105,9 +105,9 @@ def main() -> None:
     blocks = read_blocks(args.text, AutoTokenizer.from_pretrained(args.model), args.blocks)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(args.device).eval()
     entries = record_entries(model, blocks)
-    for name, roundings in variants(model, entries):
-        found = compare(model, model, blocks, Rounded(name, roundings=roundings), batch_size=2)
-        print("{:36} {:.5f} ± {:.5f}".format(name, *found["kl"]), flush=True)
+    for kind in variants(model, entries):
+        found = compare(model, model, blocks, kind, batch_size=2)
+        print("{:36} {:.5f} ± {:.5f}".format(kind.name, *found["kl"]), flush=True)
     for index, layer in enumerate(entries):
         values = describe(layer, model.config.kv_lora_rank)
         print(json.dumps({"layer": index} | {name: round(value, 5) for name, value in values.items()}))

@@ -160,11 +160,11 @@ class Rounded(CacheKind):
     """A cache of a model in one of the forms above, for whatever takes a `CacheKind`."""
 
     roundings: list[Rounding] = field(default_factory=list)  # of latents, by layer; empty for keys and values
+    keeps_first: bool = True  # of latents; of keys and values the form says it
 
     def make(self, model: PreTrainedModel, length: int | None = None) -> Cache:
         if self.roundings:
-            keeps_first = self.name not in FORMS or FORMS[self.name].keeps_first
-            return Cache(layers=[RoundedLatents(rounding, keeps_first) for rounding in self.roundings])
+            return Cache(layers=[RoundedLatents(rounding, self.keeps_first) for rounding in self.roundings])
         return Cache(layers=[RoundedLayer(FORMS[self.name]) for _ in range(model.config.num_hidden_layers)])
 
 
@@ -192,9 +192,9 @@ def cache_form(name: str, model: PreTrainedModel, ids: torch.Tensor) -> tuple[Ca
         return Rounded(name), numbers * FORMS[name].bits / 8
     width, nbits = config.latent_cache_dim, LATENT_BITS[name]
     if nbits is None:
-        rounding = FORMS[name].keys
-        size = width * FORMS[name].bits / 8
-        return Rounded(name, roundings=[rounding] * config.num_hidden_layers), size * config.num_hidden_layers
+        form, layers = FORMS[name], config.num_hidden_layers
+        kind = Rounded(name, roundings=[form.keys] * layers, keeps_first=form.keeps_first)
+        return kind, width * form.bits / 8 * layers
     cache = DynamicCache(config=config)
     model(ids, logits_to_keep=1, **{CACHE_ARGUMENT: cache})
     attentions = [layer.self_attn for layer in model.base_model.layers]

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from mha2mla.common.files import HALF_CHARACTER
+
 from .columns import LEAST_WIDTH, Columns
 from .parsing import COMPARED_MODELS, parse
 
@@ -57,7 +59,7 @@ def main(argv: list[str]) -> None:
         name = f"{path} (original)" if path == original and len(paths) > 1 else path
         speakers.append(Speaker(name, model.to(options.device).eval(), tokenizer))
     for prompt in prompts(options.prompt):
-        if not prompt.isprintable() and any("\ud800" <= character <= "\udfff" for character in prompt):
+        if HALF_CHARACTER.search(prompt):
             raise ValueError(f"The prompt {prompt!r} holds what is no character. Is the terminal's encoding UTF-8?")
         show(speakers, prompt, options.max_new_tokens)
 

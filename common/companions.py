@@ -2,6 +2,8 @@
 
 import re
 import shutil
+from collections.abc import Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 
 # What may be done with a checkpoint.
@@ -29,9 +31,14 @@ COMPANION_PATTERNS = [
 ]
 
 
+def name_tokenizer(files: Iterable[str]) -> bool:
+    """Whether any tokenizer's files are among these, by their names."""
+    return any(fnmatch(file, pattern) for file in files for pattern in TOKENIZERS)
+
+
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder holds any tokenizer's files."""
-    return any(any(folder.glob(pattern)) for pattern in TOKENIZERS)
+    return name_tokenizer(path.name for path in folder.glob("*"))
 
 
 def find_companions(folder: Path) -> list[Path]:

@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # of a surrogate pair: Python's strings hold it, UTF-8 cannot
+
 
 def no_file(path: str | Path) -> str:
     """For a person: that there is none, and the name beside it that is most like it."""
@@ -114,7 +116,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}:{number} is not JSON: {error.msg}.") from None
-        half = "\\u" in line and re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False))
+        half = "\\u" in line and HALF_CHARACTER.search(json.dumps(row, ensure_ascii=False))
         if half:
             raise ValueError(
                 f"{path}:{number} holds \\u{ord(half[0]):x}, which is half of a surrogate pair and no character. "

@@ -63,15 +63,7 @@ def compare_and_recover(original: str | None, output: Path, options: ConversionC
         named["--split"] = None if options.split == "train" else options.split
         given = [word for name, value in named.items() if value is not None for word in (name, value)]
         if options.device == "cpu":  # to see that it works
-            how = [
-                "--use_cpu",
-                "--length",
-                str(min(256, context)),
-                "--per_device_train_batch_size",
-                "2",
-                "--max_steps",
-                "10",
-            ]
+            how = f"--use_cpu --length {min(256, context)} --per_device_train_batch_size 2 --max_steps 10".split()
             how += ["--learning_rate", "3e-5", *(["--distillation_weight", "1"] if original is not None else [])]
         else:  # the recipe is for a teacher
             how = ["--config", "docs/examples/recovery.yaml"] if original is not None else ["--bf16"]

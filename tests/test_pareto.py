@@ -43,8 +43,8 @@ def test_the_parts_of_what_fp8_costs(models):
     entries = fp8_entries.record_entries(model, blocks)
     assert [layer.shape for layer in entries] == [(4 * 23, model.config.latent_cache_dim)] * 2
     kl = {
-        name: pareto.compare(model, model, blocks, pareto.Rounded(name, roundings=roundings), 2)["kl"][0]
-        for name, roundings in fp8_entries.variants(model, entries)
+        kind.name: pareto.compare(model, model, blocks, kind, 2)["kl"][0]
+        for kind in fp8_entries.variants(model, entries)
     }
     both = kl["rotary keys, times 1"] + kl["latents, times 1"]
     assert 0 < kl["all but the first token"] < 2 * both

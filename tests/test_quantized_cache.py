@@ -181,7 +181,7 @@ def test_generate_takes_the_same_cache_config_twice_and_defaults_to_ours(model):
         (dict(nbits="4"), "nbits must be 4 or 8 for the backend 'latent', got '4'"),
         (
             dict(nbit=8),
-            "no setting nbit of a quantised cache; there are backend, nbits, q_group_size",
+            "no setting nbit of a quantised cache; there are backend, nbits, q_group_size, residual_length",
         ),
         (dict(backend="quanto", group_size=16), "no setting group_size"),
         (dict(q_group_size=0), "q_group_size must be at least 1"),

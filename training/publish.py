@@ -11,7 +11,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from safetensors import SafetensorError, safe_open
 
 from mha2mla.common.cards import CARD_NAME, RESULTS_FOLDER
-from mha2mla.common.companions import COMPANION_PATTERNS
+from mha2mla.common.companions import COMPANION_PATTERNS, name_tokenizer
 from mha2mla.common.exports import EXPORT_RECORD_NAME
 from mha2mla.common.files import read_json_object, read_text
 from mha2mla.common.hub import on_hub
@@ -211,8 +211,8 @@ def push_folder(
 
 def missing_companions(uploads: list[Upload]) -> list[str]:
     """What users of a model look for beside its weights and would not find."""
-    names = {upload.name for upload in uploads}
-    absent = [] if any(name.startswith("tokenizer") for name in names) else ["a tokenizer"]
+    names = [upload.name for upload in uploads]
+    absent = [] if name_tokenizer(names) else ["a tokenizer"]
     return absent + ([] if CARD_NAME in names else [f"a model card ({CARD_NAME})"])
 
 

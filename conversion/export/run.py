@@ -13,10 +13,7 @@ from mha2mla.common.options import shard_bytes
 from mha2mla.common.outputs import atomic_folder, check_output, real_path
 from mha2mla.common.tokenizer import write_tokenizer
 from mha2mla.conversion.cache_plan import served_dtype
-from mha2mla.conversion.checkpoint import (
-    CheckpointReader,
-    CheckpointWriter,
-)
+from mha2mla.conversion.checkpoint import CheckpointReader, CheckpointWriter
 from mha2mla.conversion.fused import open_checkpoint
 from mha2mla.conversion.output import check_complete, write_companions
 from mha2mla.conversion.source import local_checkpoint
