@@ -35,6 +35,10 @@ from .latent_module import (
     MultiHeadLatentAttention,
     register_auto_classes,
 )
+from .latent_norm import FusedNormMixin
+
+
+class MLALlamaRMSNorm(FusedNormMixin, LlamaRMSNorm): ...
 
 
 class MLALlamaDecoderLayer(LlamaDecoderLayer):
@@ -43,8 +47,8 @@ class MLALlamaDecoderLayer(LlamaDecoderLayer):
         self.hidden_size = config.hidden_size
         self.self_attn = MultiHeadLatentAttention(config, layer_idx)
         self.mlp = LlamaMLP(config) if config.gated_mlp else ArceeMLP(config)
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = MLALlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = MLALlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
 class MLALlamaPreTrainedModel(LatentModelMixin, LlamaPreTrainedModel):
@@ -70,7 +74,7 @@ class MLALlamaModel(MLALlamaPreTrainedModel, LlamaModel):
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList([MLALlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = MLALlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()

@@ -26,6 +26,10 @@ from .latent_module import (
     MultiHeadLatentAttention,
     register_auto_classes,
 )
+from .latent_norm import FusedNormMixin
+
+
+class MLAMixtralRMSNorm(FusedNormMixin, MixtralRMSNorm): ...
 
 
 class MLAMixtralDecoderLayer(MixtralDecoderLayer):
@@ -34,8 +38,8 @@ class MLAMixtralDecoderLayer(MixtralDecoderLayer):
         self.hidden_size = config.hidden_size
         self.self_attn = MultiHeadLatentAttention(config, layer_idx)
         self.mlp = MixtralSparseMoeBlock(config)
-        self.input_layernorm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = MLAMixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = MLAMixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
 class MLAMixtralPreTrainedModel(LatentModelMixin, MixtralPreTrainedModel):
@@ -63,7 +67,7 @@ class MLAMixtralModel(MLAMixtralPreTrainedModel, MixtralModel):
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList([MLAMixtralDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = MLAMixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = MixtralRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()

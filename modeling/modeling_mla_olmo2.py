@@ -23,17 +23,21 @@ from transformers.models.olmo2.modeling_olmo2 import (
 
 from .configuration_mla_olmo2 import MLAOlmo2Config
 from .latent_module import LatentGenerationMixin, LatentModelMixin, register_auto_classes
+from .latent_norm import FusedNormMixin
 from .latent_qk_norm import NormalisedLatentAttention
+
+
+class MLAOlmo2RMSNorm(FusedNormMixin, Olmo2RMSNorm): ...
 
 
 class MLAOlmo2DecoderLayer(Olmo2DecoderLayer):
     def __init__(self, config: MLAOlmo2Config, layer_idx: int):
         GradientCheckpointingLayer.__init__(self)  # Olmo2DecoderLayer.__init__ would build OLMo 2's attention
         self.hidden_size = config.hidden_size
-        self.self_attn = NormalisedLatentAttention(config, layer_idx, Olmo2RMSNorm, per_head=False)
+        self.self_attn = NormalisedLatentAttention(config, layer_idx, MLAOlmo2RMSNorm, per_head=False)
         self.mlp = Olmo2MLP(config)
-        self.post_attention_layernorm = Olmo2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_feedforward_layernorm = Olmo2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = MLAOlmo2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_feedforward_layernorm = MLAOlmo2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
 class MLAOlmo2PreTrainedModel(LatentModelMixin, Olmo2PreTrainedModel):
@@ -56,7 +60,7 @@ class MLAOlmo2Model(MLAOlmo2PreTrainedModel, Olmo2Model):
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList([MLAOlmo2DecoderLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = Olmo2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = MLAOlmo2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Olmo2RotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()

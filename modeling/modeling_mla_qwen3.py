@@ -23,17 +23,21 @@ from transformers.models.qwen3.modeling_qwen3 import (
 
 from .configuration_mla_qwen3 import MLAQwen3Config
 from .latent_module import LatentGenerationMixin, LatentModelMixin, register_auto_classes
+from .latent_norm import FusedNormMixin
 from .latent_qk_norm import NormalisedLatentAttention
+
+
+class MLAQwen3RMSNorm(FusedNormMixin, Qwen3RMSNorm): ...
 
 
 class MLAQwen3DecoderLayer(Qwen3DecoderLayer):
     def __init__(self, config: MLAQwen3Config, layer_idx: int):
         GradientCheckpointingLayer.__init__(self)  # Qwen3DecoderLayer.__init__ would build Qwen3's attention
         self.hidden_size = config.hidden_size
-        self.self_attn = NormalisedLatentAttention(config, layer_idx, Qwen3RMSNorm, per_head=True)
+        self.self_attn = NormalisedLatentAttention(config, layer_idx, MLAQwen3RMSNorm, per_head=True)
         self.mlp = Qwen3MLP(config)
-        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = MLAQwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = MLAQwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
 class MLAQwen3PreTrainedModel(LatentModelMixin, Qwen3PreTrainedModel):
@@ -57,7 +61,7 @@ class MLAQwen3Model(MLAQwen3PreTrainedModel, LlamaModel):
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList([MLAQwen3DecoderLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = MLAQwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()

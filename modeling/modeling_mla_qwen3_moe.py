@@ -23,18 +23,22 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
 
 from .configuration_mla_qwen3_moe import MLAQwen3MoeConfig
 from .latent_module import LatentGenerationMixin, LatentModelMixin, register_auto_classes
+from .latent_norm import FusedNormMixin
 from .latent_qk_norm import NormalisedLatentAttention
+
+
+class MLAQwen3MoeRMSNorm(FusedNormMixin, Qwen3MoeRMSNorm): ...
 
 
 class MLAQwen3MoeDecoderLayer(Qwen3MoeDecoderLayer):
     def __init__(self, config: MLAQwen3MoeConfig, layer_idx: int):
         GradientCheckpointingLayer.__init__(self)  # Qwen3MoeDecoderLayer.__init__ would build Qwen3's attention
         self.hidden_size = config.hidden_size
-        self.self_attn = NormalisedLatentAttention(config, layer_idx, Qwen3MoeRMSNorm, per_head=True)
+        self.self_attn = NormalisedLatentAttention(config, layer_idx, MLAQwen3MoeRMSNorm, per_head=True)
         dense = layer_idx in config.mlp_only_layers or (layer_idx + 1) % config.decoder_sparse_step != 0
         self.mlp = Qwen3MoeMLP(config, config.intermediate_size) if dense else Qwen3MoeSparseMoeBlock(config)
-        self.input_layernorm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = MLAQwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = MLAQwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
 class MLAQwen3MoePreTrainedModel(LatentModelMixin, Qwen3MoePreTrainedModel):
@@ -61,7 +65,7 @@ class MLAQwen3MoeModel(MLAQwen3MoePreTrainedModel, Qwen3MoeModel):
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList([MLAQwen3MoeDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = MLAQwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3MoeRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()

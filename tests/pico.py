@@ -40,6 +40,7 @@ CODE_FILES = [
     "latent_decode.py",
     "latent_kernels.py",
     "latent_module.py",
+    "latent_norm.py",
     "latent_packed_kernel.py",
     "latent_projection.py",
     "latent_quantization.py",
