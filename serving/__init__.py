@@ -18,7 +18,7 @@ def register() -> None:
 
         from .config import LatentConfigConvertor
     except ImportError as error:  # must not keep vLLM from other models
-        logger.warning("This vLLM cannot serve models of mha2mla, which knows versions 0.25 to 0.32: %s", error)
+        logger.warning("This vLLM cannot serve models of mha2mla, which knows versions 0.25 to 0.33: %s", error)
         return
 
     from mha2mla.modeling import FAMILIES  # which registers their configs with transformers
