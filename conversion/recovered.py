@@ -7,15 +7,14 @@ TOKENS = 110  # millions of recovery
 # original's.
 POINTS_LOST = {31.25: (0.59, 0.37), 18.75: (0.95, 0.42), 12.5: (1.64, 0.46)}
 LEAST = min(POINTS_LOST)
-PERPLEXITY = {100.0: 18.5, LEAST: 110.5}  # on WikiText-2 before recovery, by the cache in % of the original's
+LOST_BELOW = (6.25, 3.99, 0.54)  # the same with this % of the cache, after 55M tokens
 SMALL = (
-    f"less of the cache than was ever measured. At {LEAST:g} % the perplexity of {MODEL} on WikiText-2 rises from "
-    f"{PERPLEXITY[100]} to {PERPLEXITY[LEAST]} before recovery; a smaller cache loses "
-    "more. How much another model bears nobody has measured"
-)
+    "less of the cache than is known to hold. With {:g} % {} lost {} ± {} points of accuracy after recovery, "
+    "{} ± {} with {:g} %; guessing loses 9. How much another model bears nobody has measured"
+).format(LOST_BELOW[0], MODEL, *LOST_BELOW[1:], *POINTS_LOST[LEAST], LEAST)
 
 
 def is_small(ratio: float) -> bool:
-    """Whether a cache of this share of the original's is smaller than any that was measured. The sizes that make up a
-    ratio are whole numbers, and may miss it by a little."""
+    """Whether a cache of this share of the original's is smaller than any that held. The sizes that make up a ratio
+    are whole numbers, and may miss it by a little."""
     return 100 * ratio < LEAST - 0.5
