@@ -2,6 +2,8 @@
 
 import re
 from dataclasses import fields
+from numbers import Integral, Real
+from os import PathLike, fspath
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -10,15 +12,32 @@ PLAIN = {bool, int, float, str, NoneType}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def check_types(options: Any) -> None:
-    """Raise a `ValueError` for a field of plain values that holds another kind: what is written in Python comes as it
-    is, where the command line makes numbers of words. An integer is a float, too."""
+def as_plain(value: Any) -> Any:
+    """A device or type of torch, a path or a number of numpy as what a record in JSON holds; all else as it is."""
+    if type(value).__module__ == "torch" and type(value).__name__ in ("device", "dtype"):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, PathLike):
+        return fspath(value)
+    if isinstance(value, Real) and type(value) not in PLAIN:
+        return int(value) if isinstance(value, Integral) else float(value)
+    return value
+
+
+def settle_types(options: Any) -> None:
+    """
+    Make plain values of the fields ([`as_plain`]), in place: what is written in Python comes as it is, where the
+    command line makes numbers of words.
+
+    Raises:
+        ValueError: For a field of plain values that holds another kind. An integer is a float, too.
+    """
     hints = get_type_hints(type(options))
     for field in fields(options):
         allowed = set(get_args(hints[field.name])) or {hints[field.name]}
+        value = as_plain(getattr(options, field.name))
+        setattr(options, field.name, value)
         if not allowed <= PLAIN:
             continue
-        value = getattr(options, field.name)
         kinds = tuple(allowed | ({int} if float in allowed else set()))
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in allowed):
             names = " or ".join(sorted(kind.__name__ for kind in allowed - {NoneType}))

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from mha2mla.common.kernel_sizes import ENGINES
-from mha2mla.common.options import SEEDS, check_between, check_choices, check_least, check_types, shard_bytes
+from mha2mla.common.options import SEEDS, check_between, check_choices, check_least, settle_types, shard_bytes
 
 from .cache_sizes import CacheSizes
 from .presets import Preset, preset_classes
@@ -103,7 +103,7 @@ class ConversionConfig(CacheSizes, ServingOptions, CalibrationText, OutputOption
     preset: Preset = field(default_factory=Calibrated)
 
     def __post_init__(self):
-        check_types(self)
+        settle_types(self)
         super().__post_init__()
         if not isinstance(self.preset, Preset):
             names = ", ".join(f"{preset.__name__}()" for preset in preset_classes().values())

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -20,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from mha2mla.cli.main import main
 from mha2mla.common.records import copy_record
 from mha2mla.common.text import load_blocks
-from mha2mla.conversion import ConversionConfig, Paper, convert
+from mha2mla.conversion import Calibrated, ConversionConfig, Paper, convert
 from mha2mla.conversion.architectures import architecture_of
 from mha2mla.conversion.cache_plan import unrotated_rows
 from mha2mla.conversion.cache_sizes import CacheSizes
@@ -540,7 +541,6 @@ def test_blocks_longer_than_the_context_are_refused(save_source, calibration_fil
     [
         (lambda: ConversionConfig(cache_ratio="0.5", data="t"), "cache_ratio='0.5' must be of type float, got str"),
         (lambda: ConversionConfig(cache_ratio=0.5, data=["t"]), r"data=\['t'\] must be of type str, got list"),
-        (lambda: ConversionConfig(cache_ratio=0.5, data="t", device=torch.device("cpu")), "type str, got device"),
         (lambda: ConversionConfig(cache_ratio=0.5, data="t", samples=True), "samples=True must be of type int, got b"),
         (lambda: Paper(rope_selection=3), "rope_selection=3 must be of type str, got int"),
         (lambda: ExportConfig(pad="512"), "pad='512' must be of type int, got str"),
@@ -549,6 +549,27 @@ def test_blocks_longer_than_the_context_are_refused(save_source, calibration_fil
 def test_options_of_another_type_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_values_of_torch_and_numpy_and_paths_become_plain_ones():
+    config = ConversionConfig(
+        kv_lora_rank=np.int64(24),
+        qk_rope_head_dim=8,
+        data=Path("t.jsonl"),
+        device=torch.device("cuda", 1),
+        dtype=torch.bfloat16,
+        preset=Calibrated(refine_learning_rate=np.float32(0.5)),
+    )
+    assert config == ConversionConfig(
+        kv_lora_rank=24,
+        qk_rope_head_dim=8,
+        data="t.jsonl",
+        device="cuda:1",
+        dtype="bfloat16",
+        preset=Calibrated(refine_learning_rate=0.5),
+    )
+    assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
+    assert ExportConfig(dtype=torch.float32).dtype == "float32"
 
 
 OTHER_PRESETS = {

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mha2mla.common.kernel_sizes import KERNEL_RANKS
-from mha2mla.common.options import check_types, shard_bytes
+from mha2mla.common.options import settle_types, shard_bytes
 
 CPU_BLOCK = 32  # numbers that llama.cpp's CPU code takes at a time (64 with AVX-512); what is left over goes singly
 # Types of weights that each format can hold, the first being what `auto` makes of any other.
@@ -41,7 +41,7 @@ class ExportConfig:
     overwrite: bool = field(default=False, metadata={"help": "Replace OUTPUT if an earlier export made it."})
 
     def __post_init__(self):
-        check_types(self)
+        settle_types(self)
         shard_bytes(self.max_shard_size)
         if self.format not in DTYPES:
             raise ValueError(f"format={self.format!r} must be one of {', '.join(DTYPES)}.")

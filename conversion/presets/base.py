@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mha2mla.common.options import check_choices, check_types
+from mha2mla.common.options import check_choices, settle_types
 
 from ..cache_sizes import CacheSizes
 
@@ -47,7 +47,7 @@ class Preset(ABC):
     _argument_group_name: ClassVar[str]
 
     def __post_init__(self):
-        check_types(self)
+        settle_types(self)
         check_choices(self)
 
     def on_device(self, device: str) -> Preset:
