@@ -5,11 +5,13 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Versions by package; those that are not installed are left out. Our own is known in a source tree, too."""
+    """Versions by package; those that are not installed are left out. Our own is known in a source tree, too, and
+    torch's says for which device it was built, which its package does not always."""
     found = {}
     for package in packages:
         try:
-            found[package] = import_module(package).__version__ if package == "mha2mla" else version(package)
+            tells = package in ("mha2mla", "torch")
+            found[package] = str(import_module(package).__version__) if tells else version(package)
         except PackageNotFoundError:
             continue
     return found
