@@ -207,6 +207,6 @@ def absorbed_attention(
     w_uk, w_uv = shape.split_up_projection(kv_b_weight)
     query = absorb_query(q_nope, q_rope, w_uk, shape)
     scores = query.bmm(entries.transpose(1, 2)).mul_(scaling).view(batch, num_heads, num_queries, -1)  # [B, H, T, S]
-    weights = add_mask(scores, attention_mask).softmax(dim=-1)  # in fp32 inside, whatever the type
+    weights = add_mask(scores, attention_mask).softmax(dim=-1).to(q_nope.dtype)  # torch computes it in fp32
     context = weights.flatten(1, 2).bmm(entries[..., : shape.kv_lora_rank])  # [B, H*T, R]
     return expand_output(context, w_uv, shape), weights

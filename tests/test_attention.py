@@ -34,6 +34,19 @@ def test_rotate_turns_each_pair_by_its_frequency():
             torch.testing.assert_close(got[0, head, :, pair + 2], z.imag)
 
 
+def test_an_additive_mask_of_a_wider_type():
+    """What a user hands over in fp32 goes with a model in bf16."""
+    torch.manual_seed(0)
+    shape = LatentShape(4, 2, 4, 1, 8, 4, 4, 4)
+    sizes = ((1, 4, 2, 4), (1, 4, 2, 4), (1, 7, 12), (shape.expanded_width, 8))
+    parts = [torch.randn(size, dtype=torch.bfloat16) for size in sizes]
+    mask = torch.zeros(1, 1, 2, 7).masked_fill(torch.rand(1, 1, 2, 7) < 0.4, torch.finfo(torch.float32).min)
+    got, weights = absorbed_attention(*parts, shape, 0.3, mask)
+    expected, _ = absorbed_attention(*parts, shape, 0.3, mask == 0)
+    assert got.dtype == weights.dtype == torch.bfloat16
+    torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize("num_queries", [1, 3])
 @pytest.mark.parametrize("n, nope_heads", [(1, 6), (1, 3), (3, 3), (3, 6)])
 @pytest.mark.parametrize("nope", [0, 5])
