@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import fields
-from numbers import Integral, Real
 from os import PathLike, fspath
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -18,8 +17,8 @@ def as_plain(value: Any) -> Any:
         return str(value).removeprefix("torch.")
     if isinstance(value, PathLike):
         return fspath(value)
-    if isinstance(value, Real) and type(value) not in PLAIN:
-        return int(value) if isinstance(value, Integral) else float(value)
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+        return value.item()
     return value
 
 

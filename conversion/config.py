@@ -105,6 +105,8 @@ class ConversionConfig(CacheSizes, ServingOptions, CalibrationText, OutputOption
     def __post_init__(self):
         settle_types(self)
         super().__post_init__()
+        if self.device.startswith("cpu:"):
+            self.device = "cpu"  # which has defaults of its own
         if not isinstance(self.preset, Preset):
             names = ", ".join(f"{preset.__name__}()" for preset in preset_classes().values())
             raise ValueError(f"preset={self.preset!r} must be an object with the preset's options: {names}.")

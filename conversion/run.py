@@ -51,7 +51,7 @@ PACKAGES = ("mha2mla", "torch", "transformers", "safetensors")
 
 
 def convert(
-    source: str,
+    source: str | Path,
     output: str | Path,
     options: ConversionConfig,
     revision: str | None = None,
@@ -65,7 +65,7 @@ def convert(
     the calibration text.
 
     Args:
-        source (`str`): Local folder, .gguf file, or name on the Hub.
+        source (`str` or `Path`): Local folder, .gguf file, or name on the Hub.
         output (`str` or `Path`): Folder to write; it appears only once it is complete.
         options (`ConversionConfig`): What to do.
         revision (`str`, *optional*): Branch, tag or commit of a source on the Hub.
@@ -79,7 +79,7 @@ def convert(
         ValueError: If the source cannot be converted or the options do not fit it; nothing is written then.
     """
     start = time.perf_counter()
-    output, preset = Path(output), options.preset
+    source, output, preset = str(source), Path(output), options.preset
     check_output(output, options.overwrite)
     check_device(options.device)
     if preset.use_of_text is not None:

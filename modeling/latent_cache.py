@@ -80,6 +80,8 @@ class GrowingBuffer:
 
 def _is_locked(tensor: torch.Tensor) -> bool:
     """Whether torch forbids writing: made in inference mode, and used outside it."""
+    if torch.compiler.is_compiling():  # the compiler cannot ask
+        return False
     return tensor.is_inference() and not torch.is_inference_mode_enabled()
 
 

@@ -107,8 +107,9 @@ class MultiHeadLatentAttention(nn.Module):
         cos, sin = select_frequencies(*position_embeddings, self.rope_frequencies)
         q_nope, q_rope = self.make_queries(hidden_states)
         latents, rope_keys = self.make_entries(hidden_states)
-        # OLMo 2 rotates in fp32, whatever the model's type is.
-        q_rope, rope_keys = (part.to(hidden_states.dtype) for part in rotate_both(q_rope, rope_keys, cos, sin))
+        # OLMo 2 rotates in fp32, whatever the model's type is; autocast may have another one for the latents.
+        dtype = torch.promote_types(hidden_states.dtype, latents.dtype)
+        q_rope, rope_keys = (part.to(dtype) for part in rotate_both(q_rope, rope_keys, cos, sin))
 
         # Store.
         path = AttentionPath.EXPANDED
@@ -258,8 +259,7 @@ class MultiHeadLatentAttention(nn.Module):
 
 
 class LatentModelMixin:
-    """What `generate`, loading and adapters ask of a model with latent attention. Goes before the family's
-    `PreTrainedModel`."""
+    """What `generate`, loading and adapters ask of a model. Goes before the family's `PreTrainedModel`."""
 
     config: Any
 

@@ -19,5 +19,6 @@ class FusedNormMixin:
         # With gradients the numbers stay those of transformers; of two types torch would make eight operations again.
         fused = not torch.compiler.is_compiling() and not torch.is_grad_enabled()
         if fused and hidden_states.dtype == self.weight.dtype:
-            return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+            normed = nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+            return normed.to(hidden_states.dtype)  # which autocast makes fp32 on a GPU
         return super().forward(hidden_states)  # type: ignore[misc]

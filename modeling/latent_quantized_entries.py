@@ -51,11 +51,12 @@ class QuantizedEntries(LatentLayer):
         self.sizes = [len(latent_factors), len(rope_factors)]
         self.group_sizes = [min(q_group_size or size, size) for size in self.sizes]
         self.factors = [latent_factors, rope_factors]
+        self.rotations = [random_rotation(size) for size in self.sizes]  # here, as a compiler cannot draw them
 
     def _make_basis(self, dtype: torch.dtype, device: torch.device) -> None:
         """Matrices [W, W] to the basis of the codes and back, of a block for latents and one for rotary keys: a single
         product is faster than one of each."""
-        rotations = [random_rotation(size).to(device) for size in self.sizes]
+        rotations = [rotation.to(device) for rotation in self.rotations]
         factors = torch.cat([part.to(device) for part in self.factors])
         rotation = torch.block_diag(*rotations)
         self.to_rotated = (factors[:, None] * rotation).to(dtype)

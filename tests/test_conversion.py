@@ -551,13 +551,20 @@ def test_options_of_another_type_are_refused(make, message):
         make()
 
 
+def test_source_and_output_may_be_paths(save_source, tmp_path):
+    config = ConversionConfig(preset=Paper(svd="none", rope_selection="uniform"), qk_rope_head_dim=4)
+    assert convert(Path(save_source("gqa")), tmp_path / "out", config) == tmp_path / "out"
+
+
 def test_values_of_torch_and_numpy_and_paths_become_plain_ones():
+    assert ConversionConfig(kv_lora_rank=24, qk_rope_head_dim=8, data="t", device="cpu:0").length == 1024
     config = ConversionConfig(
         kv_lora_rank=np.int64(24),
         qk_rope_head_dim=8,
         data=Path("t.jsonl"),
         device=torch.device("cuda", 1),
         dtype=torch.bfloat16,
+        overwrite=np.bool_(True),
         preset=Calibrated(refine_learning_rate=np.float32(0.5)),
     )
     assert config == ConversionConfig(
@@ -566,6 +573,7 @@ def test_values_of_torch_and_numpy_and_paths_become_plain_ones():
         data="t.jsonl",
         device="cuda:1",
         dtype="bfloat16",
+        overwrite=True,
         preset=Calibrated(refine_learning_rate=0.5),
     )
     assert json.loads(json.dumps(config.to_dict())) == config.to_dict()

@@ -166,3 +166,26 @@ def test_embeddings_can_stand_for_the_prompt(form):
     expected = model.generate(ids, **options)[:, 6:]
     embedded = model.get_input_embeddings()(ids)
     assert model.generate(inputs_embeds=embedded, **options).equal(expected)
+
+
+@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "quantized"}], ids=["dynamic", "quantized"])
+def test_a_growing_cache_has_no_graph_break(cache):
+    torch._dynamo.reset()
+    model, ids = make_mla("shared"), tokens(2, 6)
+    options = dict(max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0, **cache)
+    expected = model.generate(ids, **options)
+    model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
+    assert model.generate(ids, **options).equal(expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_autocast_to_the_other_16_bits(form):
+    """float16, `torch.autocast`'s default, around a model in bfloat16."""
+    if form in ("mla_mixtral", "mla_qwen3_moe"):
+        pytest.skip("transformers' experts want one type")
+    model, ids = make_mla(form).to(torch.bfloat16), tokens(1, 6)
+    with torch.no_grad():
+        expected = model(ids).logits.float()
+        with torch.autocast("cpu", dtype=torch.float16):
+            error = model(ids).logits.float() - expected
+    assert error.norm() < 0.03 * expected.norm()

@@ -48,3 +48,12 @@ def test_gradients_and_mixed_types_take_transformers_operations():
     with torch.no_grad():
         half = x.bfloat16()
         assert torch.equal(norm(half), stock(norm, half)) and norm(half).dtype == torch.float32
+
+
+def test_autocast_on_a_gpu_leaves_the_type(monkeypatch):
+    """There, not on a CPU, it makes fp32 of this operation's arguments."""
+    fused = nn.functional.rms_norm
+    monkeypatch.setattr(nn.functional, "rms_norm", lambda x, shape, w, eps: fused(x.float(), shape, w.float(), eps))
+    norm = norms_of("shared")[0].bfloat16()
+    with torch.no_grad():
+        assert norm(torch.randn(2, *norm.weight.shape, dtype=torch.bfloat16)).dtype == torch.bfloat16
