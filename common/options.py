@@ -32,7 +32,8 @@ def settle_types(options: Any) -> None:
     """
     hints = get_type_hints(type(options))
     for field in fields(options):
-        allowed = set(get_args(hints[field.name])) or {hints[field.name]}
+        hint, words = hints[field.name], get_args(hints[field.name])
+        allowed = set(map(type, words)) if get_origin(hint) is Literal else set(words) or {hint}
         value = as_plain(getattr(options, field.name))
         setattr(options, field.name, value)
         if not allowed <= PLAIN:

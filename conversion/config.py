@@ -1,5 +1,6 @@
 """What the user chooses: size of the cache, calibration text, output, and a preset with options of its own."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
@@ -105,7 +106,7 @@ class ConversionConfig(CacheSizes, ServingOptions, CalibrationText, OutputOption
     def __post_init__(self):
         settle_types(self)
         super().__post_init__()
-        if self.device.startswith("cpu:"):
+        if re.fullmatch(r"cpu:\d+", self.device):
             self.device = "cpu"  # which has defaults of its own
         if not isinstance(self.preset, Preset):
             names = ", ".join(f"{preset.__name__}()" for preset in preset_classes().values())

@@ -5,6 +5,7 @@ import logging
 import platform
 import time
 from functools import cache
+from os import PathLike, fspath
 from pathlib import Path
 
 import torch
@@ -51,7 +52,7 @@ PACKAGES = ("mha2mla", "torch", "transformers", "safetensors")
 
 
 def convert(
-    source: str | Path,
+    source: str | PathLike[str],
     output: str | Path,
     options: ConversionConfig,
     revision: str | None = None,
@@ -79,7 +80,7 @@ def convert(
         ValueError: If the source cannot be converted or the options do not fit it; nothing is written then.
     """
     start = time.perf_counter()
-    source, output, preset = str(source), Path(output), options.preset
+    source, output, preset = fspath(source), Path(output), options.preset
     check_output(output, options.overwrite)
     check_device(options.device)
     if preset.use_of_text is not None:

@@ -43,8 +43,27 @@ class GrowingBuffer:
     ROOM_SHARE = 16
 
     def __init__(self) -> None:
-        self.data: torch.Tensor | None = None  # [batch, 1, length + room, width]
+        self.data = None
         self.length = 0  # cropping is setting it
+
+    @property
+    def data(self) -> torch.Tensor | None:
+        """The memory, [batch, 1, length + room, width]."""
+        return self._data
+
+    @data.setter
+    def data(self, data: torch.Tensor | None) -> None:
+        self._data = data
+        self._of_inference = not is_torchdynamo_compiling() and data is not None and data.is_inference()
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether torch forbids writing: made in inference mode, and used outside it. A compiler can ask neither: a
+        compiled step makes memory of its own in place of any that was made in inference mode without one."""
+        if is_torchdynamo_compiling():
+            return self._of_inference
+        assert self.data is not None
+        return self.data.is_inference() and not torch.is_inference_mode_enabled()
 
     def view(self) -> torch.Tensor:
         """The entries, [batch, 1, length, width], without a copy."""
@@ -58,7 +77,7 @@ class GrowingBuffer:
             # The backward pass may need the history as it is now, so nothing may be written behind its back.
             self.data = entries if self.data is None else torch.cat([self.view(), entries], dim=2)
         else:
-            if self.data is None or end > self.data.shape[2] or _is_locked(self.data):
+            if self.data is None or end > self.data.shape[2] or self.is_locked:
                 room = max(self.MIN_ROOM, end // self.ROOM_SHARE)
                 grown = entries.new_empty((entries.shape[0], 1, end + room, entries.shape[3]))
                 if self.data is not None:
@@ -76,13 +95,6 @@ class GrowingBuffer:
     def allocated_nbytes(self) -> int:
         """Bytes of the memory, room included."""
         return 0 if self.data is None else self.data.untyped_storage().nbytes()
-
-
-def _is_locked(tensor: torch.Tensor) -> bool:
-    """Whether torch forbids writing: made in inference mode, and used outside it."""
-    if torch.compiler.is_compiling():  # the compiler cannot ask
-        return False
-    return tensor.is_inference() and not torch.is_inference_mode_enabled()
 
 
 class LatentLayer(CacheLayerMixin):

@@ -17,7 +17,9 @@ CLIPPING = (1.0, 0.93, 0.86)
 @functools.lru_cache(maxsize=8)
 def random_rotation(size: int) -> torch.Tensor:
     """A fixed orthogonal matrix, [size, size], fp32 on the CPU."""
-    gaussian = torch.randn(size, size, generator=torch.Generator().manual_seed(size), device="cpu")
+    gaussian = torch.randn(
+        size, size, generator=torch.Generator().manual_seed(size), device="cpu", dtype=torch.float32
+    )
     return torch.linalg.qr(gaussian)[0]
 
 

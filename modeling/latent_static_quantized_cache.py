@@ -139,7 +139,7 @@ class LatentStaticQuantizedLayer(QuantizedEntries, StaticLayer):
         if is_prompt:
             entries = torch.nn.functional.pad(key_states, (0, 0, 0, self.max_cache_len - num_new))
             return entries, entries[..., : self.sizes[0]]
-        entries = self.dequantized()
+        entries = self.dequantized().to(key_states.dtype)  # autocast lowers the change of basis
         positions = self.cumulative_length - num_new + torch.arange(num_new, device=self.device)
         entries.index_copy_(2, positions, key_states)
         return entries, entries[..., : self.sizes[0]]

@@ -178,6 +178,27 @@ def test_a_growing_cache_has_no_graph_break(cache):
     assert model.generate(ids, **options).equal(expected)
 
 
+def test_a_compiled_step_goes_on_from_inference_mode():
+    model, ids = make_mla("shared"), tokens(2, 6)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.inference_mode():
+        cache = getattr(model(ids), CACHE_ARGUMENT)
+    with torch.no_grad():
+        got = compiled(ids[:, :1], **{CACHE_ARGUMENT: cache}).logits[:, 0]
+        expected = model(torch.cat((ids, ids[:, :1]), dim=1)).logits[:, -1]
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("cache", ({}, {"nbits": 8}, {"backend": "fp8"}), ids=str)
+def test_static_caches_under_autocast(cache):
+    model, ids = make_mla("shared"), tokens(1, 6)
+    options = dict(max_new_tokens=3, do_sample=False, eos_token_id=None, cache_implementation="static")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        made = model.generate(ids, **options, **({"cache_config": cache} if cache else {}))
+    assert made.shape == (1, 9)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_autocast_to_the_other_16_bits(form):
     """float16, `torch.autocast`'s default, around a model in bfloat16."""
