@@ -32,8 +32,9 @@ def settle_types(options: Any) -> None:
     """
     hints = get_type_hints(type(options))
     for field in fields(options):
-        hint, words = hints[field.name], get_args(hints[field.name])
-        allowed = set(map(type, words)) if get_origin(hint) is Literal else set(words) or {hint}
+        hint = hints[field.name]
+        arguments = set(get_args(hint))
+        allowed = set(map(type, arguments)) if get_origin(hint) is Literal else arguments or {hint}
         value = as_plain(getattr(options, field.name))
         setattr(options, field.name, value)
         if not allowed <= PLAIN:

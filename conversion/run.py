@@ -5,7 +5,6 @@ import logging
 import platform
 import time
 from functools import cache
-from os import PathLike, fspath
 from pathlib import Path
 
 import torch
@@ -52,7 +51,7 @@ PACKAGES = ("mha2mla", "torch", "transformers", "safetensors")
 
 
 def convert(
-    source: str | PathLike[str],
+    source: str | Path,
     output: str | Path,
     options: ConversionConfig,
     revision: str | None = None,
@@ -80,7 +79,7 @@ def convert(
         ValueError: If the source cannot be converted or the options do not fit it; nothing is written then.
     """
     start = time.perf_counter()
-    source, output, preset = fspath(source), Path(output), options.preset
+    source, output, preset = str(source), Path(output), options.preset
     check_output(output, options.overwrite)
     check_device(options.device)
     if preset.use_of_text is not None:

@@ -59,7 +59,7 @@ class GrowingBuffer:
     @property
     def is_locked(self) -> bool:
         """Whether torch forbids writing: made in inference mode, and used outside it. A compiler can ask neither: a
-        compiled step makes memory of its own in place of any that was made in inference mode without one."""
+        compiled step replaces what an uncompiled one made in inference mode."""
         if is_torchdynamo_compiling():
             return self._of_inference
         assert self.data is not None

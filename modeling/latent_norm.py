@@ -1,4 +1,4 @@
-"""Norms of the residual stream, in one launch where a step is neither compiled nor trained."""
+"""The norms of every family, in one launch where a step is neither compiled nor trained."""
 
 import torch
 from torch import nn
