@@ -193,7 +193,8 @@ def test_ctrl_c_is_quiet(monkeypatch, capsys):
         ("convert", "m", "out", "--cache-ratio", "0.5", "--data", "texts.jsonl"),
     ],
 )
-def test_devices_are_looked_at_first(command, monkeypatch, capsys):
+def test_devices_are_looked_at_first(command, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)  # `make demo` leaves a folder of the output's name
     monkeypatch.setattr("mha2mla.evaluation.tasks.require_harness_task", lambda name: None)
     assert main([*command, "--device", "gpu"]) == 2
     assert "device='gpu' is none that torch knows" in capsys.readouterr().err
