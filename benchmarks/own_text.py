@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--chats", type=float, default=0.3, help="Share of the tokens.")
     parser.add_argument("--start", default="<|endoftext|>", help="What stands in front of a document.")
     parser.add_argument("--temperature", type=float, default=0.8, help="Of how-to and answers; questions have 1.")
-    parser.add_argument("--memory", type=float, default=0.25, help="Share of the GPU's memory.")
+    parser.add_argument("--memory", type=float, default=12.0, help="Of the cache, in GiB; other work may share the GPU.")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     from vllm import LLM, SamplingParams
@@ -57,7 +57,8 @@ def main() -> None:
         seed=args.seed,
         max_model_len=3 * LENGTH,
         max_num_seqs=1024,
-        gpu_memory_utilization=args.memory,
+        gpu_memory_utilization=0.05,  # what has to be free at the start; the next line decides
+        kv_cache_memory_bytes=int(args.memory * 2**30),
     )
 
     def write(prompts: list[str], temperature: float) -> list[tuple[str, bool]]:
