@@ -35,6 +35,7 @@ OPENINGS = (
     "To",
 )
 LENGTH = 320  # tokens of a text, and of each side of a chat, at most
+ROUND = 5e5  # tokens, roughly, that are written out at a time
 
 
 def main() -> None:
@@ -45,7 +46,9 @@ def main() -> None:
     parser.add_argument("--chats", type=float, default=0.3, help="Share of the tokens.")
     parser.add_argument("--start", default="<|endoftext|>", help="What stands in front of a document.")
     parser.add_argument("--temperature", type=float, default=0.8, help="Of how-to and answers; questions have 1.")
-    parser.add_argument("--memory", type=float, default=12.0, help="Of the cache, in GiB; other work may share the GPU.")
+    parser.add_argument(
+        "--memory", type=float, default=12.0, help="Of the cache, in GiB; other work may share the GPU."
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     from vllm import LLM, SamplingParams
@@ -68,23 +71,31 @@ def main() -> None:
         outputs = [output.outputs[0] for output in llm.generate(ids, sampling, use_tqdm=False)]
         return [(output.text, output.finish_reason == "stop") for output in outputs]
 
-    draw = random.Random(args.seed)
-    prose_texts = round(args.tokens * (1 - args.chats) / (0.8 * LENGTH))
-    openings = [draw.choice(OPENINGS) for _ in range(prose_texts)]
-    written = write([args.start + opening for opening in openings], args.temperature)
-    texts = [opening + text for opening, (text, _) in zip(openings, written, strict=True)]
+    def write_round(draw: random.Random, tokens: float) -> list[str]:
+        """How-to and chats of roughly so many tokens."""
+        openings = [draw.choice(OPENINGS) for _ in range(round(tokens * (1 - args.chats) / (0.8 * LENGTH)))]
+        written = write([args.start + opening for opening in openings], args.temperature)
+        texts = [opening + text for opening, (text, _) in zip(openings, written, strict=True)]
 
-    count = round(args.tokens * args.chats / (0.8 * LENGTH))
-    said = [text.strip() for text, ended in write([user_head(tokenizer)] * count, 1.0) if ended]
-    chats = [[{"role": "user", "content": text}] for text in said if text]
-    prompts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
-    for chat, prompt, (text, ended) in zip(chats, prompts, write(prompts, args.temperature), strict=True):
-        answer = {"role": "assistant", "content": text.strip()}
-        whole = tokenizer.apply_chat_template([*chat, answer], tokenize=False)
-        texts.append(whole if ended else prompt + text.strip())
-    draw.shuffle(texts)
-    args.output.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    print(f"{len(openings):,} texts and {len(chats):,} chats in {args.output}")
+        count = round(tokens * args.chats / (0.8 * LENGTH))
+        said = [text.strip() for text, ended in write([user_head(tokenizer)] * count, 1.0) if ended]
+        chats = [[{"role": "user", "content": text}] for text in said if text]
+        prompts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+        for chat, prompt, (text, ended) in zip(chats, prompts, write(prompts, args.temperature), strict=True):
+            answer = {"role": "assistant", "content": text.strip()}
+            whole = tokenizer.apply_chat_template([*chat, answer], tokenize=False)
+            texts.append(whole if ended else prompt + text.strip())
+        draw.shuffle(texts)
+        return texts
+
+    draw, number = random.Random(args.seed), 0
+    with args.output.open("w") as file:
+        while number * ROUND < args.tokens:  # a run that is stopped keeps its rounds
+            for text in write_round(draw, min(ROUND, args.tokens - number * ROUND)):
+                file.write(json.dumps({"text": text}) + "\n")
+            file.flush()
+            number += 1
+            print(f"{min(number * ROUND, args.tokens):,.0f} tokens in {args.output}", flush=True)
 
 
 if __name__ == "__main__":
