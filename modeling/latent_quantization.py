@@ -1,7 +1,6 @@
 """Quantisation of cache entries in 8 or 4 bits, as pure functions of tensors."""
 
 import functools
-import math
 
 import torch
 
@@ -22,35 +21,6 @@ def random_rotation(size: int) -> torch.Tensor:
         size, size, generator=torch.Generator().manual_seed(size), device="cpu", dtype=torch.float32
     )
     return torch.linalg.qr(gaussian)[0]
-
-
-def latent_basis(up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Where rounding costs latents least: their channels by [`importance`], then mixed, as quantised caches have them.
-    Weights can be made for it, so that caches which round latents as they come (engines' fp8) need know nothing of it.
-
-    Args:
-        up (`torch.Tensor`): The weights that read latents c [R], [rows, R].
-
-    Returns:
-        `to` and `back`, [R, R], float64: `to @ c` is the latent there, and `up @ back` reads it. Latents keep their
-        size.
-    """
-    factors = importance(up.detach().norm(dim=0)).double()
-    to = random_rotation(len(factors)).to(up.device).double().T * (factors / factors.square().mean().sqrt())
-    return to, torch.linalg.inv(to)
-
-
-def key_factor(queries: torch.Tensor, keys: torch.Tensor) -> float:
-    """
-    What rotary keys are to be multiplied by, and the queries that read them divided, so that both are about as large
-    and no key is beyond fp8's 448: a power of two, which changes no bits of weights.
-
-    Args:
-        queries, keys (`torch.Tensor`): The rows that make them, biases beside weights, [..., inputs].
-    """
-    ratio = (queries.double().square().mean() / keys.double().square().mean()).item()
-    return 2.0 ** round(math.log2(ratio) / 4) if 0 < ratio < math.inf else 1.0
 
 
 def pack(codes: torch.Tensor, nbits: int) -> torch.Tensor:

@@ -22,7 +22,6 @@ from mha2mla.modeling import LatentShape
 
 from .padding import pad_entries, pad_headwise_queries, pad_output, pad_queries, pad_up_projection
 from .rotary import LayerRotary
-from .rounding import Settling
 
 
 class LatentAttention(nn.Module):
@@ -30,8 +29,6 @@ class LatentAttention(nn.Module):
     Multi-head latent attention over vLLM's own, for a config in which [`use_kernel_sizes`] has been. Takes the place
     of vLLM's `LlamaAttention`, and gets its arguments.
     """
-
-    query_maker = "q_proj"  # whose rows are those of queries
 
     def __init__(self, config: Any, quant_config: Any, cache_config: Any, prefix: str, **_: Any):
         super().__init__()
@@ -66,8 +63,6 @@ class LatentAttention(nn.Module):
             quant_config=quant_config,
             prefix=f"{prefix}.attn",
         )
-        parts = (self.query_maker, "kv_a_proj", "kv_b_proj")
-        self.settled = Settling((n for n, _ in self.named_parameters() if n.split(".")[0] in parts), self.shape)
 
     @staticmethod
     def _make(name: str, layer: Any, inputs: int, outputs: int, bias: bool, quant_config: Any, prefix: str) -> Any:
@@ -105,7 +100,7 @@ class LatentAttention(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """What vLLM's loader calls with tensors of the checkpoint, by their names in attention; says which it took."""
         parameters, loaded = dict(self.named_parameters()), set()
-        for name, tensor in self.settled(weights):
+        for name, tensor in weights:
             if name == "rope_frequencies":
                 self.rotary.choose(tensor)
                 continue
@@ -137,8 +132,6 @@ class HeadwiseColumns(nn.Module):
 
 class NormalisedLatentAttention(LatentAttention):
     """Latent attention behind norms of queries and keys (`modeling/latent_qk_norm.py`), one for each head (Qwen3)."""
-
-    query_maker = "q_b_proj"
 
     def make_projections(self, config: Any, make: Callable) -> None:
         self.head_dim = dim = config.head_dim

@@ -23,7 +23,6 @@ from mha2mla.serving.padding import (
     spread_pairs,
 )
 from mha2mla.serving.rotary import LayerRotary
-from mha2mla.serving.rounding import Settling
 from mha2mla.serving.sizes import kernel_shape, use_kernel_sizes
 from pico import ROPES
 
@@ -57,12 +56,6 @@ def test_padded_weights_are_the_same_attention(num_nope_key_heads):
     assert (target.width, target.qk_nope_head_dim, target.v_head_dim) == (16 + 64, 128, 128)
 
     weights, prefix = model.state_dict(), "model.layers.0.self_attn."
-    settled = Settling(
-        ("q_proj.weight", "q_proj.bias", "kv_a_proj.weight", "kv_a_proj.bias", "kv_b_proj.weight"), shape
-    )
-    for name, tensor in settled((n.removeprefix(prefix), t) for n, t in list(weights.items())):
-        if prefix + name in weights:
-            weights[prefix + name] = tensor
     pads = {
         "q_proj.weight": pad_queries,
         "q_proj.bias": pad_queries,
@@ -83,29 +76,6 @@ def test_padded_weights_are_the_same_attention(num_nope_key_heads):
     padded.load_state_dict(weights)
     ids = torch.arange(12)[None]
     torch.testing.assert_close(padded(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("queries", ["q_proj.weight", "q_b_proj.weight"])
-def test_entries_are_settled_once_all_of_it_is_there(queries):
-    torch.manual_seed(0)
-    shape = MLALlamaConfig(**SIZES).latent_shape
-    headwise = queries == "q_b_proj.weight"
-    query = torch.randn(4, 8 + 6, 12) if headwise else torch.randn(4 * (8 + 6), 24)
-    down, up = 100 * torch.randn(10 + 6, 24), torch.randn(4 * 8 + 2 * 12, 10)
-    settled = Settling((queries, "kv_a_proj.weight", "kv_b_proj.weight"), shape)
-    files = [("kv_a_proj.weight", down), ("o_proj.weight", up)], [("kv_b_proj.weight", up), (queries, query)]
-    for _ in range(2):  # vLLM may load again
-        assert [name for name, _ in settled(files[0])] == ["o_proj.weight"]
-        found = dict(settled(files[1]))
-        assert set(found) == {queries, "kv_a_proj.weight", "kv_b_proj.weight"} and not settled.waiting
-    new = {name: tensor.reshape(4, 8 + 6, -1) if name == queries else tensor for name, tensor in found.items()}
-    torch.testing.assert_close(
-        new["kv_b_proj.weight"] @ new["kv_a_proj.weight"][:10], up @ down[:10], atol=1e-3, rtol=1e-5
-    )
-    query = query.reshape(4, 8 + 6, -1)
-    assert torch.equal(new[queries][:, :8], query[:, :8]) and found[queries].dim() == 3 - (not headwise)
-    keys, factor = new["kv_a_proj.weight"][10:], 2.0**-3  # about 1/10, the root of 1/100
-    assert torch.equal(keys, down[10:] * factor) and torch.equal(new[queries][:, 8:], query[:, 8:] / factor)
 
 
 def test_a_matrix_for_each_head_is_padded_as_one():

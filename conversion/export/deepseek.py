@@ -9,7 +9,7 @@ DeepSeek's attention differs from ours in four things, and each is said by the w
 - It divides scores by the root of its own head size, padding included: `q_proj` makes up for it.
 - Rotary pairs are interleaved and lie in the slots of one table for all layers (`rope_table.py`).
 
-Latents are written in another basis and rotary keys in another size: engines round them to 8 bits as they come.
+Rotary keys are written no larger than the queries that read them, which engines' fp8 caches need.
 
 Shape letters: H query heads, N un-rotated key heads, G value heads, R latent, r rotary dims, D hidden size; primes for
 exported sizes, which zeros fill up.
@@ -25,7 +25,6 @@ from transformers import AutoModelForCausalLM, DeepseekV2Config, DeepseekV3Confi
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from mha2mla.conversion.checkpoint import CheckpointReader
-from mha2mla.modeling.latent_quantization import key_factor, latent_basis
 
 from .experts import FUSED, expert_fields, has_experts, shared_expert, single_experts
 from .plan import ExportPlan, OurConfig
@@ -133,6 +132,19 @@ def grow(rows: torch.Tensor, count: int) -> torch.Tensor:
     return pad(rows, (0, 0, 0, count - rows.shape[-2]))
 
 
+def key_factor(queries: torch.Tensor, keys: torch.Tensor) -> float:
+    """
+    What rotary keys are multiplied by, and the queries that read them divided, so that keys are about as large as
+    these: engines round them to e4m3 with a scale of 1 and cut off what is beyond 448, and our conversions leave all
+    of a score's size to the keys. A power of two, at most 1, so that weights keep their bits.
+
+    Args:
+        queries, keys (`torch.Tensor`): The rows that make them, [H, r, D] and [r, D].
+    """
+    ratio = (queries.square().mean() / keys.square().mean()).item()
+    return min(1.0, 2.0 ** round(math.log2(ratio) / 4)) if 0 < ratio < math.inf else 1.0
+
+
 def export_attention(
     tensors: dict[str, torch.Tensor], config: OurConfig, plan: ExportPlan, gauge: Gauge
 ) -> dict[str, torch.Tensor]:
@@ -158,18 +170,17 @@ def export_attention(
     query = tensors["q_proj.weight"].double().unflatten(0, (heads, nope + r))  # [H, nope + r, D]
     q_nope, q_rope = query.split([nope, r], dim=1)
     latent, k_rope = tensors["kv_a_proj.weight"].double().split([rank, r])
-    up = tensors["kv_b_proj.weight"].double()
-    to, back = latent_basis(up)
-    latent, up = to @ latent, up @ (back * gauge.latent_left)
     factor = key_factor(q_rope, k_rope)
     q_rope, k_rope = q_rope / factor, k_rope * factor
+    up = tensors["kv_b_proj.weight"].double()
     num_nope_heads, groups = config.num_nope_key_heads or heads, config.num_key_value_heads
     k_up, v_up = up.split([num_nope_heads * nope, groups * config.v_head_dim])
     k_up = k_up.view(num_nope_heads, nope, rank).repeat_interleave(heads // num_nope_heads, dim=0)  # [H, nope, R]
     v_up = v_up.view(groups, config.v_head_dim, rank).repeat_interleave(heads // groups, dim=0)  # [H, v, R]
     output = tensors["o_proj.weight"].double().unflatten(1, (heads, config.v_head_dim))  # [D, H, v]
 
-    q_nope = grow(q_nope * scale, plan.qk_nope_head_dim)
+    # What is left of the norm's factor goes where a factor goes anyway: `kv_b_proj` keeps its bits.
+    q_nope = grow(q_nope * (scale * gauge.latent_left), plan.qk_nope_head_dim)
     up = torch.cat((grow(k_up, plan.qk_nope_head_dim), grow(v_up, plan.v_head_dim)), dim=1)
     return {
         "q_proj.weight": torch.cat((q_nope, interleave(q_rope * rope_scale, slots, rope_dim)), dim=1).flatten(0, 1),
@@ -178,7 +189,9 @@ def export_attention(
         ),
         "kv_a_layernorm.weight": latent.new_full((plan.kv_lora_rank,), gauge.latent_norm),
         "kv_b_proj.weight": pad(up, (0, plan.kv_lora_rank - rank)).flatten(0, 1),
-        "o_proj.weight": pad(output * gauge.residual, (0, plan.v_head_dim - config.v_head_dim)).flatten(1),
+        "o_proj.weight": pad(
+            output * (gauge.residual * gauge.latent_left), (0, plan.v_head_dim - config.v_head_dim)
+        ).flatten(1),
     }
 
 
