@@ -10,6 +10,7 @@ does not end by itself is kept, cut off. Lines are {"text": ...}, with the marke
 
 import argparse
 import json
+import math
 import os
 import random
 from pathlib import Path
@@ -64,38 +65,38 @@ def main() -> None:
         kv_cache_memory_bytes=int(args.memory * 2**30),
     )
 
-    def write(prompts: list[str], temperature: float) -> list[tuple[str, bool]]:
-        """What the model writes, and whether it ended by itself."""
-        ids = [{"prompt_token_ids": tokenizer(text, add_special_tokens=False)["input_ids"]} for text in prompts]
-        sampling = SamplingParams(temperature=temperature, top_p=0.95, max_tokens=LENGTH)
+    def write(prompts: list[tuple[str, float]]) -> list[tuple[str, bool]]:
+        """What the model writes after texts at their temperatures, and whether it ended by itself."""
+        ids = [{"prompt_token_ids": tokenizer(text, add_special_tokens=False)["input_ids"]} for text, _ in prompts]
+        sampling = [SamplingParams(temperature=heat, top_p=0.95, max_tokens=LENGTH) for _, heat in prompts]
         outputs = [output.outputs[0] for output in llm.generate(ids, sampling, use_tqdm=False)]
         return [(output.text, output.finish_reason == "stop") for output in outputs]
 
-    def write_round(draw: random.Random, tokens: float) -> list[str]:
-        """How-to and chats of roughly so many tokens."""
-        openings = [draw.choice(OPENINGS) for _ in range(round(tokens * (1 - args.chats) / (0.8 * LENGTH)))]
-        written = write([args.start + opening for opening in openings], args.temperature)
-        texts = [opening + text for opening, (text, _) in zip(openings, written, strict=True)]
+    def whole_chat(chat: list[dict], prompt: str, text: str, ended: bool) -> str:
+        answer = {"role": "assistant", "content": text.strip()}
+        return tokenizer.apply_chat_template([*chat, answer], tokenize=False) if ended else prompt + text.strip()
 
-        count = round(tokens * args.chats / (0.8 * LENGTH))
-        said = [text.strip() for text, ended in write([user_head(tokenizer)] * count, 1.0) if ended]
-        chats = [[{"role": "user", "content": text}] for text in said if text]
-        prompts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
-        for chat, prompt, (text, ended) in zip(chats, prompts, write(prompts, args.temperature), strict=True):
-            answer = {"role": "assistant", "content": text.strip()}
-            whole = tokenizer.apply_chat_template([*chat, answer], tokenize=False)
-            texts.append(whole if ended else prompt + text.strip())
-        draw.shuffle(texts)
-        return texts
-
-    draw, number = random.Random(args.seed), 0
+    # A round writes how-to, questions, and answers to the questions of the last one: few wait for the longest. A run
+    # that is stopped keeps its rounds.
+    draw, chats = random.Random(args.seed), list[list[dict]]()
+    rounds = math.ceil(args.tokens / ROUND)
     with args.output.open("w") as file:
-        while number * ROUND < args.tokens:  # a run that is stopped keeps its rounds
-            for text in write_round(draw, min(ROUND, args.tokens - number * ROUND)):
-                file.write(json.dumps({"text": text}) + "\n")
+        for number in range(rounds + 1):
+            texts_wanted = max(0.0, min(ROUND, args.tokens - number * ROUND)) / (0.8 * LENGTH)
+            openings = [draw.choice(OPENINGS) for _ in range(round(texts_wanted * (1 - args.chats)))]
+            heads = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+            asked = [(args.start + opening, args.temperature) for opening in openings]
+            asked += [(head, args.temperature) for head in heads]
+            asked += [(user_head(tokenizer), 1.0)] * round(texts_wanted * args.chats)
+            made = iter(write(asked) if asked else [])
+            texts = [opening + next(made)[0] for opening in openings]
+            texts += [whole_chat(chat, head, *next(made)) for chat, head in zip(chats, heads, strict=True)]
+            said = [text.strip() for text, ended in made if ended]
+            chats = [[{"role": "user", "content": text}] for text in said if text]
+            draw.shuffle(texts)
+            file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
             file.flush()
-            number += 1
-            print(f"{min(number * ROUND, args.tokens):,.0f} tokens in {args.output}", flush=True)
+            print(f"round {number} of {rounds}: {len(texts):,} texts", flush=True)
 
 
 if __name__ == "__main__":
