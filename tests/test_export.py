@@ -155,9 +155,8 @@ def test_rotary_keys_fit_an_fp8_cache(save, tmp_path):
     model = exportable([0, 1, 2])
     with torch.no_grad():
         for layer in model.model.layers:
-            attention = layer.self_attn
-            attention.kv_a_proj.weight[10:] *= 2000
-            attention.q_proj.weight.view(4, -1, 48)[:, attention.shape.qk_nope_head_dim :] /= 2000
+            layer.self_attn.kv_a_proj.weight[10:] *= 2000
+            layer.self_attn.rope_query_rows().div_(2000)
     export(save(model), tmp_path / "out")
     exported, largest = assert_same_model(model, tmp_path / "out"), []
     for layers in (model.model.layers, exported.model.layers):

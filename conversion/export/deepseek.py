@@ -135,7 +135,7 @@ def grow(rows: torch.Tensor, count: int) -> torch.Tensor:
 def key_factor(queries: torch.Tensor, keys: torch.Tensor) -> float:
     """
     What rotary keys are multiplied by, and the queries that read them divided, so that keys are about as large as
-    these: engines round them to e4m3 with a scale of 1 and cut off what is beyond 448, and our conversions leave all
+    these: engines round them to e4m3 with a scale of 1 and cut off what is beyond 448, and our conversions leave most
     of a score's size to the keys. A power of two, at most 1, so that weights keep their bits.
 
     Args:
@@ -171,7 +171,7 @@ def export_attention(
     q_nope, q_rope = query.split([nope, r], dim=1)
     latent, k_rope = tensors["kv_a_proj.weight"].double().split([rank, r])
     factor = key_factor(q_rope, k_rope)
-    q_rope, k_rope = q_rope / factor, k_rope * factor
+    rope_scale /= factor
     up = tensors["kv_b_proj.weight"].double()
     num_nope_heads, groups = config.num_nope_key_heads or heads, config.num_key_value_heads
     k_up, v_up = up.split([num_nope_heads * nope, groups * config.v_head_dim])
@@ -185,7 +185,7 @@ def export_attention(
     return {
         "q_proj.weight": torch.cat((q_nope, interleave(q_rope * rope_scale, slots, rope_dim)), dim=1).flatten(0, 1),
         "kv_a_proj_with_mqa.weight": torch.cat(
-            (grow(latent * gauge.latent, plan.kv_lora_rank), interleave(k_rope, slots, rope_dim))
+            (grow(latent * gauge.latent, plan.kv_lora_rank), interleave(k_rope * factor, slots, rope_dim))
         ),
         "kv_a_layernorm.weight": latent.new_full((plan.kv_lora_rank,), gauge.latent_norm),
         "kv_b_proj.weight": pad(up, (0, plan.kv_lora_rank - rank)).flatten(0, 1),
