@@ -11,6 +11,7 @@ from mha2mla.common.companions import copy_companions
 from mha2mla.common.tokenizer import write_tokenizer
 
 from .attention_weights import LatentAttention
+from .balance import balanced
 from .checkpoint import CheckpointWriter
 from .job import ConversionJob
 from .presets import ConvertedLayer
@@ -29,7 +30,7 @@ def write_weights(
     def attention() -> Iterator[LatentAttention]:
         for layer in layers:
             records.append({"rope_frequencies": layer.attention.rope_frequencies.tolist(), **layer.metrics})
-            yield layer.attention
+            yield balanced(layer.attention)
 
     writer = CheckpointWriter(output, max_shard_bytes)
     for name, tensor in job.architecture.converted_tensors(job.tensors, attention()):
