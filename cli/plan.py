@@ -129,7 +129,8 @@ def describe(source: str, survey: "Survey", options: PlanArguments, context: int
 
 def advised(survey: "Survey") -> tuple[str, ...]:
     """Options of `convert`: a size of vLLM's kernels, where it runs one that halves the cache; else the paper's."""
-    served = [offer for offer in survey.offers if ENGINES["vllm"] in offer.takers]
+    kernels = [offer for offer in survey.offers if "--kv-lora-rank" in offer.options]  # --serve refuses a ratio
+    served = [offer for offer in kernels if ENGINES["vllm"] in offer.takers]
     for offer in served:
         if 2 * offer.width <= survey.original.width:  # --serve alone takes the largest
             return ("--serve", "vllm") if offer is served[0] else (*offer.options, "--serve", "vllm")

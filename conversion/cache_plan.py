@@ -86,22 +86,21 @@ def unrotated_rows(source: PreTrainedConfig, rope_width: int) -> int:
     return rows - rope_width if every_layer_has_rope(source) else rows
 
 
-def plan_caches(
+def plan_cache(
     sizes: CacheSizes,
     source: PreTrainedConfig,
     num_rope_key_heads: int,
-    rope_dims: Callable[[int], list[int]],
+    rope_dims: Callable[[int], int],
     ranks: Callable[[int, int, int], range],
-) -> list[CachePlan]:
+) -> CachePlan:
     """
-    Plans of the size that is asked for, checked against the source: one for given sizes, or, for a ratio, one for each
-    way to split it.
+    The plan of the size that is asked for, checked against the source.
 
     Args:
         sizes (`CacheSizes`): What the user asks for.
         source (`PreTrainedConfig`): The source's config.
         num_rope_key_heads (`int`): Rotary keys per token, n.
-        rope_dims (`Callable`): Dims of a rotary key to try in a cache of so many values per token and layer.
+        rope_dims (`Callable`): Dims of a rotary key in a cache of so many values per token and layer.
         ranks (`Callable`): Sizes that the latent may have, given the rows of un-rotated keys, the rows of values, and
             the hidden size.
 
@@ -118,26 +117,20 @@ def plan_caches(
     if ratio is None:
         if rank is None or rope is None:
             raise ValueError("Give --cache-ratio (e.g. 0.3125), or both --kv-lora-rank and --qk-rope-head-dim.")
-        splits = [(rope, rank)]
     else:
         width = round(ratio * source_width)
-        splits = []
-        for rope in rope_dims(width):
-            rank = width - num_rope_key_heads * rope
-            splits.append((rope, rank - rank % ranks_beside(rope).step))
-        if min(rank for _, rank in splits) < 1:
-            least = min(rope for rope, _ in splits)
+        rope = rope_dims(width)
+        rank = width - num_rope_key_heads * rope
+        rank -= rank % ranks_beside(rope).step
+        if rank < 1:
             raise ValueError(
                 f"cache_ratio={ratio} gives {width} values per token and layer, which {num_rope_key_heads} rotary "
-                f"keys of {least} dims use up. Use a ratio above {num_rope_key_heads * least / source_width:.4f}, or "
+                f"keys of {rope} dims use up. Use a ratio above {num_rope_key_heads * rope / source_width:.4f}, or "
                 "set --kv-lora-rank and --qk-rope-head-dim yourself."
             )
-    plans = [
-        CachePlan(rank, rope, num_rope_key_heads, source_width, source.num_hidden_layers) for rope, rank in splits
-    ]
-    for plan in plans:
-        check_plan(plan, ranks_beside(plan.qk_rope_head_dim), source)
-    return plans
+    plan = CachePlan(rank, rope, num_rope_key_heads, source_width, source.num_hidden_layers)
+    check_plan(plan, ranks_beside(rope), source)
+    return plan
 
 
 def check_plan(plan: CachePlan, ranks: range, source: PreTrainedConfig) -> None:

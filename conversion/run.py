@@ -41,7 +41,7 @@ from .presets import Preset
 from .recovered import LEAST, SMALL, is_small
 from .source import local_checkpoint
 from .summary import summary
-from .survey import engines_of_all
+from .survey import engines_of
 from .weights_check import check_weights, stored_dtype
 
 logger = logging.getLogger(__name__)
@@ -95,13 +95,13 @@ def convert(
             config.tie_word_embeddings = False  # what lies in the file counts, as it does for transformers
         engine = None if options.serve is None else ENGINES[options.serve]
         source_width = keys_values_width(config)
-        plans = plan_sizes(architecture, options, preset, engine)
+        plan = plan_sizes(architecture, options, preset, engine)
         dtype = stored_dtype(tensors) if options.dtype == "auto" else getattr(torch, options.dtype)
-        logger.info(plans[0].describe(served_dtype(dtype)))
-        if is_small(plans[0].ratio):
+        logger.info(plan.describe(served_dtype(dtype)))
+        if is_small(plan.ratio):
             remedy = f"Take --cache-ratio 0.3125, or at least {LEAST / 100:g}"
             remedy += "" if engine is None else ", without --serve"
-            logger.warning("That is %.3g %%, %s. %s.", 100 * plans[0].ratio, SMALL, remedy)
+            logger.warning("That is %.3g %%, %s. %s.", 100 * plan.ratio, SMALL, remedy)
 
         def config_of(plan: CachePlan) -> LatentConfigMixin:
             bias = architecture.has_attention_bias(tensors)
@@ -109,17 +109,17 @@ def convert(
 
         def runs_by_kernels(engine: Engine) -> bool:
             try:
-                plan = plan_sizes(architecture, CacheSizes(), preset, engine)[0]
+                kernels = plan_sizes(architecture, CacheSizes(), preset, engine)
             except ValueError:
                 return False
-            takers, _ = engines_of_all(architecture, [plan], [config_of(plan)])
+            takers, _ = engines_of(architecture, kernels, config_of(kernels))
             return preset.common_frequencies and engine in dict(takers)
 
-        advice = advise_sizes(plans[0].width, source_width) if engine is None else None
+        advice = advise_sizes(plan.width, source_width) if engine is None else None
         if advice is not None and runs_by_kernels(ENGINES["vllm"]):
             logger.info(advice)
         if engine is not None:
-            check_servable(config_of(plans[0]), preset.common_frequencies, engine)
+            check_servable(config_of(plan), preset.common_frequencies, engine)
         blocks, held_out = load_text(folder, options, config, trust_remote_code)
         with (
             atomic_folder(output, options.overwrite) as partial,
@@ -134,10 +134,10 @@ def convert(
                 scratch,
                 cache(tensors.digest),
                 engine=None if engine is None else engine.title,
-                expressible=expressible_lists(config_of(plans[0]), engine or ENGINES["transformers"]),
+                expressible=expressible_lists(config_of(plan), engine or ENGINES["transformers"]),
                 held_out=held_out,
             )
-            plan = preset.choose(job, plans)
+            plan = preset.choose(job, plan)
             logger.info("Chosen: %s", plan)
             mla_config = config_of(plan)
             if plan.frequencies is not None:
@@ -173,14 +173,14 @@ def convert(
 
 def plan_sizes(
     architecture: Architecture, sizes: CacheSizes, preset: Preset, engine: Engine | None
-) -> list[CachePlan]:
-    """The preset's plans for what is asked for, which for an engine may be the sizes of its kernels. A `ValueError` if
-    the source cannot have such a cache."""
+) -> CachePlan:
+    """The preset's plan for what is asked for, which for an engine may have the sizes of its kernels. A `ValueError`
+    if the source cannot have such a cache."""
     if engine is None:
-        return preset.plans(architecture, sizes)
+        return preset.plan(architecture, sizes)
     chosen = kernel_sizes(sizes, engine, keys_values_width(architecture.config))
     try:
-        return preset.plans(architecture, chosen)
+        return preset.plan(architecture, chosen)
     except ValueError as reason:
         if chosen is sizes:  # the user's own
             raise

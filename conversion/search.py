@@ -36,7 +36,7 @@ def lowest_loss(
     assert job.blocks is not None
     job = replace(job, blocks=job.blocks[:NUM_SEARCH_BLOCKS])
     streams = [embed(job) for _ in plans]
-    for visit in run_layers(job, "Splitting"):
+    for visit in run_layers(job, "Comparing"):
         for layer, stream in zip(layers_of(visit), streams, strict=True):
             advance(visit, layer, stream)
     losses = [language_loss(job, stream) for stream in streams]

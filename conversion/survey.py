@@ -134,15 +134,15 @@ def make_offer(source: Architecture, title: str, sizes: CacheSizes, attention_bi
     source_width = keys_values_width(source.config)
     if sizes.kv_lora_rank is not None and sizes.kv_lora_rank + KERNEL_ROPE_DIM >= source_width:
         raise ValueError(f"The source caches {source_width} values per token and layer: there is nothing to gain.")
-    plans = preset.plans(source, sizes)
-    configs = [preset.mla_config(source, plan, attention_bias=attention_bias) for plan in plans]
-    split = " or ".join(f"{plan.kv_lora_rank} + {plan.qk_rope_head_dim}" for plan in plans)
-    common, engines = engines_of_all(source, plans, configs)
-    takers = tuple(engine for engine, rank in common if rank is None)
-    num_parameters = empty_model(as_served(configs[0], common)).num_parameters()
+    plan = preset.plan(source, sizes)
+    config = preset.mla_config(source, plan, attention_bias=attention_bias)
+    split = f"{plan.kv_lora_rank} + {plan.qk_rope_head_dim}"
+    pairs, engines = engines_of(source, plan, config)
+    takers = tuple(engine for engine, rank in pairs if rank is None)
+    num_parameters = empty_model(as_served(config, pairs)).num_parameters()
     given = {f"--{name.replace('_', '-')}": value for name, value in vars(sizes).items() if value is not None}
     options = tuple(str(word) for pair in given.items() for word in pair)
-    return Offer(title, split, plans[0].width, plans[0].num_layers, num_parameters, takers, engines, options)
+    return Offer(title, split, plan.width, plan.num_layers, num_parameters, takers, engines, options)
 
 
 def as_served(config: Any, takers: list[tuple[Engine, int | None]]) -> PreTrainedConfig:
@@ -158,24 +158,15 @@ def as_served(config: Any, takers: list[tuple[Engine, int | None]]) -> PreTraine
     return stock_config(config, plan, tiny_gauge(config.rms_norm_eps), torch.bfloat16)
 
 
-def engines_of_all(
-    source: Architecture, plans: list[CachePlan], configs: list[LatentConfigMixin]
+def engines_of(
+    source: Architecture, plan: CachePlan, config: LatentConfigMixin
 ) -> tuple[list[tuple[Engine, int | None]], str]:
-    """The engines that take each of the plans, whichever of those that some engine takes will be chosen by
-    measurement, as [`fitting_engines`] gives them, and for a person."""
-    num_pairs = num_rotary_pairs(source.config)
-    found = []
-    for plan, config in zip(plans, configs, strict=True):
-
-        def has_table(engine: Engine, plan: CachePlan = plan, config: LatentConfigMixin = config) -> bool:
-            lists = two_runs(plan.qk_rope_head_dim // 2, num_pairs)
-            return any(map(expressible_lists(config, engine), lists))
-
-        try:
-            found.append(fitting_engines(config, has_table))
-        except ValueError as reason:
-            return [], f"none. {reason}"
-    found = [pairs for pairs in found if pairs] or [[]]
-    common = [pair for pair in found[0] if all(pair in pairs for pairs in found)]
-    said = describe_engines(common, plans[0].source_width) or "none. They have no rotary table of so many frequencies."
-    return common, said
+    """The engines that take the plan with one of the lists of frequencies among which measurement will choose, as
+    [`fitting_engines`] gives them, and for a person."""
+    lists = list(two_runs(plan.qk_rope_head_dim // 2, num_rotary_pairs(source.config)))
+    try:
+        pairs = fitting_engines(config, lambda engine: any(map(expressible_lists(config, engine), lists)))
+    except ValueError as reason:
+        return [], f"none. {reason}"
+    said = describe_engines(pairs, plan.source_width) or "none. They have no rotary table of so many frequencies."
+    return pairs, said

@@ -159,7 +159,7 @@ def test_ratio_follows_the_papers_table():
     """d_h = 64, 3 key/value heads: 8 rotary dims and d_kv = 32, 16, 8 per head (paper, Table 1)."""
     source = type(SOURCES["gqa"])(hidden_size=576, num_attention_heads=9, num_key_value_heads=3)
     for ratio, d_kv in ((0.3125, 32), (0.1875, 16), (0.125, 8)):
-        (plan,) = Paper().plans(architecture_of(source), CacheSizes(cache_ratio=ratio))
+        plan = Paper().plan(architecture_of(source), CacheSizes(cache_ratio=ratio))
         assert (plan.kv_lora_rank, plan.qk_rope_head_dim) == (3 * d_kv, 8)
         assert plan.ratio == ratio
 

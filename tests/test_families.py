@@ -39,7 +39,7 @@ def test_conversion_at_31_percent(job, preset):
     model's."""
     source, job = job
     preset = PRESETS[preset]
-    plan = preset.choose(job, preset.plans(job.architecture, CacheSizes(cache_ratio=0.3125)))
+    plan = preset.choose(job, preset.plan(job.architecture, CacheSizes(cache_ratio=0.3125)))
     layers = [layer.attention for layer in preset.layers(job, plan)]
     model = assemble(source, layers)
     assert model.config.latent_cache_dim == round(0.3125 * plan.source_width)

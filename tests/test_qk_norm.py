@@ -91,8 +91,8 @@ def test_calibrated_with_everything_kept_is_the_source(kind, layout, tmp_path):
     preset = Calibrated(refine_steps=0, score_samples=2, rope_layout=layout, rope_frequencies="per-layer")
     sizes = CacheSizes(kv_lora_rank=groups * dim, qk_rope_head_dim=groups * dim if layout == "shared" else dim)
     job = ConversionJob(architecture_of(config), StateDict(source.state_dict()), tokens(4, 16), "cpu", 0, tmp_path)
-    (plan,) = preset.plans(job.architecture, sizes)
-    converted = assemble(source, [layer.attention for layer in preset.layers(job, preset.choose(job, [plan]))])
+    plan = preset.plan(job.architecture, sizes)
+    converted = assemble(source, [layer.attention for layer in preset.layers(job, preset.choose(job, plan))])
     ids = tokens(2, 20)
     with torch.no_grad():
         expected, got = source(ids).logits, converted(ids).logits
@@ -131,7 +131,7 @@ def test_refinement_moves_what_is_before_and_after_the_norms(kind, tmp_path):
     architecture = architecture_of(source.config)
     job = ConversionJob(architecture, StateDict(source.state_dict()), tokens(4, 16), "cpu", 0, tmp_path)
     preset = Calibrated(refine_steps=1, score_samples=2)
-    plan = preset.choose(job, preset.plans(architecture, CacheSizes(kv_lora_rank=9, qk_rope_head_dim=4)))
+    plan = preset.choose(job, preset.plan(architecture, CacheSizes(kv_lora_rank=9, qk_rope_head_dim=4)))
     visit = next(run_layers(job, ""))
     passes = preset.passes(job)
     before, _ = passes.closed_form(visit, passes.state.load(0, "cpu"), plan)

@@ -66,12 +66,12 @@ class Preset(ABC):
         return False
 
     @abstractmethod
-    def plans(self, source: Architecture, sizes: CacheSizes) -> list[CachePlan]:
-        """The caches of the size that is asked for, all of one width. A `ValueError` if the source has none such."""
+    def plan(self, source: Architecture, sizes: CacheSizes) -> CachePlan:
+        """The cache of the size that is asked for. A `ValueError` if the source has none such."""
 
-    def choose(self, job: ConversionJob, plans: list[CachePlan]) -> CachePlan:
-        """The plan to convert with, by whatever the preset measures first."""
-        return plans[0]
+    def choose(self, job: ConversionJob, plan: CachePlan) -> CachePlan:
+        """The plan to convert with: what was left open is settled by whatever the preset measures first."""
+        return plan
 
     @abstractmethod
     def layers(self, job: ConversionJob, plan: CachePlan) -> Iterator[ConvertedLayer]:

@@ -25,7 +25,7 @@ from .steps import Steps
 
 logger = logging.getLogger(__name__)
 
-NUM_LISTS = 4  # lists of frequencies compared for each split
+NUM_LISTS = 4  # lists of frequencies that are compared
 
 
 @dataclass(frozen=True)
@@ -43,21 +43,23 @@ class Passes:
     shared_key: bool
     steps: Steps
 
-    def choose(self, plans: list[CachePlan], common_frequencies: bool, score_samples: int) -> CachePlan:
-        """Measure the text, and find the split, and the frequencies that all layers share, with the lowest loss, every
-        candidate converted in closed form."""
+    def choose(self, plan: CachePlan, common_frequencies: bool, score_samples: int) -> CachePlan:
+        """Measure the text, and find the frequencies that all layers share with the lowest loss, every candidate
+        converted in closed form."""
         self.collect(score_samples)
-        candidates = self.frequency_plans(plans) if common_frequencies else plans
+        if not common_frequencies:
+            return plan
+        candidates = self.frequency_plans(plan)
 
         def layers_of(visit: LayerVisit) -> Iterator[LatentAttention]:
             statistics = self.state.load(visit.index, self.job.device)
-            for plan in candidates:
-                yield self.closed_form(visit, statistics, plan)[0]
+            for candidate in candidates:
+                yield self.closed_form(visit, statistics, candidate)[0]
 
         return lowest_loss(self.job, candidates, layers_of)
 
-    def frequency_plans(self, plans: list[CachePlan]) -> list[CachePlan]:
-        """Every plan with each of the lists of frequencies that promise most for its rotary key."""
+    def frequency_plans(self, plan: CachePlan) -> list[CachePlan]:
+        """The plan with each of the lists of frequencies that promise most for its rotary key."""
         job, shares = self.job, []
         for index in range(job.config.num_hidden_layers):
             statistics = self.state.load(index, job.device)
@@ -68,14 +70,13 @@ class Passes:
         def candidates(expressible: Callable[[Sequence[int]], bool]) -> list[CachePlan]:
             return [
                 replace(plan, frequencies=frequencies)
-                for plan in plans
                 for frequencies in best_lists(cost, plan.qk_rope_head_dim // 2, NUM_LISTS, expressible)
             ]
 
         found = candidates(job.expressible)
         if not found and job.engine is not None:
             raise ValueError(
-                f"{job.engine} has no rotary table for {plans[0].qk_rope_head_dim // 2} frequencies as the source's "
+                f"{job.engine} has no rotary table for {plan.qk_rope_head_dim // 2} frequencies as the source's "
                 f"rope_parameters={job.config.rope_parameters} make them. Give a smaller --qk-rope-head-dim, or leave "
                 "--serve out (transformers then runs the model with our own class)."
             )

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
     from .passes import Passes
 
-# Of a cache, for the rotary keys: tried where the split is not given. The closed form would always like more, and
-# refinement, which mends what is lost by rotation better than what is lost by rank, does not: docs/dev/conversion.md.
-ROPE_SHARES = (0.27, 0.34)
+# The rotary key where only a budget is given, of a head's dims, and the most of the cache. The closed form would
+# always have more, but refinement mends what is lost by rotation better than what is lost by rank, and training better
+# still: docs/dev/conversion.md, "How much rotates".
+ROPE_OF_HEAD, MOST_OF_CACHE = 0.375, 0.34
 
 
 @dataclass(kw_only=True)
@@ -96,10 +97,9 @@ class Calibrated(Preset):
     def common_frequencies(self) -> bool:
         return self.shared_key and self.rope_frequencies == "common"
 
-    def plans(self, source: Architecture, sizes: CacheSizes) -> list[CachePlan]:
-        """For a budget, several splits, of which the best is found by measurement."""
-        from mha2mla.conversion.cache_plan import plan_caches
-        from mha2mla.conversion.rotary import num_rotary_pairs
+    def plan(self, source: Architecture, sizes: CacheSizes) -> CachePlan:
+        from mha2mla.conversion.cache_plan import plan_cache
+        from mha2mla.conversion.rotary import head_dim, num_rotary_pairs
 
         groups, pairs = source.config.num_key_value_heads, num_rotary_pairs(source.config)
         rope_keys = 1 if self.shared_key else groups
@@ -111,14 +111,14 @@ class Calibrated(Preset):
                 f"frequencies. Give {2 * pairs} or less, or --rope-frequencies per-layer, which repeats them."
             )
 
-        def rope_dims(width: int) -> list[int]:
-            wanted = (round(share * width / rope_keys / 2) * 2 for share in ROPE_SHARES)
-            return sorted({min(max(2, rope), most_rope) for rope in wanted})
+        def rope_dims(width: int) -> int:
+            wanted = min(ROPE_OF_HEAD * head_dim(source.config), MOST_OF_CACHE * width / rope_keys)
+            return min(max(2, round(wanted / 2) * 2), most_rope)
 
         def ranks(key_rows: int, value_rows: int, hidden_size: int) -> range:
             return range(1, min(key_rows + value_rows, source.latent_inputs) + 1)
 
-        return plan_caches(sizes, source.config, rope_keys, rope_dims, ranks)
+        return plan_cache(sizes, source.config, rope_keys, rope_dims, ranks)
 
     def mla_fields(self, source: PreTrainedConfig, plan: CachePlan) -> dict[str, Any]:
         from mha2mla.conversion.rotary import head_dim
@@ -141,8 +141,8 @@ class Calibrated(Preset):
         state = CalibrationState(folder, identity)
         return Passes(job, state, self.shared_key, self.steps or DEFAULT_STEPS)
 
-    def choose(self, job: ConversionJob, plans: list[CachePlan]) -> CachePlan:
-        return self.passes(job).choose(plans, self.common_frequencies, self.score_samples)
+    def choose(self, job: ConversionJob, plan: CachePlan) -> CachePlan:
+        return self.passes(job).choose(plan, self.common_frequencies, self.score_samples)
 
     def layers(self, job: ConversionJob, plan: CachePlan) -> Iterator[ConvertedLayer]:
         from .refine import RefineSettings

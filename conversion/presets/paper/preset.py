@@ -63,9 +63,9 @@ class Paper(Preset):
             return None
         return f"rope_selection={self.rope_selection!r} (unlike 'uniform') measures queries and keys on text"
 
-    def plans(self, source: Architecture, sizes: CacheSizes) -> list[CachePlan]:
+    def plan(self, source: Architecture, sizes: CacheSizes) -> CachePlan:
         """A budget is split as in the paper's Table 1: d/8 rotary dims per key/value head, the rest for the latent."""
-        from mha2mla.conversion.cache_plan import plan_caches, unrotated_rows
+        from mha2mla.conversion.cache_plan import plan_cache, unrotated_rows
 
         config, dim, ranks = source.config, source.head_dim, METHODS[self.svd].ranks
         groups = config.num_key_value_heads
@@ -77,7 +77,7 @@ class Paper(Preset):
                     f"svd={self.svd!r} does not compress: give --qk-rope-head-dim only; the latent follows from it."
                 )
             sizes = CacheSizes(qk_rope_head_dim=rope, kv_lora_rank=possible[0])
-        return plan_caches(sizes, config, groups, lambda width: [max(2, dim // 16 * 2)], ranks)
+        return plan_cache(sizes, config, groups, lambda width: max(2, dim // 16 * 2), ranks)
 
     def mla_fields(self, source: PreTrainedConfig, plan: CachePlan) -> dict[str, Any]:
         from mha2mla.conversion.cache_plan import unrotated_rows
