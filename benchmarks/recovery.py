@@ -264,7 +264,7 @@ def main() -> None:
     )
     tokens.add_argument("output", type=Path)
     tokens.add_argument("--length", type=int, default=2048)
-    tokens.add_argument("--short-length", type=int, help="In every second row documents are cut to so many tokens.")
+    tokens.add_argument("--short-lengths", type=int, nargs="+", default=(), help="See `mha2mla train`.")
     tokens.add_argument("--lookback-share", type=float, default=0.0, help="Share of rows in which passages return.")
     tokens.set_defaults(call=write_tokens)
     run = commands.add_parser("run", help="Train and measure what the results file does not hold yet.")

@@ -53,7 +53,7 @@ def write_tokens(args: argparse.Namespace) -> None:
             documents += tokenize(batch, tokenizer)
             batch = []
     documents += tokenize(batch, tokenizer)
-    packed = pack_documents(documents, args.length, args.short_length)
+    packed = pack_documents(documents, args.length, args.short_lengths)
     add_lookback(packed, args.lookback_share, seed=0)
     counts = [len(lengths) for lengths in packed["lengths"]]
     np.savez(

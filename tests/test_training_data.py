@@ -47,23 +47,24 @@ def test_packing_against_brute_force(length):
         assert lengths == [owners.count(number) for number in dict.fromkeys(owners)]
 
 
-def test_every_second_row_is_cut_to_short_documents():
+def test_rows_are_cut_to_short_documents_in_turn():
     documents = [list(range(n)) for n in (9, 1, 30, 5, 3)]
-    whole, short = (pack_documents(documents, 12, short_length) for short_length in (None, 4))
-    assert short["input_ids"] == whole["input_ids"]
+    whole, short, shorter = (pack_documents(documents, 12, sizes) for sizes in ((), (4,), (4, 6)))
+    assert short["input_ids"] == shorter["input_ids"] == whole["input_ids"]
     assert whole["lengths"] == [[9, 1, 2], [12], [12], [4, 5, 3]]
     assert short["lengths"] == [[4, 4, 1, 1, 2], [12], [4, 4, 4], [4, 5, 3]]
+    assert shorter["lengths"] == [[4, 4, 1, 1, 2], [6, 6], [12], [4, 4, 1, 3]]
 
 
-def test_short_length_is_for_what_is_trained_on_only(tmp_path):
+def test_short_lengths_are_for_what_is_trained_on_only(tmp_path):
     path = write_texts(tmp_path / "a.jsonl", [words(0, 8)] * 12)
-    arguments = DataArguments(path, eval_data=path, length=6, short_length=2)
+    arguments = DataArguments(path, eval_data=path, length=6, short_lengths=[2])
     rows, held_out = load_rows(arguments, pico_tokenizer(), seed=0)
     assert sorted(map(max, rows["lengths"])) != sorted(map(max, held_out["lengths"]))
     assert len(rows) == 18 and sum(max(lengths) <= 2 for lengths in rows["lengths"]) == 9
     assert all(max(lengths) > 2 for lengths in held_out["lengths"])
-    with pytest.raises(ValueError, match="short_length=7 must lie between 2 and length=6"):
-        DataArguments(path, length=6, short_length=7)
+    with pytest.raises(ValueError, match=r"short_lengths=\[2, 7\] must lie between 2 and length=6"):
+        DataArguments(path, length=6, short_lengths=[2, 7])
 
 
 def test_first_token_of_a_document_does_not_count_and_its_eos_does():
@@ -240,7 +241,7 @@ def test_data_errors_name_the_source_and_the_remedy(tmp_path):
 
 
 def test_what_is_no_row_or_document_is_refused():
-    for wrong in (dict(length=0), dict(length=4, short_length=0)):
+    for wrong in (dict(length=0), dict(length=4, short_lengths=[4, 0])):
         with pytest.raises(ValueError, match="must be at least 1"):
             pack_documents([[1, 2, 3]], **wrong)
     with pytest.raises(ValueError, match="Documents are token ids here, got text"):

@@ -232,7 +232,8 @@ def test_the_example_script_does_what_the_command_does(folder, trainable):
 
 # What a CPU cannot do, and what a pico model and a test have less of.
 SMALL = dict(use_cpu=True, bf16=False, compile_layers=False, attn_implementation="sdpa", dtype="float32")
-SMALL |= dict(max_steps=2, length=16, short_length=8, per_device_train_batch_size=2, gradient_accumulation_steps=1)
+SMALL |= dict(max_steps=2, length=16, short_lengths=[4, 8])
+SMALL |= dict(per_device_train_batch_size=2, gradient_accumulation_steps=1)
 
 
 @pytest.mark.parametrize("recipe", sorted(EXAMPLES.glob("recovery*.yaml")), ids=lambda path: path.stem)
@@ -253,7 +254,7 @@ def test_the_shipped_recipe_is_read():
     _, loss, data, training = parse_arguments(["--config", str(path), *given])
     losses = loss.losses
     weights = losses["distillation"].distillation_weight, losses["hidden"].hidden_weight
-    assert (*weights, data.short_length) == (1, 4, 256)
+    assert (*weights, data.short_lengths) == (1, 4, [64, 128, 256])
     assert (training.learning_rate, training.decay_fraction, training.compile_layers) == (2.4e-4, 0.5, True)
     assert training.attention_learning_rate == 1e-3
 

@@ -111,9 +111,12 @@ class DataArguments:
         default=0.0, metadata={"help": "Without --eval-data: share of the documents that is held out instead."}
     )
     length: int = field(default=2048, metadata={"help": "Tokens of a row; documents are packed without padding."})
-    short_length: int | None = field(
+    short_lengths: list[int] | None = field(
         default=None,
-        metadata={"help": "In every second row cut documents to so many tokens, for predictions from little text."},
+        metadata={
+            "help": "Row by row in turn, cut documents to so many tokens, for predictions from little text, and then "
+            "leave a row whole: 256 cuts them in every second row."
+        },
     )
     lookback_share: float = field(
         default=0.0,
@@ -128,8 +131,9 @@ class DataArguments:
 
     def __post_init__(self):
         check_least(self, length=2, shuffle_buffer=1, num_proc=1)
-        if self.short_length is not None and not 2 <= self.short_length <= self.length:
-            raise ValueError(f"short_length={self.short_length} must lie between 2 and length={self.length}.")
+        for size in self.short_lengths or ():
+            if not 2 <= size <= self.length:
+                raise ValueError(f"short_lengths={self.short_lengths} must lie between 2 and length={self.length}.")
         check_between(self, lookback_share=(0, 1))
         if not 0 <= self.eval_fraction < 1:
             raise ValueError(f"eval_fraction={self.eval_fraction} must lie between 0 and 1.")

@@ -52,13 +52,13 @@ def pack_batch(
     column: str,
     tokenizer: PreTrainedTokenizerBase,
     length: int,
-    short_length: int | None,
+    short_lengths: Sequence[int],
     lookback_share: float,
     seed: int,
 ) -> dict[str, list[list[int]]]:
     """[`tokenize`], [`pack_documents`] and [`add_lookback`] on a batch of a source's rows."""
     documents = clean_documents(batch[column], source, column)
-    rows = pack_documents(tokenize(documents, tokenizer), length, short_length)
+    rows = pack_documents(tokenize(documents, tokenizer), length, short_lengths)
     add_lookback(rows, lookback_share, seed)
     return rows
 
@@ -108,7 +108,7 @@ def load_rows(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, seed
     columns = {source: check_source(source, tokenizer) for source in (*sources, *eval_sources)}
 
     def pack(
-        documents: Rows, source: TextSource, short_length: int | None = None, lookback_share: float = 0.0
+        documents: Rows, source: TextSource, short_lengths: Sequence[int] = (), lookback_share: float = 0.0
     ) -> Rows:
         with reading(source):
             return pack_source(
@@ -118,7 +118,7 @@ def load_rows(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, seed
                 column=columns[source].name,
                 tokenizer=tokenizer,
                 length=arguments.length,
-                short_length=short_length,
+                short_lengths=short_lengths,
                 lookback_share=lookback_share,
                 seed=seed,
             )
@@ -135,7 +135,7 @@ def load_rows(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, seed
             parts = documents.train_test_split(test_size=arguments.eval_fraction, seed=seed)
             documents = parts["train"]
             held_out.append(pack(parts["test"], source))
-        train.append(pack(documents, source, arguments.short_length, arguments.lookback_share))
+        train.append(pack(documents, source, arguments.short_lengths or (), arguments.lookback_share))
     for part, name in ((train, "data"), (held_out, "held-out data")):
         for rows in part:
             if next(iter(rows), None) is None:

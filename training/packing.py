@@ -30,7 +30,7 @@ def cut(pieces: Sequence[int], most: int) -> list[int]:
 
 
 def pack_documents(
-    documents: Sequence[Sequence[int]], length: int, short_length: int | None = None
+    documents: Sequence[Sequence[int]], length: int, short_lengths: Sequence[int] = ()
 ) -> dict[str, list[list[int]]]:
     """
     Documents end to end, cut into rows. A document that reaches over a row's end is cut there, and its two pieces are
@@ -39,7 +39,8 @@ def pack_documents(
     Args:
         documents (`Sequence`): Token ids of each document.
         length (`int`): Tokens of a row.
-        short_length (`int`, *optional*): In every second row documents are cut into pieces of so many tokens.
+        short_lengths (`Sequence[int]`, *optional*): Row by row in turn, documents are cut into pieces of so many
+            tokens, and then a row is left whole: with [256], they are cut in every second row.
 
     Returns:
         `input_ids`, a list of `length` ids for each row, and `lengths`, the sizes of each row's pieces, in order.
@@ -47,8 +48,8 @@ def pack_documents(
     Raises:
         ValueError: If a length is below 1, or a document is text.
     """
-    for name, value in (("length", length), ("short_length", short_length)):
-        if value is not None and value < 1:
+    for name, value in (("length", length), *(("short_lengths", size) for size in short_lengths)):
+        if value < 1:
             raise ValueError(f"{name}={value} must be at least 1.")
     if any(isinstance(document, str) for document in documents):
         raise ValueError("Documents are token ids here, got text: give tokenizer(texts)['input_ids'].")
@@ -67,8 +68,9 @@ def pack_documents(
                 input_ids.append(row)
                 lengths.append(pieces)
                 row, pieces = [], []
-    if short_length is not None:
-        lengths[::2] = [cut(pieces, short_length) for pieces in lengths[::2]]
+    every = len(short_lengths) + 1
+    for turn, size in enumerate(short_lengths):
+        lengths[turn::every] = [cut(pieces, size) for pieces in lengths[turn::every]]
     return {"input_ids": input_ids, "lengths": lengths}
 
 

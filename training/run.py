@@ -189,8 +189,9 @@ def describe_run(
     if arguments.attention_learning_rate is not None:
         rate += f" (attention {arguments.attention_learning_rate:g})"
     rows = f"{batch} rows x {data.length} tokens a step"
-    if data.short_length is not None:
-        rows += f", documents of every second row cut to {data.short_length}"
+    if data.short_lengths:
+        sizes = ", ".join(map(str, data.short_lengths))
+        rows += f", in turn with documents cut to {sizes} and whole"
     return TrainingRecord(
         base=model.model,
         data=shares,
