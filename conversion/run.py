@@ -171,9 +171,7 @@ def convert(
     return output
 
 
-def plan_sizes(
-    architecture: Architecture, sizes: CacheSizes, preset: Preset, engine: Engine | None
-) -> CachePlan:
+def plan_sizes(architecture: Architecture, sizes: CacheSizes, preset: Preset, engine: Engine | None) -> CachePlan:
     """The preset's plan for what is asked for, which for an engine may have the sizes of its kernels. A `ValueError`
     if the source cannot have such a cache."""
     if engine is None:
