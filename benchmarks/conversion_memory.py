@@ -66,7 +66,6 @@ def convert_and_report(source: Path, output: Path, args: argparse.Namespace) -> 
     if args.defaults:
         options += ["--serve", "vllm"]
     else:
-        # The split is given, not searched: the search would carry several streams through layers that mean nothing.
         groups = max(1, DIMENSIONS[args.model]["num_key_value_heads"] // args.scale)
         options += ["--qk-rope-head-dim", str(16 * groups), "--kv-lora-rank", str(64 * groups), "--score-samples", "2"]
         options += ["--samples", str(args.samples), "--length", "512", "--refine-steps", str(args.refine_steps)]

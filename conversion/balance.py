@@ -12,12 +12,13 @@ ROUNDS = 12  # of rows and columns in turn; a few suffice
 def balanced(layer: LatentAttention) -> LatentAttention:
     """
     The same layer with weights that training can move: what makes and what reads each rotary pair, each dim of an
-    un-rotated key or value, and each dim of the latent, has the same root mean square, within a factor of two.
+    un-rotated key or value, and each dim of the latent, has the same root mean square, within a factor of three.
 
     A score is a product of a query and a key, an output one of values and weights, and of such a product only the
     whole is given: any factor can go from one side to the other. The closed form and refinement leave rotary keys with
     weights tens of times as large as the queries that read them, and Adam's steps are of one size for all of them, so
-    that keys hardly move. Factors are powers of two: no bit of a product changes, in any floating-point type.
+    that keys hardly move. Factors are powers of two: no bit of a product changes while none leaves the range of normal
+    numbers.
 
     What it brings to training, measured: docs/dev/training.md, "The gauge of a conversion".
     """
@@ -34,7 +35,7 @@ def balanced(layer: LatentAttention) -> LatentAttention:
 
     # The up-projection is balanced on both sides: rows against queries and outputs, columns against the latent.
     up = torch.cat((layer.k_up.flatten(0, 1), layer.v_up.flatten(0, 1)))  # [N*nope + G*v, R]
-    squares = up.double().square()
+    squares = up.float().square()
     heads = power(layer.q_nope.unflatten(0, (num_nope, -1)), (1, 3))  # [N, nope]
     outputs = power(layer.o.unflatten(1, (groups, num_heads // groups, v)), (0, 2))  # [G, v]
     row_partner, column_partner = torch.cat((heads.flatten(), outputs.flatten())), power(layer.latent, (1,))
@@ -65,8 +66,8 @@ def balanced(layer: LatentAttention) -> LatentAttention:
 
 
 def power(weights: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
-    """Mean square over some dims, float64."""
-    return weights.double().square().mean(dims)
+    """Mean square over some dims."""
+    return weights.float().square().mean(dims)
 
 
 def ratio(reader: torch.Tensor, maker: torch.Tensor) -> torch.Tensor:

@@ -14,8 +14,8 @@ from .export.engines import engines_for_frequencies
 from .recovered import MODEL, POINTS_LOST, TOKENS
 
 RECOVERY = (
-    f"Recovery: {MODEL}, at 18.75 % of its cache, was {POINTS_LOST[18.75][0]:.2f} points of accuracy below the "
-    f"original after {TOKENS} million tokens of training (docs/recovery.md)"
+    f"Recovery: {MODEL}, at 18.75 % of its cache (56 + 16), was {POINTS_LOST[18.75][0]:.2f} points of accuracy below "
+    f"the original after {TOKENS} million tokens of training (docs/recovery.md)"
 )
 PLUGIN = f"  # after {installing('vllm')}"
 

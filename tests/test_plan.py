@@ -11,8 +11,10 @@ from transformers import AutoConfig, LlamaConfig, MistralConfig
 
 from mha2mla.cli.main import main
 from mha2mla.cli.plan import GPU_MEMORY, QUALITY, advised
+from mha2mla.conversion.architectures import architecture_of
 from mha2mla.conversion.cache_sizes import CacheSizes
 from mha2mla.conversion.export import ExportConfig, export
+from mha2mla.conversion.presets.calibrated import Calibrated
 from mha2mla.conversion.recovered import LOST_BELOW, POINTS_LOST, SMALL, TOKENS
 from mha2mla.conversion.survey import survey_caches
 from pico import ARCHITECTURE_FIELDS, BASE, SOURCES, make_mla
@@ -134,6 +136,9 @@ def test_a_ratio_has_a_rotary_key_of_sane_size():
     assert [o.sizes for o in survey_caches(LLAMA3_8B).offers[:3]] == ["592 + 48", "336 + 48", "208 + 48"]
     small = LlamaConfig(hidden_size=576, num_attention_heads=9, num_key_value_heads=3, head_dim=64)
     assert [o.sizes for o in survey_caches(small).offers[:3]] == ["96 + 24", "48 + 24", "32 + 16"]
+    whole = architecture_of(LlamaConfig(hidden_size=4096, num_attention_heads=32, num_hidden_layers=2))
+    plan = Calibrated().plan(whole, CacheSizes(cache_ratio=0.515))
+    assert (plan.kv_lora_rank, plan.qk_rope_head_dim) == (4095, 124)  # no latent holds more than the hidden state
 
 
 def test_mistakes(tmp_path, capsys):

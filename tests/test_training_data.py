@@ -65,6 +65,8 @@ def test_short_lengths_are_for_what_is_trained_on_only(tmp_path):
     assert all(max(lengths) > 2 for lengths in held_out["lengths"])
     with pytest.raises(ValueError, match=r"short_lengths=\[2, 7\] must lie between 2 and length=6"):
         DataArguments(path, length=6, short_lengths=[2, 7])
+    with pytest.raises(ValueError, match=r"short_lengths=2 must be a list, such as \[2\]"):
+        DataArguments(path, length=6, short_lengths=2)
 
 
 def test_first_token_of_a_document_does_not_count_and_its_eos_does():

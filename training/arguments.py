@@ -131,6 +131,8 @@ class DataArguments:
 
     def __post_init__(self):
         check_least(self, length=2, shuffle_buffer=1, num_proc=1)
+        if isinstance(self.short_lengths, int):
+            raise ValueError(f"short_lengths={self.short_lengths} must be a list, such as [{self.short_lengths}].")
         for size in self.short_lengths or ():
             if not 2 <= size <= self.length:
                 raise ValueError(f"short_lengths={self.short_lengths} must lie between 2 and length={self.length}.")

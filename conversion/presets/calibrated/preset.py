@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -113,7 +114,8 @@ class Calibrated(Preset):
 
         def rope_dims(width: int) -> int:
             wanted = min(ROPE_OF_HEAD * head_dim(source.config), MOST_OF_CACHE * width / rope_keys)
-            return min(max(2, round(wanted / 2) * 2), most_rope)
+            beyond = (width - source.latent_inputs) / rope_keys  # what no latent can hold
+            return min(max(2, round(wanted / 2) * 2, math.ceil(beyond / 2) * 2), most_rope)
 
         def ranks(key_rows: int, value_rows: int, hidden_size: int) -> range:
             return range(1, min(key_rows + value_rows, source.latent_inputs) + 1)
