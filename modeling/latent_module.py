@@ -32,7 +32,7 @@ from .latent_attention import (
 from .latent_cache import CACHE_ARGUMENT, LatentLayer, latent_layer
 from .latent_decode import decode_attention, decode_attention_in_graph, kernel_can_run
 from .latent_projection import HeadwiseLinear, as_matrix, is_linear_map, is_plain_linear
-from .latent_quantization import importance
+from .latent_quantization import importance, pair_norms
 from .latent_quantized_cache import cache_for_generation
 
 logger = logging.getLogger(__name__)
@@ -229,25 +229,25 @@ class MultiHeadLatentAttention(nn.Module):
 
     def channel_factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        How finely a quantised cache has to tell apart the channels of an entry, from the weights that read them, see
-        [`importance`]; ones where those cannot be read.
+        How finely a quantised cache tells apart the channels of an entry, see [`importance`]; ones if that is unknown.
 
         Args:
             dtype (`torch.dtype`): In which the model computes.
 
         Returns:
-            Factors of the latent [R] and of the rotary keys [n*r]. The two dims of a rotary pair share one, as
-            rotation mixes them.
+            Factors of the latent [R] and of the rotary keys [n*r].
         """
-        n, r, device = self.shape.num_rope_key_heads, self.shape.qk_rope_head_dim, self.rope_frequencies.device
-        latent, rope = torch.ones(self.shape.kv_lora_rank, device=device), torch.ones(n * r, device=device)
+        n, rank, device = self.shape.num_rope_key_heads, self.shape.kv_lora_rank, self.rope_frequencies.device
+        made = torch.ones(self.shape.width, device=device)  # squared norms of what makes each channel
+        if is_plain_linear(self.kv_a_proj):
+            made = self.kv_a_proj.weight.detach().float().square().sum(1)
+        latent, rope = torch.ones_like(made[:rank]), torch.ones_like(made[rank:])
         if is_linear_map(self.kv_b_proj):
-            latent = importance(self._kv_b_matrix(dtype).detach().float().norm(dim=0))
+            latent = importance(self._kv_b_matrix(dtype).detach().float().norm(dim=0), made[:rank].sqrt())
         rows = self.rope_query_rows()
         if rows is not None:
-            squares = rows.float().square().unflatten(0, (n, -1)).sum((1, 3))  # [n, r]
-            pairs = squares.view(n, 2, r // 2).sum(1, keepdim=True).sqrt()
-            rope = importance(pairs.expand(-1, 2, -1).flatten())
+            read = rows.float().square().unflatten(0, (n, -1)).sum((1, 3))  # [n, r]
+            rope = importance(pair_norms(read), pair_norms(made[rank:].view(n, -1)))
         return latent, rope
 
     def rope_query_rows(self) -> torch.Tensor | None:

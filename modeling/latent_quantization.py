@@ -7,9 +7,6 @@ import torch
 # Formats, and the bits of a code: integers with a scale and a zero, or floating point (e4m3) with a scale.
 CODE_BITS = {"int4": 4, "int8": 8, "fp8": 8}
 FP8_MAX = 448.0
-# Measured on SmolLM2-135M-Instruct at -68.75 %: the best power lies between 0.5 (noise spread evenly over the weights)
-# and 1.0 (docs/dev/performance.md).
-IMPORTANCE_POWER = 0.7
 # Ranges tried for a group in 4 bits, as shares of its own: to clip a little often costs less than coarser steps.
 CLIPPING = (1.0, 0.93, 0.86)
 
@@ -100,8 +97,22 @@ def dequantize(codes: torch.Tensor, scales: torch.Tensor, form: str, group_size:
     return shifted * torch.exp2(exponents[..., :columns] / 8 - 20)
 
 
-def importance(weight_norms: torch.Tensor) -> torch.Tensor:
-    """Factors for channels [C] from the norms of the weights that read them; their geometric mean is 1."""
-    norms = weight_norms.float()
-    logarithm = norms.clamp(min=norms.max() * 1e-6 + 1e-30).log() * IMPORTANCE_POWER
+def importance(readers: torch.Tensor, makers: torch.Tensor) -> torch.Tensor:
+    """
+    Factors for channels [C] from the norms of the weights that read them and of those that make them; their geometric
+    mean is 1.
+
+    With one step for all channels, an error of the output is the sum of (reader / factor)^2, and the step grows with
+    the sum of (maker * factor)^2: the product is least where factor^2 = reader / maker, and no gauge of the weights
+    changes it.
+    """
+    logs = [norms.clamp(min=norms.max() * 1e-6 + 1e-30).log() for norms in (readers.float(), makers.float())]
+    logarithm = (logs[0] - logs[1]) / 2
     return (logarithm - logarithm.mean()).exp()
+
+
+def pair_norms(squares: torch.Tensor) -> torch.Tensor:
+    """Norms [n * r] of rotary dims from their squares [n, r]: the two dims of a pair share one, as rotation mixes
+    them."""
+    pairs = squares.unflatten(1, (2, -1)).sum(1, keepdim=True).sqrt()  # [n, 1, r/2]
+    return pairs.expand(-1, 2, -1).flatten()

@@ -1,8 +1,8 @@
 """The format of quantised cache layers, dynamic or static: the basis in which entries are quantised, and their codes.
 
-With one scale a token, a loud channel takes the resolution of all others. Channels are first scaled to what an error
-in them does to the output (a power of the norm of the weights that read them), then mixed by an orthogonal matrix,
-after which all are alike. Queries and outputs go through the same matrices instead of the entries.
+With one scale a token, a loud channel takes the resolution of all others. Channels are first scaled so that what an
+error in them does to the output and how loud they are weigh the same (see [`importance`]), then mixed by an orthogonal
+matrix, after which all are alike. Queries and outputs go through the same matrices instead of the entries.
 """
 
 import torch
