@@ -124,6 +124,7 @@ def test_importance_is_the_best_factor_in_any_gauge():
 @pytest.mark.parametrize("mode", [{}, dict(num_beams=3), dict(prefill_chunk_size=4), dict(prompt_lookup_num_tokens=3)])
 def test_eight_bits_give_the_tokens_of_the_run_without_cache(model, mode):
     """Beams reorder the cache and prompt lookup crops it."""
+    # Seed 0 comes to two tokens 0.009 apart, of a spread of 1.4, which 8 bits may swap.
     ids = tokens(1, 4).repeat(1, 3) if "prompt_lookup_num_tokens" in mode else tokens(2, 12, seed=1)
     beams = {name: value for name, value in mode.items() if name == "num_beams"}
     settings = dict(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)

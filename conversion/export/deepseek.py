@@ -135,8 +135,9 @@ def grow(rows: torch.Tensor, count: int) -> torch.Tensor:
 def key_factor(queries: torch.Tensor, keys: torch.Tensor) -> float:
     """
     What rotary keys are multiplied by, and the queries that read them divided, so that keys are about as large as
-    these: engines round them to e4m3 with a scale of 1 and cut off what is beyond 448, and our conversions leave most
-    of a score's size to the keys. A power of two, at most 1, so that weights keep their bits.
+    these: engines round them to e4m3 with a scale of 1 and cut off what is beyond 448, and conversions made before
+    weights were balanced (`conversion/balance.py`) leave most of a score's size to the keys. A power of two, at most
+    1, so that weights keep their bits.
 
     Args:
         queries, keys (`torch.Tensor`): The rows that make them, [H, r, D] and [r, D].
