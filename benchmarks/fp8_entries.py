@@ -14,11 +14,11 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from conversion_ablation import read_blocks
-from pareto import Rounded, Rounding, compare, round_fp8, unchanged
+from pareto import Rounded, Rounding, compare, unchanged
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from mha2mla.modeling import CACHE_ARGUMENT
-from mha2mla.modeling.latent_quantization import FP8_MAX, random_rotation
+from mha2mla.modeling.latent_quantization import FP8_MAX, random_rotation, round_fp8
 
 
 def times(factor: float) -> Rounding:

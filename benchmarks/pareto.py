@@ -43,7 +43,7 @@ from mha2mla.evaluation.measures.multiple_choice import mean_stderr, paired_diff
 from mha2mla.evaluation.measures.scoring import encode_request, score_requests
 from mha2mla.modeling import CACHE_ARGUMENT, LatentConfigMixin
 from mha2mla.modeling.latent_cache import LatentDynamicLayer
-from mha2mla.modeling.latent_quantization import quantize_integers, random_rotation
+from mha2mla.modeling.latent_quantization import quantize_integers, random_rotation, round_fp8
 from mha2mla.modeling.latent_quantized_cache import LatentQuantizedLayer
 
 Rounding = Callable[[torch.Tensor], torch.Tensor]  # of numbers [..., tokens, C]
@@ -74,11 +74,6 @@ def round_rotated(x: torch.Tensor, bits: int) -> torch.Tensor:
     codes, exponents, zeros = quantize_integers(x.float() @ rotation, bits)
     numbers = (codes - zeros * ((2**bits - 1) / 255)) * torch.exp2(exponents / 8 - 20)
     return (numbers @ rotation.T).to(x.dtype)
-
-
-def round_fp8(x: torch.Tensor) -> torch.Tensor:
-    most = torch.finfo(torch.float8_e4m3fn).max
-    return x.clamp(-most, most).to(torch.float8_e4m3fn).to(x.dtype)
 
 
 @dataclass(frozen=True)

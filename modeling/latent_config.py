@@ -3,6 +3,8 @@
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import transformers
+
 from .latent_shape import LatentShape
 
 # The name by which `DynamicCache` and `StaticCache` find the latent cache layers.
@@ -157,3 +159,16 @@ class LatentConfigMixin:
                 f"num_nope_key_heads must be num_key_value_heads ({kv_heads}) or num_attention_heads ({heads}), got "
                 f"{self.num_nope_key_heads}."
             )
+
+
+def register_auto_classes(config_class: Any, family: dict[str, Any]) -> None:
+    """
+    Let transformers' Auto classes find a family's models, and checkpoints carry their code.
+
+    Args:
+        config_class: Of the family; knows which models it has.
+        family (`dict`): The models, by the names of their classes.
+    """
+    for auto, name in config_class.model_names().items():
+        getattr(transformers, auto).register(config_class, family[name])
+        family[name].register_for_auto_class(auto)

@@ -10,7 +10,6 @@ from enum import Enum
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -32,7 +31,7 @@ from .latent_attention import (
 from .latent_cache import CACHE_ARGUMENT, LatentLayer, latent_layer
 from .latent_decode import decode_attention, decode_attention_in_graph, kernel_can_run
 from .latent_projection import HeadwiseLinear, as_matrix, is_linear_map, is_plain_linear
-from .latent_quantization import importance, pair_norms
+from .latent_quantization import importance, pair_norms, round_fp8
 from .latent_quantized_cache import cache_for_generation
 
 logger = logging.getLogger(__name__)
@@ -55,6 +54,7 @@ class MultiHeadLatentAttention(nn.Module):
     """
 
     rope_frequencies: torch.Tensor
+    fp8_entries = False  # train on entries as an engine's fp8 cache gives them back
 
     def __init__(self, config: Any, layer_idx: int):
         super().__init__()
@@ -110,6 +110,8 @@ class MultiHeadLatentAttention(nn.Module):
         # OLMo 2 rotates in fp32, whatever the model's type is; autocast may have another one for the latents.
         dtype = torch.promote_types(hidden_states.dtype, latents.dtype)
         q_rope, rope_keys = (part.to(dtype) for part in rotate_both(q_rope, rope_keys, cos, sin))
+        if self.fp8_entries and self.training:
+            latents, rope_keys = round_fp8(latents), round_fp8(rope_keys)
 
         # Store.
         path = AttentionPath.EXPANDED
@@ -335,16 +337,3 @@ class LatentGenerationMixin:
         return super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
         )
-
-
-def register_auto_classes(config_class: Any, family: dict[str, Any]) -> None:
-    """
-    Let transformers' Auto classes find a family's models, and checkpoints carry their code.
-
-    Args:
-        config_class: Of the family; knows which models it has.
-        family (`dict`): The models, by the names of their classes.
-    """
-    for auto, name in config_class.model_names().items():
-        getattr(transformers, auto).register(config_class, family[name])
-        family[name].register_for_auto_class(auto)

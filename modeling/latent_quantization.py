@@ -20,6 +20,19 @@ def random_rotation(size: int) -> torch.Tensor:
     return torch.linalg.qr(gaussian)[0]
 
 
+def round_fp8(x: torch.Tensor) -> torch.Tensor:
+    """
+    What an fp8 cache of an engine (e4m3, a scale of 1: vLLM's `--kv-cache-dtype fp8`) gives back for x. The gradient
+    passes as if nothing had been rounded (straight-through, arXiv 1308.3432).
+
+    In arithmetic, as Triton knows e4m3 on GPUs from Ada on only: three bits of mantissa, and steps of 2**-9 below
+    2**-6.
+    """
+    size = x.detach().float().clamp(-FP8_MAX, FP8_MAX)
+    step = torch.exp2(size.abs().log2().floor().clamp(min=-6) - 3)
+    return ((size / step).round() * step).to(x.dtype) + (x - x.detach())
+
+
 def pack(codes: torch.Tensor, nbits: int) -> torch.Tensor:
     """Codes [..., C], uint8 below 2**nbits, to words of 16 bits [..., U], U = ceil(C * nbits / 16): word j holds, from
     its low bits up, the codes of columns j, j + U, j + 2 U, ..."""

@@ -22,7 +22,8 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 
 from .configuration_mla_qwen3 import MLAQwen3Config
-from .latent_module import LatentGenerationMixin, LatentModelMixin, register_auto_classes
+from .latent_config import register_auto_classes
+from .latent_module import LatentGenerationMixin, LatentModelMixin
 from .latent_norm import FusedNormMixin
 from .latent_qk_norm import NormalisedLatentAttention
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mha2mla.modeling import CACHE_ARGUMENT
+from mha2mla.training.trainer import round_entries
 from pico import make_mla, make_source, tokens
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -35,6 +36,18 @@ def test_rounding_is_within_its_bits(models, name, form):
         assert kl.abs() < 1e-6
     else:
         assert 0 < kl < {"int8": 1e-3, "fp8": 1e-2}.get(form, 1.0)
+
+
+@torch.no_grad()
+def test_training_on_rounded_entries_reads_what_fp8_gives_back(models):
+    model, ids = make_mla("shared"), tokens(1, 24)
+    round_entries(model)
+    kind, _ = pareto.cache_form("fp8", model, ids)
+    wanted = model(ids, **{CACHE_ARGUMENT: kind.make(model)}).logits
+    torch.testing.assert_close(model.train()(ids, use_cache=False).logits, wanted)
+    plain = models["latents"](ids, use_cache=False).logits
+    torch.testing.assert_close(model.eval()(ids, use_cache=False).logits, plain)
+    assert not torch.allclose(wanted, plain)
 
 
 def test_the_parts_of_what_fp8_costs(models):

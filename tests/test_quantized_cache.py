@@ -20,6 +20,7 @@ from mha2mla.modeling.latent_quantization import (
     pack,
     quantize,
     random_rotation,
+    round_fp8,
     unpack,
 )
 from mha2mla.training import add_lora
@@ -93,6 +94,17 @@ def test_fp8_errs_by_a_sixteenth_of_a_number_or_little_of_the_largest():
     largest = groups.abs().amax(-1).repeat_interleave(8, -1)[:, :23]
     error = (dequantize(codes, scales, "fp8", 8) - x).abs()
     assert (error <= torch.maximum(x.abs() / 16, largest * 2**-16)).all()
+
+
+def test_what_training_rounds_is_e4m3_of_torch_for_every_number_and_the_gradient_passes():
+    numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
+    numbers = torch.cat((numbers[numbers.isfinite()].float(), torch.randn(10_000) * 100, torch.randn(10_000) / 100))
+    for x in (numbers, numbers.bfloat16()):
+        x.requires_grad_()
+        found = round_fp8(x)
+        torch.testing.assert_close(found, x.clamp(-448, 448).to(torch.float8_e4m3fn).to(x.dtype), rtol=0, atol=0)
+        found.sum().backward()
+        assert (x.grad == 1).all()
 
 
 @pytest.mark.parametrize("form", CODE_BITS)

@@ -18,8 +18,8 @@ from mha2mla.training import (
     make_losses,
     use_losses,
 )
-from mha2mla.training.trainer import sum_in_full_precision
-from pico import make_mla
+from mha2mla.training.trainer import round_entries, sum_in_full_precision
+from pico import make_mla, make_source
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,8 @@ def test_errors_name_what_there_is():
         freeze_except(model, "(")
     with pytest.raises(ValueError, match=r"'k_proj' is no linear layer; there are .*kv_a_proj"):
         add_lora(model, 2, 4, 0.0, ["q_proj", "k_proj"])
+    with pytest.raises(ValueError, match=r"kv_cache_dtype='fp8'.*LlamaForCausalLM has none that can: convert it"):
+        round_entries(make_source())
 
 
 def test_schedule_is_warm_up_stable_and_one_minus_root(tmp_path):

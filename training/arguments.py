@@ -37,6 +37,13 @@ class ModelArguments:
     attn_implementation: str = field(
         default="sdpa", metadata={"help": "Of transformers: sdpa, eager, flex_attention, flash_attention_2, ..."}
     )
+    kv_cache_dtype: Literal["auto", "fp8"] = field(
+        default="auto",
+        metadata={
+            "help": "fp8: train on entries rounded as an engine's fp8 cache has them, which then costs a third. "
+            "Evaluation and the saved model do not round."
+        },
+    )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Allow code that the model or the teacher brings along to run here."}
     )

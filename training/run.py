@@ -197,7 +197,7 @@ def describe_run(
         data=shares,
         datasets=hub_datasets(data.data),
         trained=f"{model.trainable}: " + describe_trainable(trainer.model).splitlines()[0].removeprefix("Training "),
-        objective=loss.describe(),
+        objective=loss.describe() + (", entries rounded to fp8" if model.kv_cache_dtype == "fp8" else ""),
         schedule=(
             f"AdamW {arguments.adam_beta1:g}/{arguments.adam_beta2:g}, {rate}, "
             f"{SchedulerType(arguments.lr_scheduler_type).value}, {rows}"

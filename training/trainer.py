@@ -169,6 +169,18 @@ def compile_layers(model: PreTrainedModel, on: bool = True) -> None:
             layer.forward = torch.compile(layer.forward)
 
 
+def round_entries(model: PreTrainedModel) -> None:
+    """Let attention read in training what an engine's fp8 cache would give back; see [`round_fp8`]."""
+    attentions = [module for module in model.modules() if hasattr(module, "fp8_entries")]
+    if not attentions:
+        raise ValueError(
+            f"kv_cache_dtype='fp8' rounds entries of latent attention, and {type(model).__name__} has none that can: "
+            "convert it first, or load it without trust_remote_code, if it brings older code than this."
+        )
+    for attention in attentions:
+        attention.fp8_entries = True
+
+
 def sum_in_full_precision(accelerator: Accelerator) -> None:
     """FSDP2 computes in 16 bits; accelerate would also round what modules return, here each token's loss, to them, and
     sum gradients over processes in them."""
@@ -188,6 +200,8 @@ def prepare_model(
 ) -> torch.nn.Module:
     """Bind the loss to the model and leave a gradient to what is trained; returns the model, wrapped if by LoRA."""
     use_losses(model, loss.losses, teacher, compiled)
+    if model_arguments.kv_cache_dtype == "fp8":
+        round_entries(model)
     if model_arguments.trainable == LORA:
         rank, alpha, dropout = model_arguments.lora_rank, model_arguments.lora_alpha, model_arguments.lora_dropout
         return add_lora(model, rank, alpha, dropout, model_arguments.lora_targets)
