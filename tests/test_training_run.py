@@ -252,10 +252,11 @@ def test_a_shipped_recipe_trains(folder, recipe):
 def test_the_shipped_recipe_is_read():
     path = EXAMPLES / "recovery.yaml"
     given = ["--model", "m", "--teacher", "t", "--data", "d", "--output_dir", "o", "--use_cpu"]
-    _, loss, data, training = parse_arguments(["--config", str(path), *given])
+    model, loss, data, training = parse_arguments(["--config", str(path), *given])
     losses = loss.losses
+    assert model.kv_cache_dtype == "fp8"
     weights = losses["distillation"].distillation_weight, losses["hidden"].hidden_weight
-    assert (*weights, data.short_lengths) == (1, 4, [64, 128, 256])
+    assert (*weights, data.short_lengths, data.lookback_share) == (1, 4, [64, 128, 256], 0.125)
     assert (training.learning_rate, training.decay_fraction, training.compile_layers) == (2.4e-4, 0.5, True)
     assert training.attention_learning_rate == 1e-3
 

@@ -35,7 +35,8 @@ def check_model(model: ModelArguments, length: int) -> tuple[LatentConfigMixin, 
             "and train what it writes."
         )
     if length > config.max_position_embeddings:
-        raise ValueError(f"length={length} is more than the model's context, {config.max_position_embeddings}.")
+        most = config.max_position_embeddings
+        raise ValueError(f"length={length} is more than the model's context, {most}: give --length {most} or less.")
     empty = meta_model(config)
     if model.trainable == LORA:
         if not is_peft_available():
