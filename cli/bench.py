@@ -66,13 +66,18 @@ def main(argv: list[str]) -> None:
 
     from mha2mla.common.device import check_device
     from mha2mla.common.loading import check_router, load_config, load_model
-    from mha2mla.evaluation.caches import CacheKind
+    from mha2mla.evaluation.caches import VLLM_NAME, CacheKind
     from mha2mla.evaluation.speed.dimensions import random_models
     from mha2mla.evaluation.speed.run import bench_models
 
     device = check_device(options.device)
     dtype = getattr(torch, options.dtype)
     caches = [CacheKind.parse(name) for name in dict.fromkeys(options.caches)]
+    if VLLM_NAME in options.caches:
+        raise ValueError(
+            f"--caches {VLLM_NAME}: it tells what vLLM's cache costs in quality, which `mha2mla eval` measures. How "
+            "fast vLLM is, only vLLM tells."
+        )
 
     def load(path: str):
         return load_model(path, trust_remote_code=options.trust_remote_code, dtype=dtype).to(device).eval()

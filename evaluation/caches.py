@@ -7,13 +7,16 @@ from importlib.util import find_spec
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache, cache_utils
 from transformers.cache_utils import QuantizedCache
 
-from mha2mla.modeling import LatentConfigMixin, quantized_cache
+from mha2mla.modeling import CACHE_ARGUMENT, LatentConfigMixin, quantized_cache
+
+from .engine_cache import engine_fp8_cache
 
 DYNAMIC_NAME, STATIC_NAME, COMPILED_NAME = "dynamic", "static", "static-compiled"
 LATENT = "latent"  # this package's own format, for converted models
 FP8 = "fp8"  # likewise for converted models; for others, transformers' own, from 5.23 on
+VLLM, VLLM_NAME = "vllm", "vllm-fp8"  # what vLLM's fp8 cache gives back, for any model
 # What each backend can do, and what has to be installed for it.
-BACKEND_BITS = {LATENT: (8, 4), FP8: (8,), "quanto": (4, 2), "hqq": (8, 4, 2)}
+BACKEND_BITS = {LATENT: (8, 4), FP8: (8,), VLLM: (8,), "quanto": (4, 2), "hqq": (8, 4, 2)}
 BACKEND_PACKAGES = {"quanto": "optimum-quanto", "hqq": "hqq"}
 BACKEND_MODULES = {"quanto": "optimum.quanto", "hqq": "hqq"}
 
@@ -29,7 +32,7 @@ class CacheKind:
     Attributes:
         name (`str`): As the user gave it: "dynamic", which grows; "static", of one size; "static-compiled", the same
             with a compiled decoding step; "int4", or with the backend, "hqq-int4"; "static-int4",
-            "static-compiled-fp8".
+            "static-compiled-fp8"; "vllm-fp8".
         nbits (`int`, *optional*): None where entries are in full precision.
         backend (`str`, *optional*): None for the model's own: "latent" for a converted one; for others "quanto",
             and "hqq" for 8 bits.
@@ -49,12 +52,14 @@ class CacheKind:
         """
         if name in (DYNAMIC_NAME, STATIC_NAME, COMPILED_NAME):
             return cls(name, layout=name)
+        if name == VLLM_NAME:
+            return cls(name, 8, VLLM)
         found = re.fullmatch(r"(?:(static|static-compiled)-)?(?:(?:(quanto|hqq|latent)-)?int([248])|fp8)", name)
         if found is None or (found[1] and found[2] in BACKEND_MODULES):
             raise ValueError(
-                f"Unknown cache {name!r}: there are dynamic, static, static-compiled, int8, int4, int2 and fp8; the "
-                "ints also with a backend before them (latent-, quanto-, hqq-), and all but quanto's and hqq's with "
-                "static- or static-compiled- before that."
+                f"Unknown cache {name!r}: there are dynamic, static, static-compiled, int8, int4, int2, fp8 and "
+                f"{VLLM_NAME}; the ints also with a backend before them (latent-, quanto-, hqq-), and all but "
+                "quanto's, hqq's and vLLM's with static- or static-compiled- before that."
             )
         nbits, backend = (int(found[3]), found[2]) if found[3] else (8, FP8)
         if found[1] and backend is None:
@@ -105,16 +110,18 @@ class CacheKind:
     def can_select(self, config: PreTrainedConfig) -> bool:
         """Whether rows can be chosen from the cache; transformers' quantised ones forget how."""
         backend = self.backend_for(config)
-        return backend in (None, LATENT) or (backend == FP8 and isinstance(config, LatentConfigMixin))
+        return backend in (None, LATENT, VLLM) or (backend == FP8 and isinstance(config, LatentConfigMixin))
 
     def piece(self, chunk: int) -> int:
         """Tokens of a text that go through a model at a time, where they would be `chunk` in full precision."""
-        return chunk if self.nbits is None else PIECE
+        return chunk if self.nbits is None or self.backend == VLLM else PIECE  # vLLM's rounds the newest, too
 
     def generate_arguments(self, config: PreTrainedConfig) -> dict:
         """For `model.generate`."""
         if self.nbits is None:
             return {}
+        if self.backend == VLLM:
+            return {CACHE_ARGUMENT: engine_fp8_cache(config)}
         return dict(cache_implementation="quantized", cache_config=self._settings(config))
 
     def _settings(self, config: PreTrainedConfig) -> dict:
@@ -132,6 +139,8 @@ class CacheKind:
             return StaticCache(config=model.config, max_cache_len=length)
         if self.nbits is None:
             return DynamicCache(config=model.config)
+        if self.backend == VLLM:
+            return engine_fp8_cache(model.config)
         settings = self._settings(model.config)
         if isinstance(model.config, LatentConfigMixin):
             return quantized_cache(model, max_cache_len=length if self.is_static else None, **settings)

@@ -14,7 +14,8 @@ from mha2mla.common.loading import check_router, load_config, load_model, load_t
 from mha2mla.common.records import read_record, recorded_preset
 from mha2mla.modeling import CACHE_ARGUMENT, cache_nbytes
 
-from .caches import DYNAMIC, CacheKind
+from .caches import DYNAMIC, VLLM, CacheKind
+from .engine_cache import engine_fp8_nbytes
 from .measures.scoring import inference, prefix_token
 from .progress import Progress
 from .report.conversion import find_records
@@ -39,7 +40,8 @@ def measure_cache(model: PreTrainedModel, token: int, kind: CacheKind = DYNAMIC)
     with inference(model):
         for part in ids.split(MEASURE_PIECE, dim=1):
             model(part, logits_to_keep=1, **{CACHE_ARGUMENT: cache})
-    return cache_nbytes(cache) / num_tokens
+    size = cache_nbytes(cache)
+    return (engine_fp8_nbytes(size, cache) if kind.backend == VLLM else size) / num_tokens
 
 
 def suited_caches(path: str, caches: Sequence[CacheKind], trust_remote_code: bool) -> list[CacheKind]:

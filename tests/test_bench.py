@@ -46,6 +46,7 @@ def test_saved_models(save_source, tmp_path):
         (["--random", "huge"], "Dimensions are known for"),
         (["--random", "pico", "--caches", "paged"], "Unknown cache 'paged'"),
         (["--random", "pico", "--caches", "int8"], "pip install hqq"),
+        (["--random", "pico", "--caches", "vllm-fp8"], "which `mha2mla eval` measures"),
         (["--random", "pico", "--batch-sizes", "1,0"], "must be above 0"),
         ([], "Name models, or dimensions"),
     ],

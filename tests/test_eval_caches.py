@@ -47,6 +47,27 @@ def test_names():
             CacheKind.parse(name)
 
 
+@pytest.mark.parametrize("name", ["source", "mla"])
+@torch.no_grad()
+def test_vllm_fp8_holds_what_e4m3_gives_back(name):
+    model = {"source": make_source, "mla": make_mla}[name]()
+    kind, ids = CacheKind.parse("vllm-fp8"), tokens(2, 12)
+    assert kind.suits(model.config) and kind.can_select(model.config) and kind.piece(7) == 7
+    plain, cache = DYNAMIC.make(model), kind.make(model)
+    model(ids, **{CACHE_ARGUMENT: plain})
+    whole = model(ids, **{CACHE_ARGUMENT: cache}).logits
+    first, expected = (kept.layers[0].keys for kept in (cache, plain))  # what reaches the first layer is not rounded
+    torch.testing.assert_close(first, expected.to(torch.float8_e4m3fn).to(expected.dtype), rtol=0, atol=0)
+    again = kind.make(model)
+    parts = [model(part, **{CACHE_ARGUMENT: again}).logits for part in ids.split([5, 6, 1], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-5)  # steps read what a text does
+    assert measure_cache(model, 5, kind) == measure_cache(model, 5) / 4  # fp32 here, a byte there
+    written = model.generate(ids, max_new_tokens=4, do_sample=False, **kind.generate_arguments(model.config))
+    for _ in range(4):
+        ids = torch.cat((ids, model(ids, **{CACHE_ARGUMENT: kind.make(model)}).logits[:, -1:].argmax(-1)), dim=1)
+    assert torch.equal(written, ids)
+
+
 def test_what_a_model_can_hold(monkeypatch):
     source, mla = make_source().config, make_mla().config
     monkeypatch.setattr(caches, "is_installed", lambda module: False)
