@@ -17,6 +17,7 @@ RECOVERY = (
     f"Recovery: {MODEL}, at 18.75 % of its cache (56 + 16), was {POINTS_LOST[18.75][0]:.2f} points of accuracy below "
     f"the original after {TOKENS} million tokens of training (docs/recovery.md)"
 )
+RECIPE_ROWS = 8192, 2  # docs/examples/recovery.yaml's length and gradient_accumulation_steps
 PLUGIN = f"  # after {installing('vllm')}"
 
 
@@ -67,6 +68,9 @@ def compare_and_recover(original: str | None, output: Path, options: ConversionC
             how += ["--learning_rate", "3e-5", *(["--distillation_weight", "1"] if original is not None else [])]
         else:  # the recipe is for a teacher
             how = ["--config", "docs/examples/recovery.yaml"] if original is not None else ["--bf16"]
+            length, steps = RECIPE_ROWS
+            if original is not None and context < length:  # as many tokens a step
+                how += ["--length", str(context), "--gradient_accumulation_steps", str(steps * length // context)]
         named_output = ["--output", f"{output}-recovered"]
         commands.append(["mha2mla", "train", *how, "--model", str(output), *given, *named_output])
     return [shlex.join(command) for command in commands]

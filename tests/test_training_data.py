@@ -10,7 +10,7 @@ from conftest import pico_tokenizer
 from datasets import load_dataset
 
 from mha2mla.common.text_sources import RECIPES, find_sources, load_source, read_recipe
-from mha2mla.training import DataArguments, collate_packed, pack_documents
+from mha2mla.training import DataArguments, collate_packed, data, pack_documents
 from mha2mla.training.data import load_rows, reading_rows
 from mha2mla.training.packing import tokenize
 from pico import LAYOUTS, make_mla, make_source, tokens
@@ -54,6 +54,18 @@ def test_rows_are_cut_to_short_documents_in_turn():
     assert whole["lengths"] == [[9, 1, 2], [12], [12], [4, 5, 3]]
     assert short["lengths"] == [[4, 4, 1, 1, 2], [12], [4, 4, 4], [4, 5, 3]]
     assert shorter["lengths"] == [[4, 4, 1, 1, 2], [6, 6], [12], [4, 4, 1, 3]]
+    later = pack_documents(documents, 12, (4, 6), first_row=5)
+    assert later["lengths"] == [[9, 1, 2], [4, 4, 4], [6, 6], [4, 5, 3]]
+
+
+def test_turns_come_evenly_where_a_batch_has_one_row(tmp_path, monkeypatch):
+    """Counted from its first row in every batch, all of them would be cut to 2."""
+    monkeypatch.setattr(data, "DOCUMENTS_PER_BATCH", 2)
+    path = write_texts(tmp_path / "a.jsonl", [words(4 + i % 80, 9) for i in range(800)])
+    arguments = DataArguments(path, length=20, short_lengths=[2, 5])
+    rows, _ = load_rows(arguments, pico_tokenizer(), seed=0)
+    longest = [max(lengths) for lengths in rows["lengths"]]
+    assert len(rows) == 400 and all(100 < longest.count(size) < 170 for size in (2, 5, 10))
 
 
 def test_short_lengths_are_for_what_is_trained_on_only(tmp_path):

@@ -20,6 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mha2mla.cli.main import main
 from mha2mla.cli.train import parse_arguments
+from mha2mla.conversion.config import ConversionConfig
+from mha2mla.conversion.summary import RECIPE_ROWS, compare_and_recover
 from mha2mla.training import RecoveryTrainer, run
 from mha2mla.training.resume import newest_checkpoint
 from pico import BLOCK_PACKAGE, VOCAB, make_mla, make_source, tokens
@@ -221,7 +223,7 @@ def test_shipped_accelerate_configurations_are_read():
 
 @pytest.mark.parametrize("trainable", ["all", "lora"])
 def test_the_example_script_does_what_the_command_does(folder, trainable):
-    options = ("--teacher", folder / "source", "--trainable", trainable)
+    options = ("--teacher", folder / "source", "--trainable", trainable, "--kv_cache_dtype", "fp8")
     assert main(arguments(folder, f"command-{trainable}", *options)) == 0
     script = runpy.run_path(str(EXAMPLES / "train.py"))
     script["main"](arguments(folder, f"script-{trainable}", *options)[1:])
@@ -259,6 +261,15 @@ def test_the_shipped_recipe_is_read():
     assert (*weights, data.short_lengths, data.lookback_share) == (1, 4, [64, 128, 256], 0.125)
     assert (training.learning_rate, training.decay_fraction, training.compile_layers) == (2.4e-4, 0.5, True)
     assert training.attention_learning_rate == 1e-3
+    assert (data.length, training.gradient_accumulation_steps) == RECIPE_ROWS
+
+
+def test_a_model_of_a_shorter_context_is_told_how_to_take_the_recipe(tmp_path):
+    options = ConversionConfig(data="texts.jsonl", device="cuda")
+    for context, more in ((8192, ""), (4096, "--length 4096 --gradient_accumulation_steps 4 ")):
+        _, command = compare_and_recover("source", Path("out"), options, context)
+        recipe = "mha2mla train --config docs/examples/recovery.yaml "
+        assert command == f"{recipe}{more}--model out --teacher source --data texts.jsonl --output out-recovered"
 
 
 def test_yaml_and_command_line_say_the_same_and_the_latter_wins(folder):

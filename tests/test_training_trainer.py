@@ -62,7 +62,7 @@ def test_errors_name_what_there_is():
         freeze_except(model, "(")
     with pytest.raises(ValueError, match=r"'k_proj' is no linear layer; there are .*kv_a_proj"):
         add_lora(model, 2, 4, 0.0, ["q_proj", "k_proj"])
-    with pytest.raises(ValueError, match=r"kv_cache_dtype='fp8'.*LlamaForCausalLM has none that can: convert it"):
+    with pytest.raises(ValueError, match="which LlamaForCausalLM has not: run `mha2mla convert`"):
         round_entries(make_source())
 
 

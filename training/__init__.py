@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .parameters import freeze_except as freeze_except
     from .trainer import RecoveryTrainer as RecoveryTrainer
     from .trainer import recover as recover
+    from .trainer import round_entries as round_entries
     from .trainer_arguments import RecoveryTrainingArguments as RecoveryTrainingArguments
 else:
     __getattr__, __dir__ = lazy_names(
@@ -36,6 +37,7 @@ else:
             "make_losses": "losses",
             "pack_documents": "packing",
             "recover": "trainer",
+            "round_entries": "trainer",
             "use_losses": "loss",
         },
     )

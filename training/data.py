@@ -9,11 +9,13 @@ import re
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from textwrap import shorten
 from typing import TypeAlias
 
 import datasets
+import numpy as np
 from datasets import (
     Dataset,
     Features,
@@ -41,6 +43,7 @@ from .lookback import add_lookback
 from .packing import pack_documents, tokenize
 
 DOCUMENTS_PER_BATCH = 1000  # packed together; what does not fill the last row of a batch is dropped
+FIRST_ROWS = 2**16  # among which the number of a batch's first row is drawn
 ROW_FEATURES = Features({"input_ids": List(Value("int32")), "lengths": List(Value("int32"))})
 
 Rows: TypeAlias = Dataset | IterableDataset  # of `input_ids` [length] and `lengths`, see `pack_documents`
@@ -58,8 +61,11 @@ def pack_batch(
 ) -> dict[str, list[list[int]]]:
     """[`tokenize`], [`pack_documents`] and [`add_lookback`] on a batch of a source's rows."""
     documents = clean_documents(batch[column], source, column)
-    rows = pack_documents(tokenize(documents, tokenizer), length, short_lengths)
-    add_lookback(rows, lookback_share, seed)
+    tokens = tokenize(documents, tokenizer)
+    # A batch of short documents has few rows. If each began with the first turn, those behind would hardly come.
+    first_row = int(np.random.default_rng([seed, *chain.from_iterable(tokens[:1])]).integers(FIRST_ROWS))
+    rows = pack_documents(tokens, length, short_lengths, first_row)
+    add_lookback(rows, lookback_share, seed, first_row)
     return rows
 
 

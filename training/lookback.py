@@ -41,7 +41,7 @@ def lookback_document(ids: Sequence[int], rng: np.random.Generator) -> list[int]
     return np.concatenate([text, *(text[places[which]] for which in rng.permutation(count))]).tolist()
 
 
-def add_lookback(rows: dict[str, list[list[int]]], share: float, seed: int) -> None:
+def add_lookback(rows: dict[str, list[list[int]]], share: float, seed: int, first_row: int = 0) -> None:
     """
     Make a share of packed rows into rows that look back, evenly spread: their documents become one, or two, four or
     eight of equal length.
@@ -50,13 +50,15 @@ def add_lookback(rows: dict[str, list[list[int]]], share: float, seed: int) -> N
         rows (`dict[str, list[list[int]]]`): `input_ids` and `lengths`, as [`pack_documents`] gives them; changed.
         share (`float`): Of the rows, from 0 to 1.
         seed (`int`): What is drawn with, beside the row's own tokens.
+        first_row (`int`): Number of the first one, as of which they are spread.
     """
-    for number, ids in enumerate(rows["input_ids"]):
+    for index, ids in enumerate(rows["input_ids"]):
+        number = first_row + index
         if int((number + 1) * share) == int(number * share):
             continue
         rng = np.random.default_rng([seed, *ids])
         size = -(-len(ids) // 2 ** int(rng.integers(HALVINGS)))
         pieces = [ids[begin : begin + size] for begin in range(0, len(ids), size)]
         documents = [lookback_document(piece, rng) for piece in pieces]
-        rows["input_ids"][number] = [token for document in documents for token in document]
-        rows["lengths"][number] = [len(document) for document in documents]
+        rows["input_ids"][index] = [token for document in documents for token in document]
+        rows["lengths"][index] = [len(document) for document in documents]

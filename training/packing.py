@@ -30,7 +30,7 @@ def cut(pieces: Sequence[int], most: int) -> list[int]:
 
 
 def pack_documents(
-    documents: Sequence[Sequence[int]], length: int, short_lengths: Sequence[int] = ()
+    documents: Sequence[Sequence[int]], length: int, short_lengths: Sequence[int] = (), first_row: int = 0
 ) -> dict[str, list[list[int]]]:
     """
     Documents end to end, cut into rows. A document that reaches over a row's end is cut there, and its two pieces are
@@ -41,6 +41,7 @@ def pack_documents(
         length (`int`): Tokens of a row.
         short_lengths (`Sequence[int]`, *optional*): Row by row in turn, documents are cut into pieces of so many
             tokens, and then a row is left whole: with [256], they are cut in every second row.
+        first_row (`int`): From which number on rows take their turns.
 
     Returns:
         `input_ids`, a list of `length` ids for each row, and `lengths`, the sizes of each row's pieces, in order.
@@ -70,7 +71,8 @@ def pack_documents(
                 row, pieces = [], []
     every = len(short_lengths) + 1
     for turn, size in enumerate(short_lengths):
-        lengths[turn::every] = [cut(pieces, size) for pieces in lengths[turn::every]]
+        mine = slice((turn - first_row) % every, None, every)
+        lengths[mine] = [cut(pieces, size) for pieces in lengths[mine]]
     return {"input_ids": input_ids, "lengths": lengths}
 
 

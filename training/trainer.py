@@ -170,12 +170,20 @@ def compile_layers(model: PreTrainedModel, on: bool = True) -> None:
 
 
 def round_entries(model: PreTrainedModel) -> None:
-    """Let attention read in training what an engine's fp8 cache would give back; see [`round_fp8`]."""
+    """
+    Let attention read in training what an engine's fp8 cache would give back, see [`round_fp8`]; not in evaluation.
+
+    Rounded as the weights make them: of what is larger than 448 an export may make smaller numbers, and a conversion,
+    whose weights are balanced, has none.
+
+    Raises:
+        ValueError: If there is no latent attention.
+    """
     attentions = [module for module in model.modules() if hasattr(module, "fp8_entries")]
     if not attentions:
         raise ValueError(
-            f"kv_cache_dtype='fp8' rounds entries of latent attention, and {type(model).__name__} has none that can: "
-            "convert it first, or load it without trust_remote_code, if it brings older code than this."
+            f"kv_cache_dtype='fp8' rounds the entries of latent attention, which {type(model).__name__} has not: run "
+            "`mha2mla convert` first."
         )
     for attention in attentions:
         attention.fp8_entries = True

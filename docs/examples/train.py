@@ -18,6 +18,7 @@ from mha2mla.training import (
     collate_packed,
     describe_trainable,
     freeze_except,
+    round_entries,
     use_losses,
 )
 from mha2mla.training.data import load_rows
@@ -49,6 +50,8 @@ def main(argv: list[str]) -> None:
 
     # The loss, bound to the model: cross-entropy and distances to the teacher, a chunk of logits at a time.
     use_losses(model, loss_args.losses, teacher)
+    if model_args.kv_cache_dtype == "fp8":
+        round_entries(model)  # in training alone
 
     # What trains.
     trained = model
