@@ -35,7 +35,10 @@ class Names(tuple[str, ...]):
     """Value of an option that takes several names: `a,b` on the command line, a list in a file."""
 
     def __new__(cls, names: str | Iterable[str]) -> "Names":
-        return super().__new__(cls, names.split(",") if isinstance(names, str) else map(str, names))
+        values = [name.strip() for name in (names.split(",") if isinstance(names, str) else map(str, names))]
+        if not all(values):
+            raise ArgumentTypeError(f"must be names with commas between them, got {str(names)!r}")
+        return super().__new__(cls, values)
 
     def __str__(self) -> str:
         return ",".join(self)

@@ -22,7 +22,7 @@ from .report.conversion import find_records
 from .report.page import write_page
 from .results import ModelResult, Results, describe_environment, describe_model, is_done
 from .settings import EvaluationSettings
-from .tasks import Task, measure_task
+from .tasks import Task, check_lengths, measure_task
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +119,9 @@ def evaluate_models(
     paths = list(dict.fromkeys([*([original_path] if original_path else []), *paths]))
     find_records(paths)  # one that is malformed shows before anything is measured
     suited = {path: suited_caches(path, caches, trust_remote_code) for path in paths}
+    for path in paths:
+        context = load_config(path, trust_remote_code=trust_remote_code).max_position_embeddings
+        check_lengths(path, context, tasks, settings)
     # Before anything is measured, too.
     tokenizers = {path: load_tokenizer(path, trust_remote_code=trust_remote_code) for path in paths}
     results = Results.open(output, settings)

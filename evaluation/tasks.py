@@ -244,6 +244,24 @@ def measure_task(
     return asdict(measure_agreement(original, model, tokenizer, texts, *sizes, cache_kind))
 
 
+def check_lengths(path: str, context: int, tasks: Sequence[Task], settings: EvaluationSettings) -> None:
+    """
+    Raises:
+        ValueError: If a task reads more tokens at a time than a model's context has: now, not after an hour of others.
+    """
+    for kind, option, length in (
+        ("perplexity", "--length", settings.length),
+        ("positions", "--long-length", settings.long_length),
+        ("agreement", "--agreement-length", settings.agreement_length),
+    ):
+        name = next((task.name for task in tasks if task.kind == kind), None)
+        if name is not None and length > context:
+            raise ValueError(
+                f"{name} would be read {length} tokens at a time, and the context of {path} has {context}: give "
+                f"{option} {context} or less."
+            )
+
+
 def perplexity_numbers(perplexity: Perplexity) -> dict[str, Any]:
     """Its attributes, and what follows from them."""
     derived = dict(perplexity=perplexity.perplexity, stderr=perplexity.stderr, bits_per_byte=perplexity.bits_per_byte)

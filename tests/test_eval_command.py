@@ -201,6 +201,8 @@ def test_limit_takes_the_first_items_and_spreads_over_lengths(models, sets, tmp_
             ("--tasks", "mmlu", "--data", "o/texts"),
             "The task 'mmlu' is not in --data o/texts. --data has texts. If",
         ),
+        (("--tasks", ""), "must be names with commas between them, got ''"),
+        (("--caches", "int4,,int8"), "must be names with commas between them, got 'int4,,int8'"),
         (("--limit", "0"), "limit=0 must be at least 1"),
         (("--dtype", "int3"), "dtype must be auto, float32, bfloat16 or float16, got 'int3'"),
         (("--data", "missing"), "--data missing is not a folder"),
@@ -213,6 +215,14 @@ def test_mistakes_show_before_anything_is_measured(sets, tmp_path, options, mess
     assert main(["eval", "no-such-model", "--data", str(sets), "--output", output, *options]) == 2
     assert message.format(sets=sets) in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("option", ["--length", "--long-length", "--agreement-length"])
+def test_a_length_beyond_the_context_shows_before_anything_is_measured(models, sets, tmp_path, option, capsys):
+    assert main(arguments(models, sets, tmp_path, option, "4096")) == 2
+    told = capsys.readouterr().err
+    assert f"texts would be read 4096 tokens at a time, and the context of {models[0]} has" in told
+    assert f"give {option} " in told and not (tmp_path / "results").exists()
 
 
 def test_malformed_file_is_refused_with_its_line(sets, tmp_path, capsys):
