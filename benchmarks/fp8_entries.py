@@ -17,6 +17,7 @@ from conversion_ablation import read_blocks
 from pareto import Rounded, Rounding, compare, unchanged
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from mha2mla.evaluation.caches import VLLM, CacheKind
 from mha2mla.modeling import CACHE_ARGUMENT
 from mha2mla.modeling.latent_quantization import FP8_MAX, random_rotation, round_fp8
 
@@ -56,20 +57,20 @@ def record_entries(model: PreTrainedModel, blocks: torch.Tensor) -> list[torch.T
     return [torch.cat(entries) for entries in seen]
 
 
-def variants(model: PreTrainedModel, entries: list[torch.Tensor]) -> Iterator[Rounded]:
+def variants(model: PreTrainedModel, entries: list[torch.Tensor]) -> Iterator[CacheKind]:
     """What is rounded and how, by its name."""
     rank = model.config.kv_lora_rank
     rotation = random_rotation(rank).to(model.device)
     factors = [layer.self_attn.channel_factors(model.dtype)[0] for layer in model.base_model.layers]
     means = [layer[:, :rank].mean(0) for layer in entries]
 
-    def alike(name: str, latents: Rounding, keys: Rounding, keeps_first: bool = True) -> Rounded:
-        return Rounded(name, roundings=[parts(rank, latents, keys)] * len(entries), keeps_first=keeps_first)
+    def alike(name: str, latents: Rounding, keys: Rounding) -> Rounded:
+        return Rounded(name, roundings=[parts(rank, latents, keys)] * len(entries))
 
     def latents_by(name: str, roundings: Iterable[Rounding]) -> Rounded:
         return Rounded(name, roundings=[parts(rank, rounding, unchanged) for rounding in roundings])
 
-    yield alike("all", round_fp8, round_fp8, keeps_first=False)
+    yield CacheKind("all", 8, VLLM)
     yield alike("all but the first token", round_fp8, round_fp8)
     for factor in (1, 1 / 16, 1 / 256):
         yield alike(f"rotary keys, times {factor:g}", unchanged, times(factor))

@@ -38,7 +38,7 @@ from transformers.cache_utils import DynamicLayer
 
 from mha2mla.common.loading import keys_values_width
 from mha2mla.evaluation import MultipleChoice, choice_bytes, read_items
-from mha2mla.evaluation.caches import CacheKind
+from mha2mla.evaluation.caches import VLLM, CacheKind
 from mha2mla.evaluation.measures.multiple_choice import mean_stderr, paired_difference
 from mha2mla.evaluation.measures.scoring import encode_request, score_requests
 from mha2mla.modeling import CACHE_ARGUMENT, LatentConfigMixin
@@ -78,13 +78,11 @@ def round_rotated(x: torch.Tensor, bits: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Form:
-    """How keys and values are rounded, the bits that a number takes, scales and zeros (16 bits each) included, and
-    whether a text's first token, on which attention rests, stays as it is."""
+    """How keys and values are rounded, and the bits that a number takes, scales and zeros (16 bits each) included."""
 
     keys: Rounding
     values: Rounding
     bits: float
-    keeps_first: bool = True
 
 
 def by_token(bits: int) -> Form:
@@ -110,7 +108,7 @@ def unchanged(x: torch.Tensor) -> torch.Tensor:
 
 
 FORMS = (
-    {PLAIN: Form(unchanged, unchanged, 16), "fp8": Form(round_fp8, round_fp8, 8, keeps_first=False)}
+    {PLAIN: Form(unchanged, unchanged, 16), "fp8": Form(round_fp8, round_fp8, 8)}
     | {f"int{bits}": by_token(bits) for bits in (8, 4, 2)}
     | {f"int{bits}-channel": by_channel(bits) for bits in (4, 2)}
     | {f"int{bits}-rotated": rotated(bits) for bits in (4, 3, 2)}
@@ -119,9 +117,9 @@ LATENT_BITS = {PLAIN: None, "fp8": None, "fp8-rotated": 8, "int8": 8, "int4": 4}
 LATENT_SCALES = 4  # bytes of a token and layer: a scale and a zero of the latent, and of the rotary keys
 
 
-def but_first(rounding: Rounding, x: torch.Tensor, keep: bool) -> torch.Tensor:
-    """Rounded, with `keep` all but the first token."""
-    return torch.cat((x[..., :1, :], rounding(x[..., 1:, :])), dim=-2) if keep else rounding(x)
+def but_first(rounding: Rounding, x: torch.Tensor, begins: bool) -> torch.Tensor:
+    """Rounded, but for a text's first token, on which attention rests."""
+    return torch.cat((x[..., :1, :], rounding(x[..., 1:, :])), dim=-2) if begins else rounding(x)
 
 
 class RoundedLayer(DynamicLayer):
@@ -132,8 +130,8 @@ class RoundedLayer(DynamicLayer):
         self.form = form
 
     def update(self, key_states, value_states, *args, **kwargs):
-        keep = self.form.keeps_first and self.get_seq_length() == 0
-        keys, values = but_first(self.form.keys, key_states, keep), but_first(self.form.values, value_states, keep)
+        begins = self.get_seq_length() == 0
+        keys, values = but_first(self.form.keys, key_states, begins), but_first(self.form.values, value_states, begins)
         return super().update(keys, values, *args, **kwargs)
 
 
@@ -142,12 +140,12 @@ class RoundedLatents(LatentDynamicLayer):
 
     _layer_type = None  # or transformers would take it for the layer of every latent cache
 
-    def __init__(self, rounding: Rounding, keeps_first: bool):
+    def __init__(self, rounding: Rounding):
         super().__init__()
-        self.rounding, self.keeps_first = rounding, keeps_first
+        self.rounding = rounding
 
     def append(self, entries: torch.Tensor) -> None:
-        super().append(but_first(self.rounding, entries, self.keeps_first and self.get_seq_length() == 0))
+        super().append(but_first(self.rounding, entries, self.get_seq_length() == 0))
 
 
 @dataclass(frozen=True)
@@ -155,11 +153,10 @@ class Rounded(CacheKind):
     """A cache of a model in one of the forms above, for whatever takes a `CacheKind`."""
 
     roundings: list[Rounding] = field(default_factory=list)  # of latents, by layer; empty for keys and values
-    keeps_first: bool = True  # of latents; of keys and values the form says it
 
     def make(self, model: PreTrainedModel, length: int | None = None) -> Cache:
         if self.roundings:
-            return Cache(layers=[RoundedLatents(rounding, self.keeps_first) for rounding in self.roundings])
+            return Cache(layers=[RoundedLatents(rounding) for rounding in self.roundings])
         return Cache(layers=[RoundedLayer(FORMS[self.name]) for _ in range(model.config.num_hidden_layers)])
 
 
@@ -184,11 +181,12 @@ def cache_form(name: str, model: PreTrainedModel, ids: torch.Tensor) -> tuple[Ca
     config = model.config
     if not isinstance(config, LatentConfigMixin):
         numbers = keys_values_width(config) * config.num_hidden_layers
-        return Rounded(name), numbers * FORMS[name].bits / 8
+        kind = CacheKind(name, 8, VLLM) if name == "fp8" else Rounded(name)
+        return kind, numbers * FORMS[name].bits / 8
     width, nbits = config.latent_cache_dim, LATENT_BITS[name]
     if nbits is None:
         form, layers = FORMS[name], config.num_hidden_layers
-        kind = Rounded(name, roundings=[form.keys] * layers, keeps_first=form.keeps_first)
+        kind = CacheKind(name, 8, VLLM) if name == "fp8" else Rounded(name, roundings=[form.keys] * layers)
         return kind, width * form.bits / 8 * layers
     cache = DynamicCache(config=config)
     model(ids, logits_to_keep=1, **{CACHE_ARGUMENT: cache})

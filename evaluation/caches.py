@@ -112,9 +112,14 @@ class CacheKind:
         backend = self.backend_for(config)
         return backend in (None, LATENT, VLLM) or (backend == FP8 and isinstance(config, LatentConfigMixin))
 
+    @property
+    def has_window(self) -> bool:
+        """Whether the newest tokens are held in full precision and the others are not."""
+        return self.nbits is not None and self.backend != VLLM
+
     def piece(self, chunk: int) -> int:
         """Tokens of a text that go through a model at a time, where they would be `chunk` in full precision."""
-        return chunk if self.nbits is None or self.backend == VLLM else PIECE  # vLLM's rounds the newest, too
+        return PIECE if self.has_window else chunk
 
     def generate_arguments(self, config: PreTrainedConfig) -> dict:
         """For `model.generate`."""

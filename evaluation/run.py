@@ -7,7 +7,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedConfig, PreTrainedModel, set_seed
 
 from mha2mla.common.device import check_device
 from mha2mla.common.loading import check_router, load_config, load_model, load_tokenizer
@@ -34,7 +34,7 @@ MEASURE_PIECE = 128
 def measure_cache(model: PreTrainedModel, token: int, kind: CacheKind = DYNAMIC) -> float:
     """Bytes of cache per token, of a real cache after real forward passes."""
     cache = kind.make(model)
-    num_tokens = DYNAMIC_TOKENS if kind.nbits is None else QUANTISED_TOKENS
+    num_tokens = QUANTISED_TOKENS if kind.has_window else DYNAMIC_TOKENS
     num_tokens = min(num_tokens, model.config.max_position_embeddings)
     ids = torch.full((1, num_tokens), token, device=model.device)
     with inference(model):
@@ -44,9 +44,8 @@ def measure_cache(model: PreTrainedModel, token: int, kind: CacheKind = DYNAMIC)
     return (engine_fp8_nbytes(size, cache) if kind.backend == VLLM else size) / num_tokens
 
 
-def suited_caches(path: str, caches: Sequence[CacheKind], trust_remote_code: bool) -> list[CacheKind]:
+def suited_caches(path: str, config: PreTrainedConfig, caches: Sequence[CacheKind]) -> list[CacheKind]:
     """Those in which a model's cache can be held; the others are named in the log."""
-    config = load_config(path, trust_remote_code=trust_remote_code)
     check_router(config, path, "model")  # now, not when the models before it have been measured
     suited = [kind for kind in caches if kind.suits(config)]
     for kind in caches:
@@ -118,10 +117,10 @@ def evaluate_models(
         raise ValueError(f"{compares[0]} compares with the original, which is not here. Name it before {paths[0]}.")
     paths = list(dict.fromkeys([*([original_path] if original_path else []), *paths]))
     find_records(paths)  # one that is malformed shows before anything is measured
-    suited = {path: suited_caches(path, caches, trust_remote_code) for path in paths}
-    for path in paths:
-        context = load_config(path, trust_remote_code=trust_remote_code).max_position_embeddings
-        check_lengths(path, context, tasks, settings)
+    configs = {path: load_config(path, trust_remote_code=trust_remote_code) for path in paths}
+    suited = {path: suited_caches(path, config, caches) for path, config in configs.items()}
+    for path, config in configs.items():
+        check_lengths(path, config.max_position_embeddings, tasks, settings)
     # Before anything is measured, too.
     tokenizers = {path: load_tokenizer(path, trust_remote_code=trust_remote_code) for path in paths}
     results = Results.open(output, settings)

@@ -264,7 +264,7 @@ def test_the_shipped_recipe_is_read():
     assert (data.length, training.gradient_accumulation_steps) == RECIPE_ROWS
 
 
-def test_a_model_of_a_shorter_context_is_told_how_to_take_the_recipe(tmp_path):
+def test_a_model_of_a_shorter_context_is_told_how_to_take_the_recipe():
     options = ConversionConfig(data="texts.jsonl", device="cuda")
     for context, more in ((8192, ""), (4096, "--length 4096 --gradient_accumulation_steps 4 ")):
         _, command = compare_and_recover("source", Path("out"), options, context)
