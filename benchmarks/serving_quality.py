@@ -12,9 +12,10 @@ and on two, which must divide its heads (SmolLM2 has 9: an export gets heads of 
 
 Perplexity over the same token ids (vLLM's prompt log-probs), by transformers in fp32 and in bf16, and by vLLM with
 each kind of cache; in vLLM also with small chunks, so that most of a text is read from the cache, as in decoding. And
-how far the log-probs of the text's tokens are from those of fp32: half of them nearer than the median. And greedy
-text: the share of requests with the same tokens as in transformers and as on one GPU, and, where two differ,
-how far apart the two tokens were in fp32. Rows go to $OUT/serving_quality.json (or ./serving_quality.json).
+how far the log-probs of the text's tokens are from those of fp32: half of them nearer than the median; with an fp8
+cache, also from those of `mha2mla eval --caches vllm-fp8` (emulated). And greedy text: the share of requests with the
+same tokens as in transformers and as on one GPU, and, where two differ, how far apart the two tokens were in fp32.
+Rows go to $OUT/serving_quality.json (or ./serving_quality.json).
 """
 
 import argparse
@@ -35,8 +36,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import mha2mla.modeling  # noqa: F401  # our own families, for transformers
+from mha2mla.evaluation.caches import DYNAMIC, VLLM_NAME, CacheKind
+from mha2mla.modeling import CACHE_ARGUMENT  # and our own families, for transformers
 
+VLLM_FP8 = CacheKind.parse(VLLM_NAME)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -52,17 +55,22 @@ def read_ids(model: Path, text: Path, column: str, blocks: int, length: int) -> 
 
 
 @torch.no_grad()
-def transformers_logprobs(model, ids: torch.Tensor) -> torch.Tensor:
+def transformers_logprobs(model, ids: torch.Tensor, kind: CacheKind = DYNAMIC) -> torch.Tensor:
     """Of all tokens but each block's first, [blocks, length - 1], fp32."""
     rows = []
     for block in ids.to(DEVICE):
-        logits = model(block[None]).logits[0, :-1].float()
+        logits = model(block[None], **{CACHE_ARGUMENT: kind.make(model)}).logits[0, :-1].float()
         rows.append(-torch.nn.functional.cross_entropy(logits, block[1:], reduction="none").cpu())
     return torch.stack(rows)
 
 
 def load(args: argparse.Namespace, dtype: torch.dtype):
     return AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(DEVICE)
+
+
+def fp32_file(args: argparse.Namespace, cache: str) -> Path:
+    """Log-probs in fp32 of the text's tokens, with entries as an engine with this cache gives them back."""
+    return Path(f"{args.output}.fp32{'' if cache == 'auto' else '.' + cache}")
 
 
 def quality(logprobs: torch.Tensor, reference: torch.Tensor) -> dict:
@@ -74,10 +82,17 @@ def quality(logprobs: torch.Tensor, reference: torch.Tensor) -> dict:
 
 
 def transformers_rows(args: argparse.Namespace, ids: torch.Tensor) -> None:
-    """Both types; fp32's log-probs stay beside the output for the engines' processes."""
-    reference = transformers_logprobs(load(args, torch.float32), ids)
-    torch.save(reference, f"{args.output}.fp32")
+    """Both types; fp32's log-probs stay beside the output for the engines' processes. And in fp32 with the cache that
+    stands for an engine's fp8, whose log-probs stay there, too: an engine's should be nearer to these."""
+    full = load(args, torch.float32)
+    reference = transformers_logprobs(full, ids)
+    torch.save(reference, fp32_file(args, "auto"))
     add_row(args.output, dict(engine="transformers", dtype="float32") | quality(reference, reference))
+    if "fp8" in args.caches.split(",") and VLLM_FP8.suits(full.config):
+        emulated = transformers_logprobs(full, ids, VLLM_FP8)
+        torch.save(emulated, fp32_file(args, "fp8"))
+        row = dict(engine="transformers", dtype="float32", cache=VLLM_FP8.name)
+        add_row(args.output, row | quality(emulated, reference))
     rounded = transformers_logprobs(load(args, torch.bfloat16), ids)
     add_row(args.output, dict(engine="transformers", dtype="bfloat16") | quality(rounded, reference))
 
@@ -180,7 +195,10 @@ def run_vllm(args: argparse.Namespace, engine: str, ids: torch.Tensor) -> None:
         for block, output in zip(ids.tolist(), outputs, strict=True)
     ]
     row = dict(engine="vllm", dtype=args.dtype, cache=kind, chunk=chunk, tensor_parallel=parallel)
-    row |= quality(torch.tensor(logprobs), torch.load(f"{args.output}.fp32"))
+    row |= quality(torch.tensor(logprobs), torch.load(fp32_file(args, "auto")))
+    if kind == "fp8" and (emulated := fp32_file(args, kind)).exists():
+        gaps = quality(torch.tensor(logprobs), torch.load(emulated))
+        row |= dict(emulated_median_gap=gaps["median_gap"], emulated_mean_gap=gaps["mean_gap"])
     if chunk == args.chunks[0]:
         greedy = SamplingParams(max_tokens=args.new, temperature=0.0, ignore_eos=True)
         prompts = [{"prompt_token_ids": prompt} for prompt in prompts_of(ids, args.prompts)]

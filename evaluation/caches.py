@@ -92,6 +92,8 @@ class CacheKind:
         backend = self.backend_for(config)
         if backend is None:
             return True
+        if backend == VLLM and not isinstance(config, LatentConfigMixin) and hasattr(config, "kv_lora_rank"):
+            return False  # vLLM rounds the latents of stock MLA, whose keys and values transformers caches
         if self.nbits not in BACKEND_BITS[backend]:
             return False
         if not isinstance(config, LatentConfigMixin):

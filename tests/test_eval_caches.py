@@ -7,7 +7,7 @@ import torch
 from conftest import pico_tokenizer
 from test_eval_command import arguments, models, sets  # noqa: F401 (fixtures)
 from test_evaluation import random_texts
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig
 
 from mha2mla.cli.main import main
 from mha2mla.evaluation import caches
@@ -45,6 +45,12 @@ def test_names():
     for name in ("int3", "int", "quanto", "hqq-fp8", "other-int4", "static-hqq-int4", "fp4"):
         with pytest.raises(ValueError, match="dynamic, static, static-compiled, int8, int4"):
             CacheKind.parse(name)
+
+
+def test_vllm_fp8_suits_no_stock_mla():
+    """vLLM rounds its latents; what transformers caches of it are keys and values."""
+    assert not CacheKind.parse("vllm-fp8").suits(DeepseekV3Config())
+    assert DYNAMIC.suits(DeepseekV3Config())
 
 
 @pytest.mark.parametrize("name", ["source", "mla"])
