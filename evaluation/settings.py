@@ -36,5 +36,10 @@ class EvaluationSettings:
         check_least(self, limit=1, length=1, stride=1, long_length=2)
         check_least(self, agreement_length=2, prompt_length=1, new_tokens=1)
         check_between(self, seed=SEEDS)
+        if self.stride is not None and self.stride > self.length:
+            raise ValueError(
+                f"stride={self.stride} would leave out tokens between windows of length={self.length}: give at most "
+                "that."
+            )
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {self.dtype!r}.")

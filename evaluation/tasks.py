@@ -249,10 +249,13 @@ def check_lengths(path: str, context: int, tasks: Sequence[Task], settings: Eval
     Raises:
         ValueError: If a task reads more tokens at a time than a model's context has: now, not after an hour of others.
     """
+    shortest = min((item["length"] for task in tasks if task.kind == LONG for item in task.items), default=0)
     for kind, option, length in (
         ("perplexity", "--length", settings.length),
         ("positions", "--long-length", settings.long_length),
         ("agreement", "--agreement-length", settings.agreement_length),
+        ("agreement", "--prompt-length and --new-tokens of together", settings.prompt_length + settings.new_tokens),
+        (LONG, "--contexts", shortest),
     ):
         name = next((task.name for task in tasks if task.kind == kind), None)
         if name is not None and length > context:

@@ -204,6 +204,7 @@ def test_limit_takes_the_first_items_and_spreads_over_lengths(models, sets, tmp_
         (("--tasks", ""), "must be names with commas between them, got ''"),
         (("--caches", "int4,,int8"), "must be names with commas between them, got 'int4,,int8'"),
         (("--limit", "0"), "limit=0 must be at least 1"),
+        (("--length", "64", "--stride", "65"), "stride=65 would leave out tokens between windows of length=64: give"),
         (("--dtype", "int3"), "dtype must be auto, float32, bfloat16 or float16, got 'int3'"),
         (("--data", "missing"), "--data missing is not a folder"),
     ],
@@ -217,11 +218,21 @@ def test_mistakes_show_before_anything_is_measured(sets, tmp_path, options, mess
     assert not (tmp_path / "results").exists()
 
 
-@pytest.mark.parametrize("option", ["--length", "--long-length", "--agreement-length"])
-def test_a_length_beyond_the_context_shows_before_anything_is_measured(models, sets, tmp_path, option, capsys):
-    assert main(arguments(models, sets, tmp_path, option, "4096")) == 2
+@pytest.mark.parametrize(
+    ("option", "length"),
+    [
+        ("--length", 4096),
+        ("--long-length", 4096),
+        ("--agreement-length", 4096),
+        ("--prompt-length", 4096 + 4),
+        ("--contexts", 4096),
+    ],
+)
+def test_a_length_beyond_the_context_shows_before_anything_is_measured(models, sets, tmp_path, option, length, capsys):
+    more = ("--tasks", "long:passkey") if option == "--contexts" else ()
+    assert main(arguments(models, sets, tmp_path, option, "4096", *more)) == 2
     told = capsys.readouterr().err
-    assert f"texts would be read 4096 tokens at a time, and the context of {models[0]} has" in told
+    assert f"would be read {length} tokens at a time, and the context of {models[0]} has" in told
     assert f"give {option} " in told and not (tmp_path / "results").exists()
 
 
