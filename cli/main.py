@@ -10,7 +10,7 @@ import mha2mla
 
 from .errors import tell
 
-COMMANDS = ("plan", "convert", "export", "chat", "eval", "bench", "train", "push")
+COMMANDS = ("plan", "convert", "export", "chat", "eval", "bench", "write", "train", "push")
 
 
 def summary(command: str) -> str:

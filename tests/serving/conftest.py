@@ -4,11 +4,14 @@
 """
 
 from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import mha2mla
 from engines import SERVE_PYTHON, Exports, Server, llama_server, random_model, vllm_server
 from mha2mla.conversion.export import ExportConfig, export
 from pico import byte_pair_tokenizer
@@ -35,6 +38,18 @@ def exports(tmp_path_factory) -> Exports:
         gguf[dtype] = root / f"{dtype}.gguf"
         export(root / "model", gguf[dtype], ExportConfig(format="gguf", dtype=dtype))
     return Exports(root / "stock", gguf, AutoModelForCausalLM.from_pretrained(root / "stock"), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory) -> Path:
+    """A folder with nothing but this package as it is installed, entry points included."""
+    folder = tmp_path_factory.mktemp("site")
+    installed = metadata.distribution("mha2mla")
+    (entry_points,) = (file for file in installed.files or () if file.name == "entry_points.txt")
+    info = Path(str(installed.locate_file(entry_points))).parent
+    for path in (Path(mha2mla.__file__).parent, info):
+        (folder / path.name).symlink_to(path)
+    return folder
 
 
 @pytest.fixture(scope="session")

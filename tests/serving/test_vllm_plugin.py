@@ -3,14 +3,11 @@ log-prob: what the stock DeepSeek form cannot say. (Prompts in chunks are for GP
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import mha2mla
 from engines import Server, greedy, prompt_logprobs, random_model, vllm_server
 from mha2mla.conversion.export.check import TEXT
 from mha2mla.modeling import MLAMixtralForCausalLM, MLAOlmo2ForCausalLM, MLAQwen3ForCausalLM, MLAQwen3MoeForCausalLM
@@ -35,18 +32,6 @@ class Served:
     model: Any  # in transformers
     server: Server
     prompts: list[list[int]]
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory) -> Path:
-    """A folder with nothing but this package as it is installed, entry points included."""
-    folder = tmp_path_factory.mktemp("site")
-    installed = metadata.distribution("mha2mla")
-    (entry_points,) = (file for file in installed.files or () if file.name == "entry_points.txt")
-    info = Path(str(installed.locate_file(entry_points))).parent
-    for path in (Path(mha2mla.__file__).parent, info):
-        (folder / path.name).symlink_to(path)
-    return folder
 
 
 @pytest.fixture(scope="module", params=MODELS)
