@@ -36,7 +36,7 @@ DEFAULT_GPU = "h100"
 LOST = {size: f"{points:.2f} ± {error:.2f}" for size, (points, error) in POINTS_LOST.items()}
 QUALITY = (
     f"Quality: {MODEL} lost, after recovery on {TOKENS}M tokens, over seven multiple-choice sets {LOST[31.25]} points "
-    f"at 31.25 %, {LOST[18.75]} at 18.75 % (56 + 16) and {LOST[12.5]} at 12.5 % (docs/dev/results.md). Yours is not "
+    f"at 31.25 %, {LOST[18.75]} at 18.75 % and {LOST[12.5]} at 12.5 % (docs/dev/results.md). Yours is not "
     "measured: `mha2mla eval` does it."
 )
 

@@ -14,7 +14,7 @@ from .export.engines import engines_for_frequencies
 from .recovered import MODEL, POINTS_LOST, TOKENS
 
 RECOVERY = (
-    f"Recovery: {MODEL}, at 18.75 % of its cache (56 + 16), was {POINTS_LOST[18.75][0]:.2f} points of accuracy below "
+    f"Recovery: {MODEL}, at 18.75 % of its cache, was {POINTS_LOST[18.75][0]:.2f} points of accuracy below "
     f"the original after {TOKENS} million tokens of training (docs/recovery.md)"
 )
 RECIPE_ROWS = 8192, 2  # docs/examples/recovery.yaml's length and gradient_accumulation_steps

@@ -93,7 +93,7 @@ class CacheKind:
         if backend is None:
             return True
         if backend == VLLM and not isinstance(config, LatentConfigMixin) and hasattr(config, "kv_lora_rank"):
-            return False  # vLLM rounds the latents of stock MLA, whose keys and values transformers caches
+            return False  # vLLM rounds the latents of stock MLA; what transformers caches depends on its version
         if self.nbits not in BACKEND_BITS[backend]:
             return False
         if not isinstance(config, LatentConfigMixin):

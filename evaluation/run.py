@@ -13,6 +13,7 @@ from mha2mla.common.device import check_device
 from mha2mla.common.loading import check_router, load_config, load_model, load_tokenizer
 from mha2mla.common.records import read_record, recorded_preset
 from mha2mla.modeling import CACHE_ARGUMENT, cache_nbytes
+from mha2mla.modeling.latent_quantized_entries import MEAN_TOKENS
 
 from .caches import DYNAMIC, VLLM, CacheKind
 from .engine_cache import engine_fp8_nbytes
@@ -52,6 +53,18 @@ def suited_caches(path: str, config: PreTrainedConfig, caches: Sequence[CacheKin
         if kind not in suited:
             logger.info("%s: a cache of a %s model cannot be %s, row left out", path, config.model_type, kind.name)
     return suited
+
+
+def tell_windows(caches: Sequence[CacheKind], tasks: Sequence[Task]) -> None:
+    """Warn of rows in which short items are not quantised at all."""
+    names = [kind.name for kind in caches if kind.has_window]
+    if names and any(task.kind == "choice" for task in tasks):
+        logger.warning(
+            "%s: of a converted model's text the first %d tokens stay in full precision until there are more, so that "
+            "shorter items tell nothing of such a cache. Its perplexity on longer texts does.",
+            ", ".join(names),
+            MEAN_TOKENS,
+        )
 
 
 def find_original(paths: Sequence[str]) -> str | None:
@@ -111,6 +124,8 @@ def evaluate_models(
                 f"--caches {kind.name}: a static cache changes how fast a model is, not what it says. `mha2mla bench` "
                 "measures it."
             )
+    caches = sorted(caches, key=lambda kind: kind != DYNAMIC)  # what the others are compared with is measured first
+    tell_windows(caches, tasks)
     original_path = find_original(paths)
     compares = [task.name for task in tasks if task.kind == "agreement"]
     if compares and original_path is None:
