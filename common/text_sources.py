@@ -5,6 +5,8 @@ A recipe is a YAML list of sources with weights. A document is a text, or a chat
 
 import math
 import os
+import re
+import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -111,12 +113,18 @@ def render_chats(chats: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> li
     Token ids of chats as the tokenizer's template writes them, which brings its own special tokens.
 
     Raises:
-        ValueError: If the template refuses a chat, as some do where user and assistant do not take turns.
+        ValueError: If the template refuses a chat, as some do where user and assistant do not take turns, or fails at
+            what a chat holds.
     """
     try:
         return tokenizer.apply_chat_template(list(chats), tokenize=True, return_dict=True)["input_ids"]
     except TemplateError as error:
         raise TextError(f"The tokenizer's chat template refuses a chat: {error}") from error
+    except Exception as error:  # a template computes with what a chat holds, as Python does
+        raise TextError(
+            f"The tokenizer's chat template cannot render the content of a chat: {error}. Most take a string for each "
+            "message's `content`, no list of parts: write the chats so, or give a tokenizer whose template takes them."
+        ) from error
 
 
 def read_recipe(path: Path) -> list[TextSource]:
@@ -265,16 +273,28 @@ def describe_fault(value: Any, column: str) -> str:
 
 @contextmanager
 def reading(source: TextSource) -> Iterator[None]:
-    """Errors of the `datasets` library over local files, in one sentence; those of the Hub stay as they are."""
+    """Errors of the `datasets` library over local files, in one sentence; those of the Hub, and of what is ours, stay
+    as they are."""
     try:
         yield
-    except TextError:
-        raise
+    except TextError as error:
+        raise TextError(str(error)) from error  # of one from another process nothing tells any more that it is ours
     except Exception as error:
-        if source.builder is None:
+        if source.builder is None or not arises_in_datasets(error):
             raise
         reason = str(error.__cause__ or error).strip().split("\n")[0] or type(error).__name__
         raise TextError(find_fault(source) or f"{source} cannot be read as {source.builder}: {reason}") from error
+
+
+def arises_in_datasets(error: BaseException) -> bool:
+    """Whether the `datasets` library, or what it calls, made an error, rather than a function of ours that it called.
+    Of an error in a process of a data loader only the text tells."""
+    import datasets
+
+    homes = [str(Path(datasets.__file__).parent), str(Path(__file__).parents[1])]
+    files = re.findall(r'File "(.+?)", line', "".join(traceback.format_exception(error)))
+    inside = [file.startswith(homes[0]) for file in files if file.startswith(tuple(homes))]
+    return bool(inside) and inside[-1]
 
 
 def find_fault(source: TextSource, column: str | None = None) -> str | None:

@@ -19,7 +19,8 @@ from mha2mla.common.loading import load_model
 from mha2mla.conversion.export import ExportConfig, check, export
 from mha2mla.conversion.export.deepseek import key_factor
 from mha2mla.conversion.export.rope_table import STEP_NOTE
-from mha2mla.training import add_lora
+from mha2mla.training import ModelArguments, add_lora
+from mha2mla.training.checks import check_model
 from pico import BLOCK_PACKAGE, ROPES, exact_model, make_mla, make_source, tokens
 
 LLAMA3 = {**ROPES["llama3"], "original_max_position_embeddings": 2048, "rope_theta": 1e5}
@@ -277,11 +278,13 @@ def test_adapters_and_exports_are_named(save, tmp_path):
     peft = add_lora(exportable([0, 1]), 2, 4, 0.0, ["q_proj"])
     peft.peft_config["default"].base_model_name_or_path = "base"
     peft.save_pretrained(folder)
-    with pytest.raises(ValueError, match=r"is an adapter of base.*--merge"):
+    with pytest.raises(ValueError, match=r"is an adapter of base.*--resume_from_checkpoint true --merge"):
         export(folder, tmp_path / "out")
     export(save(exportable([0, 1])), tmp_path / "out")
     with pytest.raises(ValueError, match=r"is a DeepSeek checkpoint already.*--format mla-llama"):
         export(tmp_path / "out", tmp_path / "again")
+    with pytest.raises(ValueError, match=r"out is an export .*`mha2mla export .*out OUTPUT --format mla-llama`"):
+        check_model(ModelArguments(model=str(tmp_path / "out")), 8)
     with pytest.raises(ValueError, match=r"There is no folder"):
         export(tmp_path / "nowhere", tmp_path / "again")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import pico_tokenizer
 
+from mha2mla.common.errors import is_message
 from mha2mla.common.text import Piece, load_blocks, mix_pieces, pack_blocks, split_chat
 from mha2mla.common.text_sources import TextSource, check_source, find_sources, read_recipe, render_chats
 from mha2mla.training import DataArguments
@@ -84,6 +85,22 @@ def test_a_template_that_refuses_a_chat_is_said():
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(ValueError, match="template refuses a chat: roles must alternate"):
         render_chats([CHATS[0]["messages"]], tokenizer)
+
+
+@pytest.mark.parametrize("reader", ["calibration", "training", "stream", "processes"])
+def test_a_template_that_cannot_take_a_chat_is_blamed_and_not_the_file(reader, tmp_path):
+    tokenizer = pico_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ 'w4 ' + m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    parts = [{"role": "user", "content": [{"type": "text", "text": "w5 w6"}]}]
+    data = write_lines(tmp_path / "chats.jsonl", 20 * [{"messages": parts}])
+    with pytest.raises(ValueError, match="chat template cannot render the content of a chat: can only") as raised:
+        if reader == "calibration":
+            load_blocks(tmp_path / "tokenizer", data, 2, 8)
+        else:
+            how = {"stream": {"streaming": True}, "processes": {"num_proc": 2}}.get(reader, {})
+            load_rows(DataArguments(data=data, length=8, **how), tokenizer, seed=0)
+    assert is_message(raised.value)
 
 
 def test_the_shipped_mixture_is_read():

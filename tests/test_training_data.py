@@ -215,12 +215,13 @@ def test_a_stream_that_is_malformed_deep_inside(name, content, message, tmp_path
         list(rows)
 
 
-def test_errors_of_ours_within_a_stream_stay_what_they_are(tmp_path, monkeypatch):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_errors_of_ours_while_text_is_read_stay_what_they_are(streaming, tmp_path, monkeypatch):
     def fail(*_):
         raise TypeError("a bug")
 
     monkeypatch.setattr("mha2mla.training.data.pack_documents", fail)
-    arguments = DataArguments(data=write_texts(tmp_path / "text.jsonl", [words(4, 20)]), length=8, streaming=True)
+    arguments = DataArguments(data=write_texts(tmp_path / "text.jsonl", [words(4, 20)]), length=8, streaming=streaming)
     with pytest.raises(TypeError, match="a bug"), reading_rows(arguments):
         load_rows(arguments, pico_tokenizer(), seed=0)
 
@@ -239,6 +240,7 @@ def test_data_errors_name_the_source_and_the_remedy(tmp_path):
         (dict(data=numbers), "holds neither text nor messages"),
         (dict(data=texts, length=16), "less than one row of length=16"),
         (dict(data=texts, eval_data=ids, length=2), "no column 'text'"),
+        (dict(data=texts, eval_fraction=0.01), "is a single document.* Give --eval_data or more documents"),
     ):
         with pytest.raises(ValueError, match=message):
             load_rows(DataArguments(**arguments), tokenizer, seed=0)

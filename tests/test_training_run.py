@@ -296,6 +296,8 @@ def test_bad_input_is_refused_before_the_model_loads(folder, monkeypatch, capsys
     other = make_source("mqa")
     other.resize_token_embeddings(VOCAB + 4)
     other.save_pretrained(folder / "other")
+    make_mla("shared", tie_word_embeddings=True).save_pretrained(folder / "tied")
+    tied = ("--model", folder / "tied", "--trainable", "lora", "--lora_targets", "q_proj", "lm_head")
     (folder / "ids.jsonl").write_text('{"blob_id": "0f"}\n')
     (folder / "empty.jsonl").write_text("")
     matching = ("--objective", "attention", "--teacher", folder / "source")
@@ -306,6 +308,7 @@ def test_bad_input_is_refused_before_the_model_loads(folder, monkeypatch, capsys
         (("--teacher", folder / "other"), "has vocab_size=100, the model 96"),
         (("--teacher", folder / "nowhere"), "teacher: there is no folder"),
         (("--model", folder / "source"), "is not converted. Run `mha2mla convert` first"),
+        (tied, "'lm_head' has its weight in common with another module (this model ties embed_tokens and lm_head)"),
         (("--model", folder / "nowhere"), "model: there is no folder"),
         (("--trainable", "lora", "--lora_targets", "k_proj"), "'k_proj' is no linear layer"),
         (("--trainable", "k_proj"), "'k_proj' is found in no parameter's name"),

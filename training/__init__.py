@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .parameters import add_lora as add_lora
     from .parameters import describe_trainable as describe_trainable
     from .parameters import freeze_except as freeze_except
+    from .saved_dtype import restore_dtype as restore_dtype
     from .trainer import RecoveryTrainer as RecoveryTrainer
     from .trainer import recover as recover
     from .trainer import round_entries as round_entries
@@ -37,6 +38,7 @@ else:
             "make_losses": "losses",
             "pack_documents": "packing",
             "recover": "trainer",
+            "restore_dtype": "saved_dtype",
             "round_entries": "trainer",
             "use_losses": "loss",
         },

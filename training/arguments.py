@@ -32,7 +32,10 @@ class ModelArguments:
     )
     dtype: Literal["float32", "bfloat16"] = field(
         default="float32",
-        metadata={"help": "Type of the weights. Train in float32, with --bf16 for the arithmetic; see the docs."},
+        metadata={
+            "help": "Type of the weights in training: float32, with --bf16 for the arithmetic; see the docs. The "
+            "model that is left has its converted model's."
+        },
     )
     attn_implementation: str = field(
         default="sdpa", metadata={"help": "Of transformers: sdpa, eager, flex_attention, flash_attention_2, ..."}

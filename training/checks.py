@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_peft_available
 
+from mha2mla.common.exports import EXPORT_RECORD_NAME
 from mha2mla.common.extras import installing
 from mha2mla.common.loading import find_file, load_config, load_tokenizer
 from mha2mla.common.records import RECORD_NAME, read_record
@@ -15,7 +16,17 @@ from mha2mla.modeling import LatentConfigMixin
 from .arguments import DataArguments, LossArguments, ModelArguments
 from .losses import Setting
 from .parameters import LORA, check_lora_targets, freeze_except, meta_model
-from .resume import checkpoints, read_state, wants_resume
+from .publish import ADAPTER_CONFIG
+from .resume import (
+    MERGED,
+    checkpoints,
+    find_checkpoint,
+    is_finished,
+    lacks_merged,
+    newest_checkpoint,
+    read_state,
+    wants_resume,
+)
 from .trainer_arguments import ON_CPU, RecoveryTrainingArguments
 
 
@@ -29,6 +40,11 @@ def check_model(model: ModelArguments, length: int) -> tuple[LatentConfigMixin, 
             not there; tried on the model without its weights.
     """
     config = load_config(model.model, "model", model.trust_remote_code)
+    if not isinstance(config, LatentConfigMixin) and find_file(model.model, EXPORT_RECORD_NAME) is not None:
+        raise ValueError(
+            f"{model.model} is an export (model_type={config.model_type!r}), which is for engines. Train the model "
+            f"that it was made of, or make one of it by `mha2mla export {model.model} OUTPUT --format mla-llama`."
+        )
     if not isinstance(config, LatentConfigMixin):
         raise ValueError(
             f"{model.model} has model_type={config.model_type!r}: it is not converted. Run `mha2mla convert` first, "
@@ -139,19 +155,41 @@ def check_run(
             "fsdp_cpu_ram_efficient_loading: true with FSDP2: accelerate cannot hand a model's buffers, here "
             "rope_frequencies, to the other processes. Set it to false, as docs/examples/accelerate/fsdp2.yaml does."
         )
-    if not wants_resume(arguments):
-        output = Path(arguments.output_dir)
-        if (state := read_state(output)) is not None:
-            raise ValueError(
-                f"{output} holds a run that was finished after {state['global_step']} steps: there is nothing left to "
-                "do. Choose another --output_dir for a new one, or go on with it by --resume_from_checkpoint true and "
-                "more steps."
-            )
-        if checkpoints(output):
-            raise ValueError(
-                f"{output} holds checkpoints of an earlier run. Go on with it by --resume_from_checkpoint true, or "
-                "choose another --output_dir."
-            )
+    check_output(model, arguments)
+
+
+def check_output(model: ModelArguments, arguments: RecoveryTrainingArguments) -> None:
+    """Raise a `ValueError` if the output folder holds a run that this one would overwrite."""
+    output, resumes = Path(arguments.output_dir), wants_resume(arguments)
+    state = read_state(output)
+    if resumes and (state is None or find_checkpoint(arguments) or is_finished(arguments, None, model)):
+        return
+    if state is not None and newest_checkpoint(output) is None:
+        whole = output / MERGED if (output / ADAPTER_CONFIG).is_file() else output
+        if (whole / "config.json").is_file():
+            remedy = f"train on from it by --model {whole} --output NEW"
+        else:
+            remedy = "merge the adapter (peft's merge_and_unload), which makes a model to train on from"
+        raise ValueError(
+            f"{output} holds a run that was finished after {state['global_step']} steps and no checkpoint to go on "
+            f"from. Give another --output for a new one, or {remedy}."
+        )
+    if state is not None and lacks_merged(output, model):
+        raise ValueError(
+            f"{output} holds a run that was finished without its merged model. Add that by --resume_from_checkpoint "
+            "true --merge, or choose another --output_dir for a new one."
+        )
+    if state is not None:
+        raise ValueError(
+            f"{output} holds a run that was finished after {state['global_step']} steps: there is nothing left to do. "
+            "Choose another --output_dir for a new one, or go on with it by --resume_from_checkpoint true and more "
+            "steps."
+        )
+    if checkpoints(output):
+        raise ValueError(
+            f"{output} holds checkpoints of an earlier run. Go on with it by --resume_from_checkpoint true, or choose "
+            "another --output_dir."
+        )
 
 
 def fsdp2_loads_on_one_process() -> bool:

@@ -5,16 +5,12 @@ share of the tokens and no row mixes sources; then rows are drawn from the sourc
 """
 
 import math
-import re
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from pathlib import Path
 from textwrap import shorten
 from typing import TypeAlias
 
-import datasets
 import numpy as np
 from datasets import (
     Dataset,
@@ -30,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from mha2mla.common.text_sources import (
     TextError,
     TextSource,
+    arises_in_datasets,
     check_source,
     clean_documents,
     find_fault,
@@ -134,6 +131,11 @@ def load_rows(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, seed
         documents = load_source(source, arguments.streaming)
         if arguments.eval_fraction > 0:
             if math.ceil(arguments.eval_fraction * len(documents)) >= len(documents):
+                if len(documents) == 1:
+                    raise ValueError(
+                        f"eval_fraction={arguments.eval_fraction}: {source} is a single document, and a share of it "
+                        "cannot be held out. Give --eval_data or more documents."
+                    )
                 raise ValueError(
                     f"eval_fraction={arguments.eval_fraction} of the {len(documents)} documents of {source} leaves "
                     "none to train on. Lower it, or give --eval_data."
@@ -169,12 +171,3 @@ def reading_rows(arguments: DataArguments) -> Iterator[None]:
         fault = next((fault for source in sources if source.builder and (fault := find_fault(source))), None)
         reason = shorten(str(error), 200, placeholder=" ...") or type(error).__name__
         raise TextError(fault or f"{', '.join(map(str, sources))} cannot be read further: {reason}") from error
-
-
-def arises_in_datasets(error: BaseException) -> bool:
-    """Whether the `datasets` library, or what it calls, made an error, rather than a function of ours that it called.
-    Of an error in a process of a data loader only the text tells."""
-    homes = [str(Path(file).parent) for file in (datasets.__file__, Path(__file__).parent)]
-    files = re.findall(r'File "(.+?)", line', "".join(traceback.format_exception(error)))
-    inside = [file.startswith(homes[0]) for file in files if file.startswith(tuple(homes))]
-    return bool(inside) and inside[-1]

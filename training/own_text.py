@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from mha2mla.common.loading import load_config
 from mha2mla.common.options import SEEDS, check_between, check_least
 
-OPENINGS = (
+OPENINGS: Sequence[str] = (
     "How to",
     "How do I",
     "How do you",

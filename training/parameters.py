@@ -58,7 +58,9 @@ def freeze_except(model: nn.Module, trainable: str) -> None:
 
 
 def check_lora_targets(model: Any, targets: Sequence[str]) -> None:
-    """Raise a `ValueError` if a target is the name of no linear layer (peft complains only if all are wrong)."""
+    """Raise a `ValueError` if a target is the name of no linear layer (peft complains only if all are wrong), or has a
+    weight in common with another module, into which a merged adapter would go, too (peft only warns)."""
+    tied = {name.rsplit(".", 2)[-2] for pair in model.all_tied_weights_keys.items() for name in pair}
     linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for target in targets:
         if target not in linear:
@@ -67,6 +69,11 @@ def check_lora_targets(model: Any, targets: Sequence[str]) -> None:
                 usual = " ".join(model.config.attention_projections)
                 message += f" Keys and values come from kv_a_proj and kv_b_proj here: name {usual}."
             raise ValueError(message)
+        if target in tied:
+            raise ValueError(
+                f"lora_targets: {target!r} has its weight in common with another module (this model ties "
+                f"{' and '.join(sorted(tied))}), and a merged adapter would change both. Leave it out."
+            )
 
 
 def add_lora(model: Any, rank: int, alpha: int, dropout: float, targets: Sequence[str] | None) -> nn.Module:

@@ -30,7 +30,8 @@ PUBLISHED = [
     *COMPANION_PATTERNS,
 ]
 IN_FOLDERS = [f"{RESULTS_FOLDER}/*.yaml", *(pattern for pattern in COMPANION_PATTERNS if "/" in pattern)]
-LEFT_OUT = ["trainer_state.json", "*_results.json"]
+RUN_SETTINGS = "run_settings.json"  # in an output folder: what the run whose checkpoints lie there trains
+LEFT_OUT = ["trainer_state.json", "*_results.json", RUN_SETTINGS]
 
 ADAPTER_CONFIG = "adapter_config.json"
 

@@ -6,9 +6,17 @@ from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from mha2mla.common.cards import CARD_NAME
+from mha2mla.common.files import read_json_object
+from mha2mla.modeling import LatentConfigMixin
+
+from .arguments import ModelArguments
+from .parameters import LORA
+from .publish import RUN_SETTINGS
 from .trainer_arguments import RecoveryTrainingArguments
 
 TRAINER_STATE = "trainer_state.json"  # of a checkpoint, and of an output folder that is complete: written last in both
+MERGED = "merged"
 
 
 def wants_resume(arguments: RecoveryTrainingArguments) -> bool:
@@ -57,7 +65,50 @@ def all_steps_taken(folder: str | Path, arguments: RecoveryTrainingArguments) ->
     return (state["epoch"] or 0) >= arguments.num_train_epochs
 
 
-def is_finished(arguments: RecoveryTrainingArguments, checkpoint: str | None) -> bool:
+def lacks_merged(folder: Path, model: ModelArguments) -> bool:
+    """Whether the merged model is asked for and not there, or only in part: its card comes after its weights."""
+    return model.merge and not (folder / MERGED / CARD_NAME).is_file()
+
+
+def is_finished(arguments: RecoveryTrainingArguments, checkpoint: str | None, model: ModelArguments) -> bool:
     """Whether the output folder is complete, and the checkpoint to go on from, if any, leaves no step to take."""
+    if lacks_merged(Path(arguments.output_dir), model):
+        return False
     left = checkpoint is not None and not all_steps_taken(checkpoint, arguments)
     return not left and all_steps_taken(arguments.output_dir, arguments)
+
+
+def describe_settings(
+    model: ModelArguments, arguments: RecoveryTrainingArguments, config: LatentConfigMixin
+) -> dict[str, Any]:
+    """The settings by which a checkpoint's weights and optimizer state are of some form and no other."""
+    settings: dict[str, Any] = {
+        "trainable": model.trainable,
+        "attention_learning_rate": arguments.attention_learning_rate,
+    }
+    if model.trainable == LORA:
+        targets = sorted(model.lora_targets or config.attention_projections)
+        settings |= {"lora_rank": model.lora_rank, "lora_alpha": model.lora_alpha, "lora_targets": targets}
+    return settings
+
+
+def write_settings(folder: Path, settings: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RUN_SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def check_settings(checkpoint: str, settings: dict[str, Any]) -> None:
+    """Raise a `ValueError` if the run that made a checkpoint trained something else, as far as its folder tells."""
+    path = Path(checkpoint).resolve().parent / RUN_SETTINGS
+    if not path.is_file():
+        return
+    before = read_json_object(path)
+    for name, value in settings.items():
+        theirs = before.get(name)
+        # A rate of its own makes attention a group of its own, whatever it is.
+        same = (value is None) == (theirs is None) if name == "attention_learning_rate" else value == theirs
+        if not same:
+            raise ValueError(
+                f"{checkpoint} was made with {name}={theirs!r}, this run has {name}={value!r}: it cannot go on from "
+                "there. Give the same, or another --output for a new run."
+            )

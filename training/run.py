@@ -22,13 +22,22 @@ from .data import data_sources, load_rows, reading_rows
 from .model_card import TrainingRecord, write_model_card
 from .parameters import LORA, describe_trainable
 from .publish import push_folder
-from .resume import all_steps_taken, find_checkpoint, is_finished, wants_resume
+from .resume import (
+    MERGED,
+    all_steps_taken,
+    check_settings,
+    describe_settings,
+    find_checkpoint,
+    is_finished,
+    wants_resume,
+    write_settings,
+)
+from .saved_dtype import restore_dtype
 from .trainer import RecoveryTrainer, mend_generation_config, recover
 from .trainer_arguments import RecoveryTrainingArguments
 
 logger = logging.getLogger(__name__)
 
-MERGED = "merged"
 WORSE = 1.01  # times the loss that the rows of the first step had: more than rounding in 16 bits does
 
 
@@ -51,7 +60,7 @@ def train(
     checkpoint = find_checkpoint(arguments)
     tell = logger.info if arguments.process_index == 0 else logger.debug
     if wants_resume(arguments):
-        if is_finished(arguments, checkpoint):
+        if is_finished(arguments, checkpoint, model):
             tell("%s holds the finished run: there is nothing left to do", arguments.output_dir)
             return None
         if checkpoint is not None and all_steps_taken(checkpoint, arguments):
@@ -61,6 +70,9 @@ def train(
     if Path(model.model).is_dir():
         model.model = str(Path(model.model).resolve())  # an adapter names its base, and must find it from anywhere
     config, trained = check_model(model, data.length)
+    settings = describe_settings(model, arguments, config)
+    if checkpoint is not None:
+        check_settings(checkpoint, settings)
     tokenizer = load_tokenizer(model.model, "model", model.trust_remote_code)
     check_losses(loss, config, trained, tokenizer, arguments, model.trust_remote_code)
     with arguments.main_process_first(desc="tokenising"):
@@ -72,6 +84,8 @@ def train(
     if loss.teacher is not None:
         with load_whole(arguments):
             teacher = load_weights(loss.teacher, "teacher", model, "bfloat16" if arguments.bf16 else model.dtype)
+    if arguments.process_index == 0:
+        write_settings(Path(arguments.output_dir), settings)
     with reading_rows(data):
         trainer = recover(student, tokenizer, train_rows, eval_rows, model, loss, arguments, teacher, checkpoint)
 
@@ -137,7 +151,9 @@ def load_weights(name: str, role: str, model: ModelArguments, dtype: str) -> Pre
 def finish(
     folder: Path, title: str, record: TrainingRecord, model: ModelArguments, config: LatentConfigMixin, adapter: bool
 ) -> None:
-    """What goes beside trained weights: the card, and what comes from the converted checkpoint."""
+    """What goes beside trained weights: their type, the card, and what comes from the converted checkpoint."""
+    if not adapter:
+        restore_dtype(folder, getattr(config, "dtype", None))
     write_model_card(folder, title, record, config, adapter)
     copy_record(model.model, folder)
     copy_notices(model.model, folder)

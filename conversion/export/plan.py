@@ -85,8 +85,9 @@ def load_model_config(folder: Path, model: str) -> OurConfig:
     if (folder / "adapter_config.json").is_file():
         base = read_json_object(folder / "adapter_config.json").get("base_model_name_or_path")
         raise ValueError(
-            f"{model} is an adapter of {base}, and an export holds a whole model. Merge it first: `mha2mla train "
-            "--trainable lora --merge ...` writes OUTPUT_DIR/merged, and that can be exported."
+            f"{model} is an adapter of {base}, and an export holds a whole model. Merge it first: the command "
+            f"that trained it with `--resume_from_checkpoint true --merge` writes {model}/merged (peft's "
+            "merge_and_unload makes the same), and that can be exported."
         )
     config = load_config(str(folder))
     if config.model_type in ("deepseek_v2", "deepseek_v3"):

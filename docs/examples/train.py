@@ -6,9 +6,10 @@ accelerate launch --config_file docs/examples/accelerate/fsdp2.yaml docs/example
 """
 
 import sys
+from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
 import mha2mla.modeling  # noqa: F401  # registers the family: no trust_remote_code needed
 from mha2mla.cli.train import parse_arguments
@@ -18,6 +19,7 @@ from mha2mla.training import (
     collate_packed,
     describe_trainable,
     freeze_except,
+    restore_dtype,
     round_entries,
     use_losses,
 )
@@ -73,6 +75,8 @@ def main(argv: list[str]) -> None:
     model.config.use_cache = use_cache  # the Trainer turns it off, and would save it so
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()
+    if training_args.process_index == 0 and model_args.trainable != "lora":
+        restore_dtype(Path(training_args.output_dir), AutoConfig.from_pretrained(model_args.model).dtype)
     trainer.accelerator.end_training()  # closes the process group
 
 

@@ -1,0 +1,92 @@
+"""What may go on from an output folder, and what is refused in a sentence rather than overwritten."""
+
+import json
+
+import pytest
+import torch
+from conftest import pico_tokenizer
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from mha2mla.cli.main import main
+from pico import make_mla, tokens
+
+RESUME = ("--resume_from_checkpoint", "true")
+LORA = ("--trainable", "lora", "--lora_rank", "4")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    make_mla("shared").save_pretrained(folder / "mla")
+    pico_tokenizer().save_pretrained(folder / "mla")
+    texts = (" ".join(f"w{4 + (i * j) % 90}" for j in range(40)) for i in range(12))
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return folder
+
+
+@pytest.fixture
+def train(inputs, tmp_path, monkeypatch):
+    """Run the command for two steps; gives its exit code."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    places = ("--model", inputs / "mla", "--data", inputs / "texts.jsonl", "--output", tmp_path / "out")
+    fixed = ("--use_cpu", "--report_to", "none", "--length", 8, "--save_steps", 1, "--max_steps", 2)
+    return lambda *more: main(["train", *map(str, (*places, *fixed, *more))])
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("more, remedy", [((), "by --model {out} --output NEW"), (LORA, "peft's merge_and_unload")])
+def test_a_finished_run_without_checkpoints_is_not_begun_again(more, remedy, train, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert train(*more, "--save_strategy", "no") == 0
+    before = contents(out)
+    for again in ((), (*RESUME, "--max_steps", 4)):
+        assert train(*more, "--save_strategy", "no", *again) == 2
+        error = capsys.readouterr().err
+        assert "finished after 2 steps and no checkpoint to go on from" in error and remedy.format(out=out) in error
+    assert train(*more, "--save_strategy", "no", *RESUME) == 0  # nothing is left to do
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize(
+    "first, then, differs",
+    [
+        (LORA, ("--trainable", "all"), "trainable='lora', this run has trainable='all'"),
+        ((), LORA, "trainable='all', this run has trainable='lora'"),
+        ((), ("--trainable", "attention"), "trainable='all', this run has trainable='attention'"),
+        (LORA, ("--trainable", "lora"), "lora_rank=4, this run has lora_rank=16"),
+        (LORA, (*LORA, "--lora_alpha", "8"), "lora_alpha=32, this run has lora_alpha=8"),
+        (LORA, (*LORA, "--lora_targets", "q_proj"), "this run has lora_targets=['q_proj']"),
+        (("--attention_learning_rate", "1e-3"), (), "attention_learning_rate=0.001, this run has attention_learning"),
+    ],
+)
+def test_other_settings_than_those_of_the_checkpoint_are_named(first, then, differs, train, capsys):
+    assert train(*first) == 0
+    assert train(*first, *RESUME, "--max_steps", 3) == 0
+    assert train(*then, *RESUME, "--max_steps", 4) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert differs in error and error.endswith("Give the same, or another --output for a new run.")
+
+
+def test_a_finished_adapter_is_merged_afterwards(train, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert train(*LORA, "--learning_rate", "1e-2") == 0
+    adapter = load_file(out / "adapter_model.safetensors")
+    assert train(*LORA, "--merge") == 2
+    assert "Add that by --resume_from_checkpoint true --merge" in capsys.readouterr().err
+    assert train(*LORA, *RESUME, "--merge") == 0
+    assert all(
+        torch.equal(tensor, adapter[name]) for name, tensor in load_file(out / "adapter_model.safetensors").items()
+    )
+    assert "| Steps | 2 |" in (out / "merged" / "README.md").read_text()
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(out / "merged")(tokens(1, 6)).logits
+        adapted = AutoPeftModelForCausalLM.from_pretrained(out)(tokens(1, 6)).logits
+    torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-4)
+    before = contents(out)
+    assert train(*LORA, *RESUME, "--merge") == 0  # nothing is left to do
+    assert contents(out) == before
