@@ -61,11 +61,21 @@ def test_rows_are_cut_to_short_documents_in_turn():
 def test_turns_come_evenly_where_a_batch_has_one_row(tmp_path, monkeypatch):
     """Counted from its first row in every batch, all of them would be cut to 2."""
     monkeypatch.setattr(data, "DOCUMENTS_PER_BATCH", 2)
+    monkeypatch.setattr(data, "ROWS_PER_BATCH", 1)
     path = write_texts(tmp_path / "a.jsonl", [words(4 + i % 80, 9) for i in range(800)])
     arguments = DataArguments(path, length=20, short_lengths=[2, 5])
     rows, _ = load_rows(arguments, pico_tokenizer(), seed=0)
     longest = [max(lengths) for lengths in rows["lengths"]]
     assert len(rows) == 400 and all(100 < longest.count(size) < 170 for size in (2, 5, 10))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_short_documents_lose_next_to_nothing_behind_the_last_row_of_a_batch(streaming, tmp_path):
+    write_texts(tmp_path / "texts.jsonl", ["w5 w6 w7"] * 20_000)  # four tokens each, with the end
+    rows, _ = load_rows(
+        DataArguments(data=str(tmp_path / "texts.jsonl"), length=4096, streaming=streaming), pico_tokenizer(), seed=0
+    )
+    assert 0.95 * 80_000 < sum(len(row["input_ids"]) for row in rows) <= 80_000  # of 1,000 at a time it were none
 
 
 def test_short_lengths_are_for_what_is_trained_on_only(tmp_path):

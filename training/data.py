@@ -7,7 +7,7 @@ share of the tokens and no row mixes sources; then rows are drawn from the sourc
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, islice
 from textwrap import shorten
 from typing import TypeAlias
 
@@ -24,6 +24,7 @@ from datasets import (
 from transformers import PreTrainedTokenizerBase
 
 from mha2mla.common.text_sources import (
+    LOOKED_AT,
     TextError,
     TextSource,
     arises_in_datasets,
@@ -39,7 +40,9 @@ from .arguments import DataArguments
 from .lookback import add_lookback
 from .packing import pack_documents, tokenize
 
-DOCUMENTS_PER_BATCH = 1000  # packed together; what does not fill the last row of a batch is dropped
+# Documents packed together; what does not fill the last row of a batch is dropped. More where they are short, so that
+# it is one row of many.
+DOCUMENTS_PER_BATCH, MOST_DOCUMENTS, ROWS_PER_BATCH = 1000, 2**16, 50
 FIRST_ROWS = 2**16  # among which the number of a batch's first row is drawn
 ROW_FEATURES = Features({"input_ids": List(Value("int32")), "lengths": List(Value("int32"))})
 
@@ -66,13 +69,23 @@ def pack_batch(
     return rows
 
 
+def documents_per_batch(
+    documents: Rows, source: TextSource, column: str, tokenizer: PreTrainedTokenizerBase, length: int
+) -> int:
+    """So many that they fill [`ROWS_PER_BATCH`] rows, judged by the first."""
+    first = clean_documents([row.get(column) for row in islice(documents, LOOKED_AT)], source, column)
+    sizes = [len(ids) for ids in tokenize(first, tokenizer)]
+    wanted = ROWS_PER_BATCH * length * len(sizes) // max(1, sum(sizes))
+    return min(max(wanted, DOCUMENTS_PER_BATCH), MOST_DOCUMENTS)
+
+
 def pack_source(documents: Rows, num_proc: int | None, **how) -> Rows:
     """The rows that [`pack_batch`] makes of a source's documents; a stream stays one."""
     columns = documents.column_names or list(next(iter(documents)))
     return documents.map(
         pack_batch,
         batched=True,
-        batch_size=DOCUMENTS_PER_BATCH,
+        batch_size=documents_per_batch(documents, how["source"], how["column"], how["tokenizer"], how["length"]),
         fn_kwargs=how,
         remove_columns=columns,
         features=ROW_FEATURES,
