@@ -5,7 +5,7 @@ said so (`trust_remote_code`).
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -50,6 +50,18 @@ def check_name(name: str, role: str) -> None:
         raise ValueError(f"{role}: {name!r} is a file. Give the folder in which config.json and the weights lie.")
     if not Path(name).is_dir() and not on_hub(name):
         raise ValueError(f"{role}: there is no folder {name!r}, and a name on the Hub has the form OWNER/NAME.")
+
+
+def distinct_names(names: Iterable[str]) -> dict[str, str]:
+    """What each checkpoint is called beside the others: the last part of its path or name, and as many before it as
+    tell it from theirs ("a/merged" and "b/merged")."""
+    parts = {name: Path(name).parts for name in names}
+    short = {}
+    for name, mine in parts.items():
+        others = [theirs for other, theirs in parts.items() if other != name]
+        sizes = (size for size in range(1, len(mine)) if all(theirs[-size:] != mine[-size:] for theirs in others))
+        short[name] = str(Path(*mine[-next(sizes, len(mine)) :]))
+    return short
 
 
 def find_file(name: str, filename: str, revision: str | None = None) -> Path | None:

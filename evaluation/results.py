@@ -149,11 +149,11 @@ def checkpoint_digest(path: str) -> str:
 
 
 def describe_model(
-    path: str, model: PreTrainedModel, cache: str, cache_bytes_per_token: float, is_original: bool
+    path: str, name: str, model: PreTrainedModel, cache: str, cache_bytes_per_token: float, is_original: bool
 ) -> ModelResult:
     """A row without tasks."""
     return ModelResult(
-        name=ORIGINAL if is_original else Path(path).name,
+        name=ORIGINAL if is_original else name,
         path=path,
         preset=ORIGINAL if is_original else recorded_preset(path) or "other",
         cache=cache,

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, set_seed
 
 from mha2mla.common.device import check_device
-from mha2mla.common.loading import check_router, load_config, load_model, load_tokenizer
+from mha2mla.common.loading import check_router, distinct_names, load_config, load_model, load_tokenizer
 from mha2mla.common.records import read_record, recorded_preset
 from mha2mla.modeling import CACHE_ARGUMENT, cache_nbytes
 from mha2mla.modeling.latent_quantized_entries import MEAN_TOKENS
@@ -126,6 +126,7 @@ def evaluate_models(
             )
     caches = sorted(caches, key=lambda kind: kind != DYNAMIC)  # what the others are compared with is measured first
     tell_windows(caches, tasks)
+    paths = [str(Path(path)) if Path(path).is_dir() else path for path in paths]  # "conv/" is "conv"
     original_path = find_original(paths)
     compares = [task.name for task in tasks if task.kind == "agreement"]
     if compares and original_path is None:
@@ -140,6 +141,7 @@ def evaluate_models(
     tokenizers = {path: load_tokenizer(path, trust_remote_code=trust_remote_code) for path in paths}
     results = Results.open(output, settings)
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    names = distinct_names([*paths, *(model.path for model in results.models)])
     results.runs.append({"command": command, "started": started, "environment": describe_environment(device)})
     set_seed(settings.seed)
     original: PreTrainedModel | None = None
@@ -155,7 +157,7 @@ def evaluate_models(
         tokenizer = tokenizers[path]
         for kind in suited[path]:
             size = measure_cache(model, prefix_token(tokenizer), kind)
-            row = results.row(describe_model(path, model, kind.name, size, path == original_path))
+            row = results.row(describe_model(path, names[path], model, kind.name, size, path == original_path))
             if path == original_path and original_row is None:
                 original_row = row
                 original = model if compares else None

@@ -32,12 +32,14 @@ def test_random_weights_original_against_converted(tmp_path, capsys):
 
 
 def test_saved_models(save_source, tmp_path):
-    converted = tmp_path / "converted"
-    make_mla().save_pretrained(converted)
-    arguments = ["bench", str(save_source()), str(converted), "--steps", "1", "--contexts", "8"]
+    one, other = (tmp_path / parent / "converted" for parent in "ab")  # of one name
+    for converted in (one, other):
+        make_mla().save_pretrained(converted)
+    arguments = ["bench", str(save_source()), str(one), str(other), "--steps", "1", "--contexts", "8"]
     assert main([*arguments, "--no-prefill", "--output", str(tmp_path / "out")]) == 0
     results = json.loads((tmp_path / "out" / "speed.json").read_text())
-    assert [m["first_token_s"] for m in results["speed"]] == [None, None]
+    assert [m["first_token_s"] for m in results["speed"]] == [None, None, None]
+    assert [m["model"] for m in results["speed"]] == ["source-gqa-default", "a/converted", "b/converted"]
 
 
 @pytest.mark.parametrize(

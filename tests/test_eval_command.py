@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -234,6 +235,17 @@ def test_a_length_beyond_the_context_shows_before_anything_is_measured(models, s
     told = capsys.readouterr().err
     assert f"would be read {length} tokens at a time, and the context of {models[0]} has" in told
     assert f"give {option} " in told and not (tmp_path / "results").exists()
+
+
+def test_models_whose_folders_have_one_name_are_told_apart(models, sets, tmp_path, capsys):
+    original, half = models
+    for parent in ("a", "b"):
+        shutil.copytree(half, tmp_path / parent / "merged")
+    three = [original, f"{tmp_path / 'a' / 'merged'}/", str(tmp_path / "b" / "merged")]
+    assert main(arguments(three, sets, tmp_path, tasks="choices")) == 0
+    assert main(arguments([f"{original}/", *three[1:]], sets, tmp_path, tasks="choices")) == 0  # all done before
+    rows = json.loads((tmp_path / "results" / "results.json").read_text())["models"]
+    assert [row["name"] for row in rows] == ["original", "a/merged", "b/merged"]
 
 
 def test_malformed_file_is_refused_with_its_line(sets, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import html
 from pathlib import Path
 
+from mha2mla.common.loading import distinct_names
 from mha2mla.evaluation.results import Results
 
 from .conversion import conversion_section, find_records
@@ -31,7 +32,8 @@ def write_page(folder: Path, results: Results) -> list[Table]:
     pictures = [html_picture(name, encode_png(figure)) for name, figure in make_figures(results)]
     parts = [f"<h2>{table.title}</h2>{html_table(table.header, table.rows)}" for table in tables]
     records = find_records(model.path for model in results.models)
-    conversions = [conversion_section(Path(path).name, record) for path, record in records.items()]
+    names = distinct_names(records)
+    conversions = [conversion_section(names[path], record) for path, record in records.items()]
     command, environment = results.runs[-1]["command"], results.runs[-1]["environment"]
     notes = html_table(("made by", ""), [("command", command), *((k, str(v)) for k, v in environment.items())])
     opening = [f"<p class=result>{html.escape(sentence)}</p>" for sentence in results_in_words(results)]
