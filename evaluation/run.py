@@ -23,7 +23,7 @@ from .report.conversion import find_records
 from .report.page import write_page
 from .results import ModelResult, Results, describe_environment, describe_model, is_done
 from .settings import EvaluationSettings
-from .tasks import Task, check_lengths, measure_task
+from .tasks import Task, check_lengths, check_prompts, measure_task
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +139,8 @@ def evaluate_models(
         check_lengths(path, config.max_position_embeddings, tasks, settings)
     # Before anything is measured, too.
     tokenizers = {path: load_tokenizer(path, trust_remote_code=trust_remote_code) for path in paths}
+    for tokenizer in tokenizers.values():
+        check_prompts(tasks, tokenizer)
     results = Results.open(output, settings)
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     names = distinct_names([*paths, *(model.path for model in results.models)])

@@ -18,7 +18,7 @@ from mha2mla.common.text_sources import TextSource
 from .caches import DYNAMIC, CacheKind
 from .long_tasks import TASKS as LONG_TASKS
 from .measures.agreement import measure_agreement
-from .measures.generated import measure_generated
+from .measures.generated import make_example, measure_generated
 from .measures.harness import measure_harness, require_harness_task
 from .measures.items import Item, item_kind, read_items, read_texts
 from .measures.long_context import measure_position_perplexity, measure_retrieval
@@ -263,6 +263,16 @@ def check_lengths(path: str, context: int, tasks: Sequence[Task], settings: Eval
                 f"{name} would be read {length} tokens at a time, and the context of {path} has {context}: give "
                 f"{option} {context} or less."
             )
+
+
+def check_prompts(tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise a `ValueError` if the shortest prompt of a generated task cannot be as short as it is asked for."""
+    for task in tasks:
+        if task.kind == LONG:
+            try:
+                make_example(LONG_TASKS[task.name.removeprefix(f"{LONG}:")], task.items[0], tokenizer)
+            except ValueError as error:
+                raise ValueError(f"{task.name}: {error} Give larger --contexts.") from None
 
 
 def perplexity_numbers(perplexity: Perplexity) -> dict[str, Any]:

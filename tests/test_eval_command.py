@@ -237,6 +237,14 @@ def test_a_length_beyond_the_context_shows_before_anything_is_measured(models, s
     assert f"give {option} " in told and not (tmp_path / "results").exists()
 
 
+def test_contexts_below_the_shortest_prompt_show_before_anything_is_measured(models, sets, tmp_path, capsys):
+    tasks = "choices,long:passkey"
+    assert main(arguments(models, sets, tmp_path, "--contexts", "20", tasks=tasks)) == 2
+    told = capsys.readouterr().err
+    assert "long:passkey: The smallest prompt of this task has" in told and "20 are too few. Give larger" in told
+    assert not (tmp_path / "results").exists()
+
+
 def test_models_whose_folders_have_one_name_are_told_apart(models, sets, tmp_path, capsys):
     original, half = models
     for parent in ("a", "b"):

@@ -60,6 +60,20 @@ def score_answer(continuation: str, answers: Sequence[str]) -> float:
     return len(set(words[: len(answers)]) & set(answers)) / len(answers)
 
 
+def make_example(task: ModuleType, item: Item, tokenizer: PreTrainedTokenizerBase) -> Example:
+    """
+    The prompt of an item `{"seed", "length"}`, which leaves room for the answer.
+
+    Raises:
+        ValueError: If the length is too short for the task.
+    """
+
+    def count_tokens(example: Example) -> int:
+        return len(tokenizer.encode(example.prompt)) + NEW_TOKENS
+
+    return fit_length(task.make, item["seed"], item["length"], count_tokens)
+
+
 def measure_generated(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -85,17 +99,11 @@ def measure_generated(
     if not fitting:
         raise ValueError(f"The prompts of {task.NAME} are longer than the model's context of {limit} tokens.")
 
-    def count_tokens(example: Example) -> int:
-        return len(tokenizer.encode(example.prompt)) + NEW_TOKENS
-
     scores: list[float] = []
     examples: list[Example] = []
     with inference(model), tqdm(total=len(fitting), desc=task.NAME, unit="prompt") as bar:
         for start in range(0, len(fitting), batch_size):
-            batch = [
-                fit_length(task.make, item["seed"], item["length"], count_tokens)
-                for item in fitting[start : start + batch_size]
-            ]
+            batch = [make_example(task, item, tokenizer) for item in fitting[start : start + batch_size]]
             ids = [tokenizer.encode(example.prompt) for example in batch]
             written = continue_greedily(model, tokenizer, ids, NEW_TOKENS, cache_kind)
             scores += [score_answer(text, e.answers) for text, e in zip(written, batch, strict=True)]
