@@ -1,15 +1,13 @@
 """What calibration on chats gives an instruct model: chats and prose, measured on the original and on conversions.
 
     python benchmarks/chat_calibration.py corpus 'train-*.jsonl.gz' gpteacher chats.jsonl --number 400
-    python benchmarks/chat_calibration.py write SmolLM2-135M-Instruct own.jsonl --number 400
     mha2mla convert SmolLM2-135M-Instruct mixed --cache-ratio 0.3125 --data mixture.yaml
     python benchmarks/chat_calibration.py measure SmolLM2-135M-Instruct mixed --chats chats.jsonl \\
         --prose wikitext2_valid.jsonl:raw
 
-`corpus` makes chats of a source that holds transcripts ("User: ... Assistant: ..."); `write` has the model write both
-sides of chats itself, from nothing but its template. `measure` gives perplexity of the answers of the chats (template
-and questions are not predicted), the share of prompts whose answer ends by itself, and perplexity of prose. The chats
-that are measured on must be of another source than those of the calibration.
+`corpus` makes chats of a source that holds transcripts ("User: ... Assistant: ..."). `measure` gives perplexity of the
+answers of the chats (template and questions are not predicted), the share of prompts whose answer ends by itself, and
+perplexity of prose. The chats that are measured on must be of another source than those of the calibration.
 """
 
 import argparse
@@ -74,27 +72,6 @@ def continue_prompts(
             ended = tokenizer.eos_token_id in ids
             ids = ids[: ids.index(tokenizer.eos_token_id)] if ended else ids
             yield tokenizer.decode(ids).strip(), ended
-
-
-def user_head(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the chat template puts in front of a user's first message."""
-    marker = "\x00"
-    return tokenizer.apply_chat_template([{"role": "user", "content": marker}], tokenize=False).split(marker)[0]
-
-
-def write_own_chats(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace
-) -> list[Chat]:
-    """Single exchanges of which the model writes both sides, at temperature 1: first a user's message behind the head
-    that its template gives one, then the answer. What did not end by itself is dropped."""
-    torch.manual_seed(args.seed)
-    sampling = dict(batch_size=args.batch_size, do_sample=True, top_p=args.top_p, max_new_tokens=args.answer_tokens)
-    questions = continue_prompts(model, tokenizer, [user_head(tokenizer)] * args.number, **sampling)
-    chats = [[{"role": "user", "content": text}] for text, ended in questions if ended and text]
-    prompts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
-    answers = continue_prompts(model, tokenizer, prompts, **sampling)
-    pairs = zip(chats, answers, strict=True)
-    return [[*chat, {"role": "assistant", "content": text}] for chat, (text, ended) in pairs if ended and text]
 
 
 def answer_spans(chat: Chat, tokenizer: PreTrainedTokenizerBase, length: int) -> tuple[list[int], torch.Tensor]:
@@ -175,11 +152,6 @@ def main() -> None:
     corpus.add_argument("files")
     corpus.add_argument("source")
     corpus.add_argument("output")
-    own = commands.add_parser("write", help="Chats that a model writes itself.")
-    own.add_argument("model")
-    own.add_argument("output")
-    own.add_argument("--top-p", type=float, default=1.0)
-    own.add_argument("--seed", type=int, default=0)
     table = commands.add_parser("measure", help="A table; the first model is the original.")
     table.add_argument("models", nargs="+")
     table.add_argument("--chats", required=True, help="A file that `corpus` wrote.")
@@ -187,20 +159,16 @@ def main() -> None:
     table.add_argument("--prose", required=True, metavar="FILE[:FIELD]")
     table.add_argument("--blocks", type=int, default=40, help="Of prose, 1,024 tokens each.")
     table.add_argument("--length", type=int, default=1024, help="Tokens of a chat that are read.")
-    for command in (corpus, own, table):
+    for command in (corpus, table):
         command.add_argument("--number", type=int, default=200, help="Chats, and prompts.")
-    for command in (own, table):
-        command.add_argument("--answer-tokens", type=int, default=256, help="Most that the model writes at a time.")
-        command.add_argument("--batch-size", type=int, default=50)
-        command.add_argument("--device", default="cpu")
-        command.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    table.add_argument("--answer-tokens", type=int, default=256, help="Most that the model writes at a time.")
+    table.add_argument("--batch-size", type=int, default=50)
+    table.add_argument("--device", default="cpu")
+    table.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     args = parser.parse_args()
     if args.command == "corpus":
         chats = corpus_chats(args.files, args.source)
         save_chats(args.output, [chat for _, chat in zip(range(args.number), chats, strict=False)])
-    elif args.command == "write":
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        save_chats(args.output, write_own_chats(load(args.model, args), tokenizer, args))
     else:
         measure(args)
 
