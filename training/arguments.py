@@ -43,8 +43,8 @@ class ModelArguments:
     kv_cache_dtype: Literal["auto", "fp8"] = field(
         default="auto",
         metadata={
-            "help": "fp8: train on entries rounded as an engine's fp8 cache has them, which then costs a third "
-            "(measured at an eighth of the cache). Evaluation and the saved model do not round."
+            "help": "fp8: train on entries rounded as an engine's fp8 cache has them, which then costs a third or "
+            "less. Evaluation and the saved model do not round."
         },
     )
     trust_remote_code: bool = field(
