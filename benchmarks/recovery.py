@@ -33,6 +33,7 @@ from pathlib import Path
 import torch
 import torch.multiprocessing as multiprocessing
 from conversion_ablation import read_blocks
+from muon import use_muon
 from recovery_rows import TokenRows, write_tokens
 from recovery_table import ORIGINAL, SETS, Run, read_results, write_table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
@@ -86,6 +87,8 @@ def train(run: Run, folder: str, args: argparse.Namespace, output: str) -> Recov
     per_step = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
     training.max_steps = max(1, round(run.tokens / (per_step * rows[0]["input_ids"].size)))
     set_seed(training.seed)
+    if args.muon:
+        use_muon(*args.muon)
 
     def load(path: str, dtype: str) -> torch.nn.Module:
         attention = model_args.attn_implementation
@@ -207,6 +210,7 @@ def run_row(run: Run, folder: str, args: argparse.Namespace) -> None:
             "rows": args.rows.name,
             "order": args.order,
             "hidden_weight": args.hidden_weight if run.distillation else 0.0,
+            **({"muon_rates": args.muon} if args.muon else {}),
             "arguments": args.arguments,
         }
     with args.results.open("a") as file:
@@ -284,6 +288,9 @@ def main() -> None:
     )
     run.add_argument("--blocks", type=int, default=40, help="Blocks of 1,024 tokens of each such text at most.")
     run.add_argument("--order", type=int, default=0, help="Seed of the order of the rows of tokens.")
+    run.add_argument(
+        "--muon", type=float, nargs=2, metavar="RATE", help="Muon's rates for matrices of layers, and of attention."
+    )
     run.add_argument("--limit", type=int, help="Items of each set at most.")
     run.add_argument("--trainable", nargs="+", default=["all", "attention", "lora"])
     run.add_argument("--distillation", nargs="+", type=float, default=[0.0, 1.0], help="Weights of the teacher.")

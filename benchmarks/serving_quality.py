@@ -83,7 +83,8 @@ def quality(logprobs: torch.Tensor, reference: torch.Tensor) -> dict:
 
 def transformers_rows(args: argparse.Namespace, ids: torch.Tensor) -> None:
     """Both types; fp32's log-probs stay beside the output for the engines' processes. And in fp32 with the cache that
-    stands for an engine's fp8, whose log-probs stay there, too: an engine's should be nearer to these."""
+    stands for an engine's fp8, whose log-probs stay there, too."""
+    fp32_file(args, "fp8").unlink(missing_ok=True)  # of another model
     full = load(args, torch.float32)
     reference = transformers_logprobs(full, ids)
     torch.save(reference, fp32_file(args, "auto"))

@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
     import torch
 
     from mha2mla.common.device import check_device
-    from mha2mla.common.loading import check_router, distinct_names, load_config, load_model
+    from mha2mla.common.loading import check_router, distinct_names, load_config, load_model, plain_path
     from mha2mla.evaluation.caches import VLLM_NAME, CacheKind
     from mha2mla.evaluation.speed.dimensions import random_models
     from mha2mla.evaluation.speed.run import bench_models
@@ -86,7 +86,7 @@ def main(argv: list[str]) -> None:
         sizes = (options.kv_lora_rank, options.qk_rope_head_dim, options.num_rope_key_heads)
         makers = random_models(options.random, dtype, options.device, *sizes)
     else:
-        makers = {name: partial(load, path) for path, name in distinct_names(given.models).items()}
+        makers = {name: partial(load, path) for path, name in distinct_names(map(plain_path, given.models)).items()}
         for path in given.models:  # before the first is measured
             config = load_config(path, trust_remote_code=options.trust_remote_code)
             check_router(config, path, "model")

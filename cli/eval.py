@@ -47,7 +47,7 @@ class EvalArguments:
         metadata={
             "help": "How the cache is held, a row each, with commas: dynamic, int8, fp8, int4, int2; with a backend "
             "before an int (latent-, quanto-, hqq-) or the model's own, which for the original is quanto, and hqq for "
-            "int8; vllm-fp8, what vLLM's fp8 cache gives back."
+            "int8; vllm-fp8, what vLLM's fp8 cache gives back (its kernels may round more)."
         },
     )
     device: str = field(default="cpu", metadata={"help": "cpu, cuda, cuda:1, ..."})

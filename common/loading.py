@@ -52,6 +52,11 @@ def check_name(name: str, role: str) -> None:
         raise ValueError(f"{role}: there is no folder {name!r}, and a name on the Hub has the form OWNER/NAME.")
 
 
+def plain_path(name: str) -> str:
+    """ "conv/" and "./conv" are "conv"; a name on the Hub stays as it is."""
+    return str(Path(name)) if Path(name).is_dir() else name
+
+
 def distinct_names(names: Iterable[str]) -> dict[str, str]:
     """What each checkpoint is called beside the others: the last part of its path or name, and as many before it as
     tell it from theirs ("a/merged" and "b/merged")."""

@@ -120,7 +120,7 @@ def render_chats(chats: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> li
         return tokenizer.apply_chat_template(list(chats), tokenize=True, return_dict=True)["input_ids"]
     except TemplateError as error:
         raise TextError(f"The tokenizer's chat template refuses a chat: {error}") from error
-    except Exception as error:  # a template computes with what a chat holds, as Python does
+    except (TypeError, ValueError, AttributeError, LookupError) as error:  # a template computes with what a chat holds
         raise TextError(
             f"The tokenizer's chat template cannot render the content of a chat: {error}. Most take a string for each "
             "message's `content`, no list of parts: write the chats so, or give a tokenizer whose template takes them."

@@ -4,7 +4,8 @@ docs/conversion.md and docs/recovery.md. Nothing is known of another model befor
 MODEL = "SmolLM2-135M-Instruct"
 TOKENS = "112"  # millions of recovery
 # Points of accuracy lost after it over seven multiple-choice sets, and their standard error, by the cache in % of the
-# original's, split as `--cache-ratio` does, by the recipe but for its optimiser (Muon, which ended no nearer).
+# original's, split as `--cache-ratio` does, by the recipe but for its optimiser (Muon), on text of which a quarter was
+# the original's own.
 POINTS_LOST = {31.25: (0.51, 0.37), 18.75: (1.46, 0.42), 12.5: (1.70, 0.45)}
 LEAST = min(POINTS_LOST)
 LOST_BELOW = (6.25, 3.99, 0.54)  # the same with this % of the cache, after 55M tokens

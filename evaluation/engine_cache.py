@@ -3,7 +3,7 @@
 vLLM's `--kv-cache-dtype fp8` rounds what it caches to e4m3 with a scale of 1: keys and values of a stock model,
 latents and rotary keys of a converted one. These caches round likewise as they are written, the newest token too, and
 hold the numbers in the model's own type. Queries are not rounded, which kernels for Hopper do: vLLM 0.25.1 lost 1.5 %
-of perplexity where this tells 0.9 to 1.1 (docs/dev/performance.md).
+of two models' perplexity where this tells 0.9 and 1.1 (docs/dev/performance.md).
 """
 
 import torch

@@ -10,9 +10,9 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, set_seed
 
 from mha2mla.common.device import check_device
-from mha2mla.common.loading import check_router, distinct_names, load_config, load_model, load_tokenizer
+from mha2mla.common.loading import check_router, distinct_names, load_config, load_model, load_tokenizer, plain_path
 from mha2mla.common.records import read_record, recorded_preset
-from mha2mla.modeling import CACHE_ARGUMENT, cache_nbytes
+from mha2mla.modeling import CACHE_ARGUMENT, LatentConfigMixin, cache_nbytes
 from mha2mla.modeling.latent_quantized_entries import MEAN_TOKENS
 
 from .caches import DYNAMIC, VLLM, CacheKind
@@ -55,9 +55,9 @@ def suited_caches(path: str, config: PreTrainedConfig, caches: Sequence[CacheKin
     return suited
 
 
-def tell_windows(caches: Sequence[CacheKind], tasks: Sequence[Task]) -> None:
-    """Warn of rows in which short items are not quantised at all."""
-    names = [kind.name for kind in caches if kind.has_window]
+def tell_windows(kinds: Sequence[CacheKind], tasks: Sequence[Task]) -> None:
+    """Warn of the rows of converted models in which short items are not quantised at all."""
+    names = dict.fromkeys(kind.name for kind in kinds if kind.has_window)
     if names and any(task.kind == "choice" for task in tasks):
         logger.warning(
             "%s: of a converted model's text the first %d tokens stay in full precision until there are more, so that "
@@ -125,8 +125,7 @@ def evaluate_models(
                 "measures it."
             )
     caches = sorted(caches, key=lambda kind: kind != DYNAMIC)  # what the others are compared with is measured first
-    tell_windows(caches, tasks)
-    paths = [str(Path(path)) if Path(path).is_dir() else path for path in paths]  # "conv/" is "conv"
+    paths = [plain_path(path) for path in paths]
     original_path = find_original(paths)
     compares = [task.name for task in tasks if task.kind == "agreement"]
     if compares and original_path is None:
@@ -135,6 +134,8 @@ def evaluate_models(
     find_records(paths)  # one that is malformed shows before anything is measured
     configs = {path: load_config(path, trust_remote_code=trust_remote_code) for path in paths}
     suited = {path: suited_caches(path, config, caches) for path, config in configs.items()}
+    latent = [path for path in paths if isinstance(configs[path], LatentConfigMixin)]
+    tell_windows([kind for path in latent for kind in suited[path]], tasks)
     for path, config in configs.items():
         check_lengths(path, config.max_position_embeddings, tasks, settings)
     # Before anything is measured, too.

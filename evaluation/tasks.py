@@ -254,7 +254,7 @@ def check_lengths(path: str, context: int, tasks: Sequence[Task], settings: Eval
         ("perplexity", "--length", settings.length),
         ("positions", "--long-length", settings.long_length),
         ("agreement", "--agreement-length", settings.agreement_length),
-        ("agreement", "--prompt-length and --new-tokens of together", settings.prompt_length + settings.new_tokens),
+        ("agreement", "--prompt-length plus --new-tokens of", settings.prompt_length + settings.new_tokens),
         (LONG, "--contexts", shortest),
     ):
         name = next((task.name for task in tasks if task.kind == kind), None)

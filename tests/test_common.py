@@ -17,7 +17,15 @@ from huggingface_hub.errors import (
 from mha2mla.common import hub
 from mha2mla.common.files import read_json_lines, read_json_object, read_yaml
 from mha2mla.common.hub import is_hub_name, on_hub
-from mha2mla.common.loading import copy_notices, find_file, head_dim, load_config, load_model, load_tokenizer
+from mha2mla.common.loading import (
+    copy_notices,
+    distinct_names,
+    find_file,
+    head_dim,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
 from mha2mla.common.records import RECORD_NAME, copy_record, read_record, recorded_preset
 from mha2mla.common.text_sources import TextSource, load_source
 from mha2mla.conversion.source import local_checkpoint
@@ -181,3 +189,8 @@ def test_a_model_with_frequencies_that_there_are_not_is_refused(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.rope_frequencies of .* has 6, .* 0 to 5"):
         load_model(str(tmp_path))
+
+
+def test_names_tell_checkpoints_apart():
+    names = distinct_names(["run/a/merged", "run/b/merged", "source", "me/source", "me/other"])
+    assert list(names.values()) == ["a/merged", "b/merged", "source", "me/source", "other"]

@@ -8,7 +8,7 @@ from tokenizers.processors import TemplateProcessing
 
 from mha2mla.cli.main import main
 from mha2mla.training import own_text
-from mha2mla.training.own_text import OwnTextConfig, Written, first_ids, write_own_text
+from mha2mla.training.own_text import OwnTextConfig, Written, around_question, first_ids, write_own_text
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m['role'] == 'user' and 'w10 ' or 'w11 ' }}{{ m['content'] }} "
@@ -85,6 +85,32 @@ def test_a_model_that_says_nothing():
     written = write_own_text(tokenizer, lambda prompts: [Written([4], False)] * len(prompts), OwnTextConfig(chats=1))
     with pytest.raises(ValueError, match=r"no question that ended. Give a larger length"):
         list(written)
+    silent = write_own_text(tokenizer, lambda prompts: [Written([], True)] * len(prompts), OwnTextConfig(chats=0))
+    with pytest.raises(ValueError, match="The model wrote nothing"):
+        list(silent)
+
+
+def test_a_question_ends_where_the_template_ends_it():
+    """As with Mistral's, behind which the model would go on with the answer."""
+    tokenizer = chat_tokenizer(False)
+    tokenizer.chat_template = "{% for m in messages %}w8 {{ m['content'] }} w9{% endfor %}"
+    assert around_question(tokenizer) == ("w8", "w9")
+    asked = []
+
+    def write(prompts):
+        asked.extend(prompts)
+        return [Written([20, 21, 9, 30, EOS], True)] * len(prompts)
+
+    list(write_own_text(tokenizer, write, OwnTextConfig(tokens=20, chats=1, length=8)))
+    assert asked[0].stop == "w9"
+    assert [8, 20, 21, 9] in [prompt.ids for prompt in asked]
+
+
+def test_a_template_that_takes_no_single_question():
+    tokenizer = chat_tokenizer(False)
+    tokenizer.chat_template = "{{ raise_exception('first the system') }}"
+    with pytest.raises(ValueError, match=r"refuses a single question: first the system Give chats=0"):
+        around_question(tokenizer)
 
 
 def test_what_stands_before_a_text():
@@ -104,7 +130,9 @@ def test_what_stands_before_a_text():
         (("own.jsonl", "--openings", "blank.txt"), "--openings blank.txt has no line with text"),
         (("own.jsonl", "--chats", "2"), "chats=2.0 must lie between 0 and 1"),
         (("own.jsonl", "--tokens", "0"), "tokens=0.0 must be at least 1"),
-        (("own.jsonl", "--temperature", "0"), "temperature=0.0 must be above 0: every text would be the same"),
+        (("own.jsonl", "--temperature", "0"), "temperature=0.0 must be a number above 0"),
+        (("own.jsonl", "--cache-gib", "0"), "--cache-gib 0.0 must be above 0"),
+        (("own.jsonl", "--openings", "long.txt", "--length", "4"), "has 6 tokens: shorten it"),
         (("own.jsonl",), "The text is written by vLLM: `pip install '.[vllm]'` in a checkout"),
     ],
 )
@@ -113,6 +141,7 @@ def test_mistakes_show_before_the_engine_starts(save_source, tmp_path, options, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "old.jsonl").write_text("{}\n")
     (tmp_path / "blank.txt").write_text("\n \n")
+    (tmp_path / "long.txt").write_text("w1 w2\nw1 w2 w3 w4 w5 w6\n")
     assert main(["write", model, *options]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "own.jsonl").exists()
@@ -124,4 +153,4 @@ def test_the_command(save_source, tmp_path, capsys, monkeypatch):
     output = tmp_path / "new" / "own.jsonl"
     assert main(["write", str(save_source()), str(output), "--tokens", "50", "--length", "4", "--chats", "0"]) == 0
     texts = [json.loads(line)["text"] for line in output.read_text().splitlines()]
-    assert f"Wrote {len(texts)} texts of " in capsys.readouterr().out and len(texts) > 10
+    assert f"Wrote {len(texts)} texts to " in capsys.readouterr().out and len(texts) > 10

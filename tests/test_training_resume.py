@@ -61,6 +61,7 @@ def test_a_finished_run_without_checkpoints_is_not_begun_again(more, remedy, tra
         (LORA, ("--trainable", "lora"), "lora_rank=4, this run has lora_rank=16"),
         (LORA, (*LORA, "--lora_alpha", "8"), "lora_alpha=32, this run has lora_alpha=8"),
         (LORA, (*LORA, "--lora_targets", "q_proj"), "this run has lora_targets=['q_proj']"),
+        ((), ("--optim", "adafactor"), "optim='adamw_torch_fused', this run has optim='adafactor'"),
         (("--attention_learning_rate", "1e-3"), (), "attention_learning_rate=0.001, this run has attention_learning"),
     ],
 )

@@ -33,8 +33,8 @@ class ModelArguments:
     dtype: Literal["float32", "bfloat16"] = field(
         default="float32",
         metadata={
-            "help": "Type of the weights in training: float32, with --bf16 for the arithmetic; see the docs. The "
-            "model that is left has its converted model's."
+            "help": "Type of the weights in training: float32, with --bf16 for the arithmetic; see the docs. What is "
+            "left of float32 has the converted model's type."
         },
     )
     attn_implementation: str = field(

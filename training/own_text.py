@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from mha2mla.common.loading import load_config
@@ -34,16 +35,17 @@ OPENINGS: Sequence[str] = (
 TOP_P = 0.95
 QUESTION_TEMPERATURE = 1.0  # nothing but the template stands before a question, so it must not be the likeliest
 ROUND = 500_000  # tokens, roughly, that are written out at a time
-ROOM = 1024  # tokens that a chat template may put around a question
+ROOM = 512  # tokens that a chat template may put around a question
 FILLED = 0.8  # of `length`, by experience: what a text has
 DOCUMENT_START = "<|endoftext|>"  # between documents in pretraining, where a tokenizer puts nothing before a text
 
 
 class Prompt(NamedTuple):
-    """Token ids that are continued, and at which temperature."""
+    """Token ids that are continued, at which temperature, and the text, if any, behind which nothing is wanted."""
 
     ids: list[int]
     temperature: float
+    stop: str = ""
 
 
 class Written(NamedTuple):
@@ -80,8 +82,9 @@ class OwnTextConfig:
     def __post_init__(self):
         check_least(self, tokens=1, length=1)
         check_between(self, seed=SEEDS, chats=(0, 1))
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature} must be above 0: every text would be the same.")
+        for name in ("tokens", "temperature"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be a number above 0.")
         if not self.openings or not all(opening.strip() for opening in self.openings):
             raise ValueError("There must be openings, and none may be empty.")
 
@@ -107,23 +110,36 @@ def first_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], bool]:
     return [vocabulary[start] for start in starts if start in vocabulary][:1], False
 
 
-def question_head(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the chat template puts before a user's first message."""
-    marker = "\x00"
-    rendered = tokenizer.apply_chat_template([{"role": "user", "content": marker}], tokenize=False)
-    return tokenizer(rendered.split(marker)[0], add_special_tokens=False)["input_ids"]
-
-
-def answer_head(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
-    """A chat up to where the assistant answers."""
+def render(tokenizer: PreTrainedTokenizerBase, question: str, answered: bool) -> str:
+    """A chat of one question, and what the template puts before the answer, if that is to follow."""
     chat = [{"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)[
-        "input_ids"
-    ]
+    try:
+        return tokenizer.apply_chat_template(chat, add_generation_prompt=answered, tokenize=False)
+    except TemplateError as error:
+        raise ValueError(f"The chat template refuses a single question: {error} Give chats=0.") from error
+
+
+def around_question(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """What the chat template puts before a user's first message, and the text behind which that has ended. A space
+    before the message belongs to its first word."""
+    marker = "\x00"
+    head, ends = "", []
+    for answered in (False, True):
+        head, _, end = render(tokenizer, marker, answered).partition(marker)
+        ends.append(end.strip())
+    return head.rstrip(" "), ends[0] or ends[1]
 
 
 def without(ids: list[int], start: list[int]) -> list[int]:
     return ids[len(start) :] if ids[: len(start)] == start else ids
+
+
+def end_question(tokenizer: PreTrainedTokenizerBase, written: Written, end: str) -> str:
+    """A question up to where the template ends it, or the model; "" where neither did."""
+    text = tokenizer.decode(written.ids)
+    if end and end in text:
+        return text.partition(end)[0].strip()
+    return tokenizer.decode(written.ids, skip_special_tokens=True).strip() if written.ended else ""
 
 
 def write_own_text(
@@ -142,7 +158,8 @@ def write_own_text(
     """
     chats, draw = config.share_of_chats(tokenizer), random.Random(config.seed)
     start, given = first_ids(tokenizer)
-    head = question_head(tokenizer) if chats > 0 else []
+    head, end = around_question(tokenizer) if chats > 0 else ("", "")
+    asking = Prompt(tokenizer(head, add_special_tokens=False)["input_ids"], QUESTION_TEMPERATURE, end)
     questions: list[str] = []
     num_written = 0
     while num_written < config.tokens or questions:
@@ -150,21 +167,22 @@ def write_own_text(
         num_questions = round(count * chats)
         openings = [draw.choice(config.openings) for _ in range(count - num_questions)]
         bodies = [tokenizer(opening, add_special_tokens=False)["input_ids"] for opening in openings]
-        answered = [answer_head(tokenizer, question) for question in questions]
+        heads = [render(tokenizer, question, answered=True) for question in questions]
+        answered = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in heads]
         prompts = [Prompt([*start, *body], config.temperature) for body in bodies]
         prompts += [Prompt(body, config.temperature) for body in answered]
-        prompts += [Prompt(head, QUESTION_TEMPERATURE)] * num_questions
+        prompts += [asking] * num_questions
         written = write(prompts)
-        num_written += sum(len(one.ids) for one in written)
+        first, num_written = num_written == 0, num_written + sum(len(one.ids) for one in written)
         # What the tokenizer puts before every text would stand there twice when it reads this one.
         begun = [*bodies, *(without(body, start) if given else body for body in answered)]
         texts = [tokenizer.decode([*body, *one.ids]) for body, one in zip(begun, written, strict=False)]
-        asked = (tokenizer.decode(one.ids, skip_special_tokens=True) for one in written[len(begun) :] if one.ended)
-        questions = [text for question in asked if (text := question.strip())]
+        asked = [end_question(tokenizer, one, end) for one in written[len(begun) :]]
+        questions = [question for question in asked if question]
+        if num_written == 0 or (first and num_questions > 0 and not questions):
+            raise ValueError("The model wrote nothing, or no question that ended. Give a larger length, or chats=0.")
         draw.shuffle(texts)
         yield texts, num_written
-        if not texts and not questions:
-            raise ValueError("The model wrote nothing, or no question that ended. Give a larger length, or chats=0.")
 
 
 def vllm_writer(
@@ -181,9 +199,16 @@ def vllm_writer(
         cache_gib (`float`, *optional*): GiB of its cache, where others use the GPU, too; by default what is free.
     """
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # errors of another process are far from their cause
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # which compiles at the first use of top_p
     from vllm import LLM, SamplingParams
 
     context = load_config(model, "model", trust_remote_code).get_text_config().max_position_embeddings
+    needed = 2 * config.length + ROOM
+    if needed > context:
+        raise ValueError(
+            f"length={config.length}: a chat may have {needed} tokens, and the context of {model} has {context}. Give "
+            f"{(context - ROOM) // 2} or less."
+        )
     # With a size of its own for the cache, what else has to be free at the start is next to nothing.
     memory = (
         {} if cache_gib is None else dict(kv_cache_memory_bytes=int(cache_gib * 2**30), gpu_memory_utilization=0.05)
@@ -192,7 +217,7 @@ def vllm_writer(
         model=model,
         dtype="bfloat16",
         seed=config.seed,
-        max_model_len=min(2 * config.length + ROOM, context),
+        max_model_len=needed,
         max_num_seqs=1024,
         trust_remote_code=trust_remote_code,
         **memory,
@@ -203,7 +228,13 @@ def vllm_writer(
         ids = [{"prompt_token_ids": prompt.ids} for prompt in prompts]
         sampling = [
             SamplingParams(
-                temperature=prompt.temperature, top_p=TOP_P, max_tokens=config.length, stop_token_ids=start[-1:]
+                temperature=prompt.temperature,
+                top_p=TOP_P,
+                max_tokens=config.length,
+                stop_token_ids=start[-1:],
+                stop=[prompt.stop] if prompt.stop else [],
+                include_stop_str_in_output=True,
+                skip_special_tokens=False,
             )
             for prompt in prompts
         ]

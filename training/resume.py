@@ -85,6 +85,7 @@ def describe_settings(
     settings: dict[str, Any] = {
         "trainable": model.trainable,
         "attention_learning_rate": arguments.attention_learning_rate,
+        "optim": getattr(arguments.optim, "value", arguments.optim),
     }
     if model.trainable == LORA:
         targets = sorted(model.lora_targets or config.attention_projections)

@@ -23,13 +23,17 @@ def restore_dtype(folder: Path, dtype: torch.dtype | None) -> None:
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return
-    total_size = 0
+    total_size, changed = 0, False
     for file in sorted(folder.glob("model*.safetensors")):
-        tensors = {name: t.to(dtype) if t.dtype == torch.float32 else t for name, t in load_file(file).items()}
+        tensors = load_file(file)
+        changed |= any(tensor.dtype == torch.float32 for tensor in tensors.values())
+        tensors = {name: t.to(dtype) if t.dtype == torch.float32 else t for name, t in tensors.items()}
         total_size += sum(tensor.nbytes for tensor in tensors.values())
         partial = file.with_name(f".{file.name}.partial")
         save_file(tensors, partial, {"format": "pt"})
         partial.replace(file)
+    if not changed:  # trained in 16 bits
+        return
     if (index := folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
         content = read_json_object(index)
         write_json(index, content | {"metadata": content["metadata"] | {"total_size": total_size}})
