@@ -46,8 +46,12 @@ class MuonWithAdamW(torch.optim.AdamW):
                     self._step_alike(alike, group["lr"])
 
     def _step_alike(self, parameters: list[torch.Tensor], rate: float) -> None:
-        momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in parameters]
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        momenta = [self.state[p]["momentum"] for p in parameters]
         gradients = [p.grad for p in parameters if p.grad is not None]
+        assert len(gradients) == len(parameters)
         torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
         updates = orthogonalise(torch.stack(torch._foreach_lerp(gradients, momenta, MOMENTUM)))  # Nesterov's
         size = -rate * 0.2 * max(parameters[0].shape) ** 0.5

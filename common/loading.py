@@ -53,7 +53,7 @@ def check_name(name: str, role: str) -> None:
 
 
 def plain_path(name: str) -> str:
-    """ "conv/" and "./conv" are "conv"; a name on the Hub stays as it is."""
+    """One spelling of a folder ("conv/" and "./conv" are "conv"); a name on the Hub stays as it is."""
     return str(Path(name)) if Path(name).is_dir() else name
 
 

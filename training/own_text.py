@@ -198,10 +198,6 @@ def vllm_writer(
     Args:
         cache_gib (`float`, *optional*): GiB of its cache, where others use the GPU, too; by default what is free.
     """
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # errors of another process are far from their cause
-    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # which compiles at the first use of top_p
-    from vllm import LLM, SamplingParams
-
     context = load_config(model, "model", trust_remote_code).get_text_config().max_position_embeddings
     needed = 2 * config.length + ROOM
     if needed > context:
@@ -209,6 +205,10 @@ def vllm_writer(
             f"length={config.length}: a chat may have {needed} tokens, and the context of {model} has {context}. Give "
             f"{(context - ROOM) // 2} or less."
         )
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # errors of another process are far from their cause
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # which compiles at the first use of top_p
+    from vllm import LLM, SamplingParams  # takes seconds
+
     # With a size of its own for the cache, what else has to be free at the start is next to nothing.
     memory = (
         {} if cache_gib is None else dict(kv_cache_memory_bytes=int(cache_gib * 2**30), gpu_memory_utilization=0.05)

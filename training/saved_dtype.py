@@ -26,12 +26,14 @@ def restore_dtype(folder: Path, dtype: torch.dtype | None) -> None:
     total_size, changed = 0, False
     for file in sorted(folder.glob("model*.safetensors")):
         tensors = load_file(file)
-        changed |= any(tensor.dtype == torch.float32 for tensor in tensors.values())
-        tensors = {name: t.to(dtype) if t.dtype == torch.float32 else t for name, t in tensors.items()}
+        wide = {name: tensor.to(dtype) for name, tensor in tensors.items() if tensor.dtype == torch.float32}
+        tensors |= wide
         total_size += sum(tensor.nbytes for tensor in tensors.values())
-        partial = file.with_name(f".{file.name}.partial")
-        save_file(tensors, partial, {"format": "pt"})
-        partial.replace(file)
+        if wide:
+            changed = True
+            partial = file.with_name(f".{file.name}.partial")
+            save_file(tensors, partial, {"format": "pt"})
+            partial.replace(file)
     if not changed:  # trained in 16 bits
         return
     if (index := folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
