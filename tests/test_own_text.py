@@ -71,6 +71,14 @@ def test_texts_questions_and_then_answers(adds_bos):
     assert [texts for texts, _ in again] == [texts for texts, _ in rounds]
 
 
+def test_every_second_answer_is_without_thoughts():
+    tokenizer, engine = chat_tokenizer(adds_bos=False), Engine()
+    tokenizer.chat_template += "{% if add_generation_prompt and enable_thinking is false %}w12 {% endif %}"
+    list(write_own_text(tokenizer, engine, OwnTextConfig(tokens=60, chats=0.5, length=4, seed=3)))
+    last = [prompt.ids[-1] for prompt in engine.rounds[1] if prompt.ids[-1] in (ASSISTANT, 12)]
+    assert len(last) > 2 and last == [ASSISTANT if i % 2 == 0 else 12 for i in range(len(last))]
+
+
 def test_without_chats():
     tokenizer, engine = pico_tokenizer(), Engine()
     tokenizer.chat_template = None

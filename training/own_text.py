@@ -110,11 +110,13 @@ def first_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], bool]:
     return [vocabulary[start] for start in starts if start in vocabulary][:1], False
 
 
-def render(tokenizer: PreTrainedTokenizerBase, question: str, answered: bool) -> str:
-    """A chat of one question, and what the template puts before the answer, if that is to follow."""
+def render(tokenizer: PreTrainedTokenizerBase, question: str, answered: bool, thinking: bool = True) -> str:
+    """A chat of one question, and what the template puts before the answer, if that is to follow. Without `thinking`,
+    templates that know `enable_thinking` (Qwen3's) are asked for none; others pass over it."""
     chat = [{"role": "user", "content": question}]
+    how = {} if thinking else {"enable_thinking": False}
     try:
-        return tokenizer.apply_chat_template(chat, add_generation_prompt=answered, tokenize=False)
+        return tokenizer.apply_chat_template(chat, add_generation_prompt=answered, tokenize=False, **how)
     except TemplateError as error:
         raise ValueError(f"The chat template refuses a single question: {error} Give chats=0.") from error
 
@@ -167,7 +169,8 @@ def write_own_text(
         num_questions = round(count * chats)
         openings = [draw.choice(config.openings) for _ in range(count - num_questions)]
         bodies = [tokenizer(opening, add_special_tokens=False)["input_ids"] for opening in openings]
-        heads = [render(tokenizer, question, answered=True) for question in questions]
+        # Thoughts rarely end within `length`, so that every second answer is to be without.
+        heads = [render(tokenizer, question, True, index % 2 == 0) for index, question in enumerate(questions)]
         answered = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in heads]
         prompts = [Prompt([*start, *body], config.temperature) for body in bodies]
         prompts += [Prompt(body, config.temperature) for body in answered]
