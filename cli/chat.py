@@ -105,6 +105,8 @@ def show_plain(speakers: list["Speaker"], prompt: str, max_new_tokens: int) -> N
                 print(answer.text[len(shown) :], end="", flush=True)
                 shown = answer.text
         assert answer is not None
+        if answer.text != shown:  # a later token changed what had been printed
+            print(f"\n{answer.text}", end="")
         first = first or answer
         print(f"\n[{cache_line(answer, first)}]\n")
 

@@ -25,10 +25,10 @@ def wrap(text: str, width: int) -> list[str]:
     lines but the last stay as they are."""
     lines = []
     for paragraph in text.split("\n"):
-        line = ""
+        line: str | None = None
         for word in paragraph.split(" "):
-            joined = f"{line} {word}" if line else word
-            if width_of(joined) > width and line:
+            joined = word if line is None else f"{line} {word}"
+            if width_of(joined) > width and line and not line.isspace():
                 lines.append(line)
                 joined = word
             line = ""
@@ -37,7 +37,7 @@ def wrap(text: str, width: int) -> list[str]:
                     lines.append(line)
                     line = ""
                 line += letter
-        lines.append(line)
+        lines.append(line or "")
     return lines
 
 

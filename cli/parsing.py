@@ -17,10 +17,11 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from mha2mla.common.files import read_yaml
+from mha2mla.common.files import no_file, read_yaml
 
 from .fields import add_options, truth_value
 
+EXAMPLES = "https://github.com/mha2mla/mha2mla/tree/main/docs/examples"
 Positionals = Mapping[str, dict[str, Any]]  # arguments without a name, and what `add_argument` is told of each
 COMPARED_MODELS: Positionals = {
     "models": dict(
@@ -202,6 +203,8 @@ def peek(argv: list[str], name: str) -> Any:
 
 def read_options(path: Path) -> dict[str, Any]:
     """A YAML file of options; a `ValueError` if it is anything else."""
+    if not path.exists():  # the commands of the docs are for a checkout
+        raise ValueError(f"{no_file(path)} This project's recipes are at {EXAMPLES}.")
     values = read_yaml(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold `name: value` lines, got {type(values).__name__}.")

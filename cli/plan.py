@@ -8,6 +8,7 @@ For the paper's three ratios and the sizes that kernels of inference engines are
 GPU's memory beside the weights, and the engines that take an export. What cannot be had is listed with the reason.
 """
 
+import math
 import shlex
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -59,8 +60,8 @@ class PlanArguments:
     def __post_init__(self):
         if self.gpu is not None and self.memory is not None:
             raise ValueError("Give --gpu or --memory, not both.")
-        if self.memory is not None and not self.memory > 0:
-            raise ValueError(f"memory={self.memory:g} must be above 0 GiB.")
+        if self.memory is not None and not 0 < self.memory < math.inf:
+            raise ValueError(f"memory={self.memory:g} must be a number of GiB above 0.")
 
     @property
     def memory_bytes(self) -> int:

@@ -91,8 +91,9 @@ class Speaker:
 
 
 def readable(text: str) -> str:
-    """Without a last letter that is not complete yet, and without what a terminal would obey."""
-    text = text.removesuffix("\ufffd").replace("\t", "    ")
+    """Without a last letter that is not complete yet (some tokenizers give a sign for each of its bytes), and without
+    what a terminal would obey."""
+    text = text.rstrip("\ufffd").replace("\t", "    ")
     return "".join(letter for letter in text if letter == "\n" or letter.isprintable())
 
 

@@ -137,6 +137,9 @@ def test_columns_are_longer_than_the_screen(ends):
 
 def test_lines_are_broken_by_cells():
     assert wrap("one two three", 7) == ["one two", "three"]
+    assert wrap("    return x\n  y", 40) == ["    return x", "  y"]
+    assert wrap("  abcdef g", 4) == ["  ab", "cdef", "g"]
     assert wrap("abcdefghij k", 4) == ["abcd", "efgh", "ij k"]
     assert wrap("日本語です\n\nx", 4) == ["日本", "語で", "す", "", "x"]
+    assert readable("Hi \ufffd\ufffd\ufffd") == "Hi "  # an emoji whose last byte is to come
     assert readable("a\x1b[2J\tb\ufffd") == "a[2J    b"  # nothing that a terminal obeys

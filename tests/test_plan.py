@@ -147,7 +147,8 @@ def test_mistakes(tmp_path, capsys):
         ([str(tmp_path / "window")], "sliding_window=1024"),
         ([str(tmp_path / "nothing")], "there is no folder"),
         ([str(tmp_path / "window"), "--gpu", "h100", "--memory", "3"], "Give --gpu or --memory, not both"),
-        ([str(tmp_path / "window"), "--memory", "0"], "memory=0 must be above 0"),
+        ([str(tmp_path / "window"), "--memory", "0"], "memory=0 must be a number of GiB above 0"),
+        ([str(tmp_path / "window"), "--memory", "inf"], "memory=inf must be a number of GiB above 0"),
     ):
         assert main(["plan", *argv]) == 2
         assert message in capsys.readouterr().err
