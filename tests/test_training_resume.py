@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mha2mla.cli.main import main
-from pico import make_mla, tokens
+from pico import make_mla, make_source, tokens
 
 RESUME = ("--resume_from_checkpoint", "true")
 LORA = ("--trainable", "lora", "--lora_rank", "4")
@@ -91,3 +91,29 @@ def test_a_finished_adapter_is_merged_afterwards(train, tmp_path, capsys):
     before = contents(out)
     assert train(*LORA, *RESUME, "--merge") == 0  # nothing is left to do
     assert contents(out) == before
+
+
+@pytest.mark.parametrize("more", [(), RESUME])
+def test_a_model_of_another_kind_is_no_place_for_a_run(more, train, inputs, tmp_path, capsys):
+    out = tmp_path / "out"
+    make_source().save_pretrained(out)
+    before = contents(out)
+    assert train(*more) == 2
+    assert "holds a model that is no run of this command (config.json), which would be lost" in capsys.readouterr().err
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("more", [(), (*LORA, "--merge")])
+def test_a_token_beyond_the_vocabulary_stays_the_tokenizers_own(more, train, inputs, tmp_path):
+    """Added without resizing the model, as some finetunes have it."""
+    model = tmp_path / "padded"
+    make_mla("shared").save_pretrained(model)
+    tokenizer = pico_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(model)
+    assert tokenizer.pad_token_id >= make_mla("shared").config.vocab_size
+    assert train(*more, "--model", model) == 0
+    made = [tmp_path / "out" / "merged"] if more else [tmp_path / "out", tmp_path / "out" / "checkpoint-1"]
+    for folder in made:
+        config = AutoModelForCausalLM.from_pretrained(folder).config
+        assert (config.vocab_size, config.pad_token_id) == (96, make_mla("shared").config.pad_token_id)

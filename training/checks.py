@@ -16,7 +16,7 @@ from mha2mla.modeling import LatentConfigMixin
 from .arguments import DataArguments, LossArguments, ModelArguments
 from .losses import Setting
 from .parameters import LORA, check_lora_targets, freeze_except, meta_model
-from .publish import ADAPTER_CONFIG
+from .publish import ADAPTER_CONFIG, RUN_SETTINGS
 from .resume import (
     MERGED,
     checkpoints,
@@ -28,6 +28,9 @@ from .resume import (
     wants_resume,
 )
 from .trainer_arguments import ON_CPU, RecoveryTrainingArguments
+
+# What tells the folder of a model, an adapter or an export.
+OF_MODELS = ("config.json", ADAPTER_CONFIG, RECORD_NAME, EXPORT_RECORD_NAME, "*.safetensors", "pytorch_model*.bin")
 
 
 def check_model(model: ModelArguments, length: int) -> tuple[LatentConfigMixin, list[str]]:
@@ -120,7 +123,7 @@ def check_run(
 ) -> None:
     """
     Raises:
-        ValueError: If the settings of the run do not go together, or its folder holds another run.
+        ValueError: If the settings of the run do not go together, or its folder holds another run or model.
     """
     if not arguments.output_dir:
         raise ValueError("output_dir is empty: give --output, the folder for checkpoints and the trained model.")
@@ -159,9 +162,15 @@ def check_run(
 
 
 def check_output(model: ModelArguments, arguments: RecoveryTrainingArguments) -> None:
-    """Raise a `ValueError` if the output folder holds a run that this one would overwrite."""
+    """Raise a `ValueError` if the output folder holds a run or a model that this one would overwrite."""
     output, resumes = Path(arguments.output_dir), wants_resume(arguments)
     state = read_state(output)
+    is_run = state is not None or checkpoints(output) or (output / RUN_SETTINGS).is_file()
+    if not is_run and (held := next((name for name in OF_MODELS if any(output.glob(name))), None)):
+        raise ValueError(
+            f"output_dir={output} holds a model that is no run of this command ({held}), which would be lost. Choose "
+            "another --output."
+        )
     if resumes and (state is None or find_checkpoint(arguments) or is_finished(arguments, None, model)):
         return
     if state is not None and newest_checkpoint(output) is None:

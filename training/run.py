@@ -176,10 +176,10 @@ def load_whole(arguments: RecoveryTrainingArguments) -> Iterator[None]:
 
 def save_merged(folder: Path, tokenizer: PreTrainedTokenizerBase, model: ModelArguments) -> None:
     """Merge the adapter that was saved into the converted checkpoint, whatever the trained copy was sharded by."""
-    from peft import AutoPeftModelForCausalLM  # an optional dependency
+    from peft import PeftModel  # an optional dependency
 
-    adapted = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, model.dtype))
-    merged = adapted.merge_and_unload()
+    base = load_weights(model.model, "model", model, model.dtype)  # peft's own loading would resize the vocabulary
+    merged = PeftModel.from_pretrained(base, folder).merge_and_unload()
     mend_generation_config(merged)
     merged.save_pretrained(folder / MERGED)
     tokenizer.save_pretrained(folder / MERGED)

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     SchedulerType,
     Trainer,
+    TrainerCallback,
 )
 
 from mha2mla.common.perplexity import Perplexity
@@ -48,6 +49,20 @@ def token_perplexity(prediction: EvalPrediction) -> dict[str, float]:
     return {"perplexity": result.perplexity, "perplexity_stderr": result.stderr, "num_tokens": result.num_tokens}
 
 
+class KeepSpecialTokens(TrainerCallback):
+    """The Trainer gives the model its tokenizer's special tokens as training begins. Recovery changes no vocabulary,
+    and a token that was added without resizing the model lies beyond it."""
+
+    def __init__(self, model: torch.nn.Module):
+        configs = (model.config, getattr(model, "generation_config", None))
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        self.kept = [(config, name, getattr(config, name, None)) for config in configs if config for name in names]
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        for config, name, value in self.kept:
+            setattr(config, name, value)
+
+
 class RecoveryTrainer(Trainer):
     """[`~transformers.Trainer`] with a rate for attention of its own, that knows how long `warmup_stable_decay` decays
     once it knows how long the run is."""
@@ -63,6 +78,7 @@ class RecoveryTrainer(Trainer):
                 f"and more, got {type(self.args).__name__}."
             )
         self.first_step = []
+        self.add_callback(KeepSpecialTokens(self.model))
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
