@@ -431,10 +431,11 @@ def test_explicit_sizes_overrule_the_search(choice, heads, save_source, calibrat
     assert (config.qk_rope_head_dim, config.kv_lora_rank, config.num_rope_key_heads) == (6, 12, heads)
 
 
-def test_exact_sizes_lose_nothing_through_the_whole_pipeline(save_source, calibration_file, tmp_path):
+@pytest.mark.parametrize("steps", [0, 3])  # which have nothing to mend
+def test_exact_sizes_lose_nothing_through_the_whole_pipeline(steps, save_source, calibration_file, tmp_path):
     source, out = save_source("gqa"), tmp_path / "out"
     sizes = ("--qk-rope-head-dim", 24, "--kv-lora-rank", 24, "--data", calibration_file)
-    everything = ("--refine-steps", 0, "--rope-frequencies", "per-layer")
+    everything = ("--refine-steps", steps, "--rope-frequencies", "per-layer")
     run(source, out, *sizes, *CALIBRATED, *everything, preset="calibrated")
     expected = logits(source)
     assert (logits(out) - expected).abs().max() <= 1e-4 * expected.abs().max()

@@ -135,7 +135,7 @@ def test_refinement_moves_what_is_before_and_after_the_norms(kind, tmp_path):
     visit = next(run_layers(job, ""))
     passes = preset.passes(job)
     before, _ = passes.closed_form(visit, passes.state.load(0, "cpu"), plan)
-    after = trainable_tensors(passes.steps.refine(before, visit, embed(job), RefineSettings(1, 2, 0.1), 0))
+    after = trainable_tensors(passes.steps.refine(before, visit, embed(job), RefineSettings(3, 2, 0.003), 0))
     expected = {"q_nope", "q_rope", "latent", "k_rope", "k_up", "v_up", "o"}
     expected |= {f"normalised.{name}" for name in ("q", "k", "v", "q_gain", "k_gain")}
     if kind == "qwen3-bias":
