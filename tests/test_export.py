@@ -191,6 +191,10 @@ def test_float16_is_written_as_bfloat16(save, tmp_path, caplog):
         (lambda: exportable([0, 1], rope_parameters=ROPES["longrope"]), r"rope_type='longrope'"),
         (lambda: exportable([0, 3, 3]), r"Layer 0 uses the rotary frequencies \[3\] more than once"),
         (lambda: exportable([1, 3, 4], rope_parameters=LLAMA3), r"moves \[3, 4\] of them. It leaves \[0, 1, 2\]"),
+        (
+            lambda: exportable([1, 2, 3, 4], rope_parameters=LLAMA3),
+            r"\[0, 1, 2\] only.*--qk-rope-head-dim 6 or",
+        ),
         (lambda: exportable([0, 1], rope_parameters=ROPES["linear"]), r"'linear' moves \[0, 1\].* It leaves none"),
         (lambda: make_source("gqa"), r"model_type='llama': it is not converted. Convert it first: `mha2mla convert"),
     ],

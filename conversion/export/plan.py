@@ -13,6 +13,7 @@ from mha2mla.common.loading import keys_values_width, load_config
 from mha2mla.common.records import RECORD_NAME, read_record
 from mha2mla.conversion.cache_plan import SERVED_BYTES
 from mha2mla.conversion.checkpoint import CheckpointReader
+from mha2mla.conversion.config import ConversionConfig
 from mha2mla.modeling import LatentConfigMixin, MLALlamaConfig, MLAMixtralConfig
 from mha2mla.modeling.latent_config import NORMALISED_PROJECTIONS
 
@@ -109,12 +110,15 @@ def load_model_config(folder: Path, model: str) -> OurConfig:
 
 def convert_command(folder: Path, config: LatentConfigMixin) -> str:
     """The command that would convert the same source for engines, as far as the folder's record tells."""
-    source, data = "SOURCE", "TEXT"
-    if (folder / RECORD_NAME).is_file():
-        record = read_record(folder)
-        source, data = record.get("source", source), record.get("options", {}).get("data") or data
-    words = ["mha2mla", "convert", source, "CONVERTED", "--kv-lora-rank", str(config.kv_lora_rank)]
-    return shlex.join([*words, "--qk-rope-head-dim", str(config.qk_rope_head_dim), "--data", data])
+    record = read_record(folder) if (folder / RECORD_NAME).is_file() else {}
+    options = record.get("options", {})
+    words = ["mha2mla", "convert", record.get("source", "SOURCE"), "CONVERTED"]
+    words += ["--kv-lora-rank", str(config.kv_lora_rank), "--qk-rope-head-dim", str(config.qk_rope_head_dim)]
+    words += ["--data", options.get("data") or "TEXT"]
+    for name in ("column", "subset", "split"):
+        if options.get(name) not in (None, getattr(ConversionConfig, name)):
+            words += [f"--{name}", options[name]]
+    return shlex.join(words)
 
 
 def check_architecture(config: LatentConfigMixin, remedy: str) -> None:
@@ -208,14 +212,15 @@ def find_table(
     kept = [index for index in range(len(places)) if places[index] == index]
     moved = [index for index in frequencies if index not in kept]
     known = "engines know" if allow_step else "llama.cpp knows"
+    if len(kept) >= len(frequencies):
+        remedy = f"It leaves {kept} where they are: convert with frequencies among these: `{remedy}`."
+    elif kept:
+        remedy = f"It leaves {kept} only. {AS_IT_IS}, or convert with --qk-rope-head-dim {2 * len(kept)} or less."
+    else:
+        remedy = f"It leaves none where it is. {AS_IT_IS}, or convert a source without it."
     raise ValueError(
         f"The rotary frequencies {frequencies} are in no table that {known}: "
-        f"rope_parameters.rope_type={config.rope_parameters['rope_type']!r} moves {moved} of them. "
-        + (
-            f"It leaves {kept} where they are: convert with frequencies among these: `{remedy}`."
-            if kept
-            else f"It leaves none where it is. {AS_IT_IS}, or convert a source without it."
-        )
+        f"rope_parameters.rope_type={config.rope_parameters['rope_type']!r} moves {moved} of them. {remedy}"
     )
 
 

@@ -86,8 +86,8 @@ def refine_layer(
         seed (`int`): Of the order of blocks.
 
     Returns:
-        A new layer, or the closed form where no less is wrong after the steps: one that loses nothing is only disturbed
-        by steps relative to the weights, and too high a rate diverges.
+        A new layer, or the closed form where no less is wrong after the steps: they only disturb one that loses
+        nothing, and diverge at too high a rate.
     """
     device = layer.o.device
     weights = {name: t.detach().clone().requires_grad_() for name, t in trainable_tensors(layer).items()}
