@@ -4,6 +4,7 @@ import ast
 import logging
 import sys
 from importlib import import_module
+from io import TextIOWrapper
 from pathlib import Path
 
 import mha2mla
@@ -44,6 +45,9 @@ def main(argv: list[str] | None = None) -> int:
         problem = f"mha2mla: error: there is no command {argv[0]!r}.\n\n" if argv else ""
         print(problem + usage(), file=sys.stderr)
         return 2
+    for stream in (sys.stdout, sys.stderr):  # a terminal without "±" gets a question mark
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("mha2mla").setLevel(logging.INFO)
     for library in ("datasets", "huggingface_hub"):  # which print by themselves, and would do it twice

@@ -121,6 +121,8 @@ def describe(source: str, survey: "Survey", options: PlanArguments, context: int
     engines = ["Engines that take an export:", *lines]
     small = ", ".join(offer.title for offer in offers if is_small(offer.width / original.width))
     refused = ["Not to be had:", *(f"  {title}: {reason}" for title, reason in survey.refused.items())]
+    if heaviest > MEMORY_SHARE * options.memory_bytes:
+        beside += " Where it says 0, the weights do not fit: give --memory, that of several GPUs together."
     parts = [table.markdown(), beside]
     if offers:
         command = shlex.join(["mha2mla", "convert", source, "CONVERTED", *advised(survey), "--data", "TEXT"])

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mha2mla.modeling import CACHE_ARGUMENT, cache_nbytes
@@ -49,10 +50,21 @@ class Speaker:
         if self.tokenizer.chat_template is None:
             encoded = self.tokenizer(self.messages[-1]["content"], return_tensors="pt")
         else:
-            encoded = self.tokenizer.apply_chat_template(
-                self.messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            try:
+                encoded = self.tokenizer.apply_chat_template(
+                    self.messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+                )
+            except TemplateError as error:
+                raise ValueError(f"The chat template of {self.name} refuses the conversation: {error}") from error
+        ids, known = encoded["input_ids"], self.model.config.vocab_size
+        if ids.shape[1] == 0:
+            raise ValueError(f"The prompt has no token for {self.name}, which has no chat template: write something.")
+        if (unknown := int(ids.max())) >= known:
+            raise ValueError(
+                f"The prompt has a token with the id {unknown}, and {self.name} knows vocab_size={known} tokens: one "
+                "was added to the tokenizer without model.resize_token_embeddings. Leave it out, or mend the model."
             )
-        return encoded["input_ids"].to(self.model.device)
+        return ids.to(self.model.device)
 
     def end_tokens(self) -> set[int]:
         """Any of which ends an answer."""
@@ -65,7 +77,7 @@ class Speaker:
         Greedy decoding of the answer to a prompt; it joins the messages when it is complete.
 
         Raises:
-            ValueError: If the conversation is longer than the model's context.
+            ValueError: If the conversation is longer than the model's context, or the prompt none that it can read.
         """
         self.messages.append({"role": "user", "content": prompt})
         ids = self.prompt_ids()

@@ -56,6 +56,22 @@ def test_a_conversation_beyond_the_context_ends_in_a_sentence(folders, capsys):
     assert "The conversation has 40 tokens, and" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "template, prompt, message",
+    [
+        (None, "", "The prompt has no token for"),
+        (None, "w5 extra", "knows vocab_size=96 tokens"),
+        ("{{ raise_exception('system first') }}", "w5", "refuses the conversation: system first"),
+    ],
+)
+def test_what_a_model_cannot_read_is_told(template, prompt, message, folders):
+    one = speaker(folders[1])
+    one.tokenizer.chat_template = template
+    one.tokenizer.add_tokens(["extra"])
+    with pytest.raises(ValueError, match=message):
+        next(one.answer(prompt, 2))
+
+
 def test_a_prompt_of_half_characters_is_refused(folders, capsys):
     assert main(["chat", *folders, "--prompt", "a\udcff"]) == 2
     assert r"The prompt 'a\udcff' holds what is no character" in capsys.readouterr().err

@@ -117,3 +117,13 @@ def test_a_token_beyond_the_vocabulary_stays_the_tokenizers_own(more, train, inp
     for folder in made:
         config = AutoModelForCausalLM.from_pretrained(folder).config
         assert (config.vocab_size, config.pad_token_id) == (96, make_mla("shared").config.pad_token_id)
+
+
+def test_text_with_a_token_that_the_model_does_not_know(train, inputs, tmp_path, capsys):
+    make_mla("shared").save_pretrained(tmp_path / "model")
+    tokenizer = pico_tokenizer()
+    tokenizer.add_tokens(["extra"])
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"text": "w5 extra w6 " * 20}) + "\n")
+    assert train("--model", tmp_path / "model", "--data", tmp_path / "texts.jsonl") == 2
+    assert "knows vocab_size=96 tokens" in capsys.readouterr().err

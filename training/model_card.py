@@ -50,7 +50,7 @@ class TrainingRecord:
 
     def rows(self) -> dict[str, str]:
         rows = {
-            "Converted checkpoint": self.base,
+            "Converted checkpoint": Path(self.base).name if Path(self.base).is_dir() else self.base,
             "Data": "; ".join(self.data),
             "Trained": self.trained,
             "Objective": self.objective,

@@ -2,12 +2,13 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import distributed
+from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, SchedulerType, set_seed
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
@@ -77,6 +78,8 @@ def train(
     check_losses(loss, config, trained, tokenizer, arguments, model.trust_remote_code)
     with arguments.main_process_first(desc="tokenising"):
         train_rows, eval_rows = load_rows(data, tokenizer, arguments.seed)
+    if len(tokenizer) > config.vocab_size and not data.streaming:
+        check_tokens((rows for rows in (train_rows, eval_rows) if rows is not None), config.vocab_size)
 
     set_seed(arguments.seed)
     student = load_weights(model.model, "model", model, model.dtype)
@@ -106,6 +109,17 @@ def train(
     trainer.accelerator.wait_for_everyone()
     trainer.save_state()  # last: it says that the run is finished
     return trainer
+
+
+def check_tokens(parts: Iterable[Dataset], vocab_size: int) -> None:
+    """Raise a `ValueError` for a token that was added to the tokenizer and not to the model: a GPU would not name it.
+    Others of that kind, such as `[PAD]`, may never be met."""
+    unknown = max(max(row["input_ids"]) for rows in parts for row in rows)
+    if unknown >= vocab_size:
+        raise ValueError(
+            f"The text has a token with the id {unknown}, and the model knows vocab_size={vocab_size} tokens. Was one "
+            "added to the tokenizer without model.resize_token_embeddings? Mend the model, or give other text."
+        )
 
 
 def tell_change(losses: tuple[float, float], arguments: RecoveryTrainingArguments) -> None:
