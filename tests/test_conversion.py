@@ -605,6 +605,12 @@ def test_help_shows_the_options_of_every_preset(capsys):
         assert option in shown.split(f"\npreset {preset}", 1)[1].split("\npreset", 1)[0]
 
 
+def test_no_low_rank_needs_no_size():
+    """Heads of 12 dims: an eighth is less than one pair."""
+    plan = Paper(svd="none", rope_selection="uniform").plan(architecture_of(make_source("gqa").config), CacheSizes())
+    assert (plan.qk_rope_head_dim, plan.kv_lora_rank) == (2, 2 * 10 + 2 * 12)
+
+
 def test_options_of_a_preset_are_its_own():
     config = ConversionConfig(preset=Paper(svd="split", rope_selection="high"), cache_ratio=0.25)
     assert config.to_dict().items() >= {"preset": "paper", "svd": "split", "cache_ratio": 0.25}.items()
