@@ -31,7 +31,7 @@ from mha2mla.conversion.rotary import head_dim, num_rotary_pairs
 from mha2mla.conversion.search import TIE
 from mha2mla.conversion.summary import RECOVERY
 from mha2mla.modeling import MLALlamaForCausalLM
-from pico import SOURCES, tokens
+from pico import SOURCES, make_source, tokens
 
 FULL = ["--qk-rope-head-dim", "12", "--rope-selection", "high"]  # all pairs of the pico models' heads
 
