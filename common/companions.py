@@ -6,8 +6,14 @@ from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 
+
+def in_any_case(pattern: str) -> str:
+    """A pattern of file names that matches them in upper and lower case: for folders and for the Hub."""
+    return "".join(f"[{letter.upper()}{letter.lower()}]" if letter.isalpha() else letter for letter in pattern)
+
+
 # What may be done with a checkpoint.
-NOTICES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
+NOTICES = tuple(map(in_any_case, ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")))
 # Of tokenizers, by which AutoTokenizer finds one.
 TOKENIZERS = (
     "tokenizer*",
@@ -39,6 +45,11 @@ def name_tokenizer(files: Iterable[str]) -> bool:
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder holds any tokenizer's files."""
     return name_tokenizer(path.name for path in folder.glob("*"))
+
+
+def find_notices(folder: Path) -> list[Path]:
+    """Licence, notice and policy that lie in a folder."""
+    return sorted(path for pattern in NOTICES for path in folder.glob(pattern) if path.is_file())
 
 
 def find_companions(folder: Path) -> list[Path]:

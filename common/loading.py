@@ -7,7 +7,6 @@ said so (`trust_remote_code`).
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatch
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -29,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .companions import NOTICES, has_tokenizer
+from .companions import NOTICES, find_notices, has_tokenizer
 from .errors import raised_in_package
 from .exports import EXPORT_RECORD_NAME, without_warning_of_factor
 from .files import check_readable
@@ -90,9 +89,8 @@ def copy_notices(name: str, folder: Path) -> None:
             name = snapshot_download(name, allow_patterns=list(NOTICES))
         except (HfHubHTTPError, OSError):  # the Hub cannot be reached, and nothing of it is here
             return
-    for path in sorted(Path(name).iterdir()):
-        if path.is_file() and any(fnmatch(path.name.upper(), pattern) for pattern in NOTICES):
-            shutil.copyfile(path, folder / path.name)
+    for path in find_notices(Path(name)):
+        shutil.copyfile(path, folder / path.name)
 
 
 def head_dim(config: PreTrainedConfig) -> int:

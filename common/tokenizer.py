@@ -16,6 +16,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .companions import copy_companions, has_tokenizer
+from .files import read_json_object
 from .loading import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class TokensDiffer(ValueError):
 def has_own_code(folder: Path) -> bool:
     """Whether a folder's tokenizer is a class of its own, loaded with `trust_remote_code`."""
     path = folder / CONFIG_NAME
-    return path.is_file() and "AutoTokenizer" in json.loads(path.read_text(encoding="utf-8")).get("auto_map", {})
+    return path.is_file() and "AutoTokenizer" in read_json_object(path).get("auto_map", {})
 
 
 def write_tokenizer(source: Path, output: Path, trust_remote_code: bool = False) -> None:

@@ -13,6 +13,7 @@ from mha2mla.common.hub import check_on_hub, on_hub
 from mha2mla.common.loading import load_config
 from mha2mla.common.scratch import scratch_folder
 
+from .checkpoint import INDEX_NAME, WEIGHTS_NAME, read_index
 from .gguf_source import dequantise_gguf, gguf_config
 
 
@@ -38,9 +39,17 @@ def local_checkpoint(source: str, revision: str | None = None, gguf_file: str | 
         )
     else:
         check_on_hub(source, "source", revision=revision)
-        patterns = ["config.json", "adapter_config.json", "README.md", "*.safetensors", "*.safetensors.index.json"]
-        patterns += [EXPORT_RECORD_NAME, *COMPANION_PATTERNS]
-        yield Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+        yield download(source, revision)
+
+
+def download(source: str, revision: str | None) -> Path:
+    """The folder of a checkpoint on the Hub, with those weights only that transformers loads: some lie there twice, in
+    the form of their makers, too."""
+    index = Path(snapshot_download(source, revision=revision, allow_patterns=[INDEX_NAME])) / INDEX_NAME
+    shards = sorted(set(read_index(index).values())) if index.is_file() else []
+    patterns = ["config.json", "adapter_config.json", "README.md", WEIGHTS_NAME, INDEX_NAME, *shards]
+    patterns += [EXPORT_RECORD_NAME, *COMPANION_PATTERNS]
+    return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
 
 
 def source_config(source: str, revision: str | None = None) -> PreTrainedConfig:

@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 
 from mha2mla.common.extras import installing
-from mha2mla.common.kernel_sizes import ENGINES, KERNEL_ROPE_DIM, Engine
+from mha2mla.common.kernel_sizes import ENGINES, KERNEL_ROPE_DIM, Engine, filled_up_sizes, longest_text
 from mha2mla.common.perplexity import perplexity_of
 from mha2mla.modeling.latent_config import LatentConfigMixin
 
@@ -81,8 +81,7 @@ def serve(
 ) -> list[str]:
     """Commands that export and serve the model: padded for vLLM, where that is at most half of the source's cache."""
     if not found:
-        fits = config.num_rope_key_heads == 1 and plan.kv_lora_rank <= ENGINES["vllm"].kernel_ranks[0]
-        return [f"{shlex.join(['vllm', 'serve', str(output)])}{PLUGIN}"] if fits else []
+        return serve_as_it_is(output, config)
     served = f"{output}-served"
     export, vllm = ["mha2mla", "export", str(output), served], ENGINES["vllm"]
     rank = dict(found).get(vllm)
@@ -90,3 +89,14 @@ def serve(
         return [shlex.join(export)]
     padding = [] if rank is None else ["--pad", str(rank)]
     return [shlex.join([*export, *padding]), shlex.join(["vllm", "serve", served])]
+
+
+def serve_as_it_is(output: Path, config: LatentConfigMixin) -> list[str]:
+    """The command that serves the model by the vLLM plugin, if that takes it."""
+    try:
+        filled_up_sizes(config)
+    except ValueError:
+        return []
+    limit = longest_text(config)
+    options = [] if limit is None else ["--max-model-len", str(limit)]
+    return [f"{shlex.join(['vllm', 'serve', str(output), *options])}{PLUGIN}"]

@@ -7,7 +7,7 @@ from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigC
 
 from mha2mla.common.kernel_sizes import KERNEL_RANKS
 
-from .sizes import use_kernel_sizes
+from .sizes import use_kernel_sizes, wanted_ranks
 
 
 class LatentConfigConvertor(ModelArchConfigConvertorBase):
@@ -16,8 +16,7 @@ class LatentConfigConvertor(ModelArchConfigConvertorBase):
 
     def __init__(self, hf_config: Any, *args, **kwargs):
         ranks = KERNEL_RANKS[-1:] if current_platform.is_cpu() else KERNEL_RANKS
-        wanted = getattr(hf_config, "kernel_kv_lora_rank", None)
-        use_kernel_sizes(hf_config, ranks if wanted is None else (wanted,))
+        use_kernel_sizes(hf_config, wanted_ranks(hf_config, ranks))
         super().__init__(hf_config, *args, **kwargs)
 
     def is_deepseek_mla(self) -> bool:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from mha2mla.common.kernel_sizes import longest_text
 from mha2mla.modeling import LatentShape
 from mha2mla.modeling.latent_attention import default_rope_frequencies
 
@@ -29,13 +30,12 @@ class LayerRotary(nn.Module):
 
     def __init__(self, config: Any, shape: LatentShape, num_pairs: int, max_model_len: int):
         super().__init__()
-        rope = config.rope_parameters
-        limits = dict(dynamic=config.max_position_embeddings, longrope=rope.get("original_max_position_embeddings"))
-        limit = limits.get(rope["rope_type"], max_model_len)
-        if max_model_len > limit:
+        limit = longest_text(config)
+        if limit is not None and max_model_len > limit:
+            kind = config.rope_parameters["rope_type"]
             raise ValueError(
-                f"rope_type={rope['rope_type']!r} has other rotary frequencies for texts of more than {limit} tokens, "
-                f"and what is cached would be wrong: serve with --max-model-len {limit}, or use transformers."
+                f"rope_type={kind!r} has other rotary frequencies for texts of more than {limit} tokens, and what is "
+                f"cached would be wrong: serve with --max-model-len {limit}, or use transformers."
             )
         table = LlamaRotaryEmbedding(config)
         self.frequencies, self.factor = table.inv_freq, table.attention_scaling

@@ -3,7 +3,7 @@
 from dataclasses import asdict, replace
 from typing import Any
 
-from mha2mla.common.kernel_sizes import KERNEL_HEAD_DIM, KERNEL_ROPE_DIM
+from mha2mla.common.kernel_sizes import filled_up_sizes
 from mha2mla.modeling import LatentConfigMixin, LatentShape
 
 
@@ -17,33 +17,19 @@ def kernel_shape(config: LatentConfigMixin, ranks: tuple[int, ...]) -> LatentSha
     Raises:
         ValueError: If the model does not fit.
     """
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(
-            "The checkpoint's weights are quantised, and padding needs them as they were: serve the model from before "
-            "that."
-        )
-    if not getattr(config, "gated_mlp", True):
-        raise ValueError(
-            "gated_mlp=False: vLLM's Llama has a gated MLP, and the model's (Arcee's) is none; run it in transformers."
-        )
-    if config.num_rope_key_heads != 1:
-        raise ValueError(
-            f"num_rope_key_heads={config.num_rope_key_heads}: vLLM's latent attention has one rotary key for all "
-            "heads; convert with the preset `calibrated`, or run the model in transformers."
-        )
-    sizes = dict(
-        kv_lora_rank=next((rank for rank in ranks if rank >= config.kv_lora_rank), ranks[-1]),
-        qk_rope_head_dim=KERNEL_ROPE_DIM,
-        qk_nope_head_dim=KERNEL_HEAD_DIM,
-        v_head_dim=KERNEL_HEAD_DIM,
+    return replace(
+        config.latent_shape, num_nope_key_heads=config.num_attention_heads, **filled_up_sizes(config, ranks)
     )
-    for field, size in sizes.items():
-        if getattr(config, field) > size:
-            raise ValueError(
-                f"{field}={getattr(config, field)} is more than the {size} of vLLM's kernels: convert with a smaller "
-                "one, or run the model in transformers."
-            )
-    return replace(config.latent_shape, num_nope_key_heads=config.num_attention_heads, **sizes)
+
+
+def wanted_ranks(config: Any, ranks: tuple[int, ...]) -> tuple[int, ...]:
+    """Of the latents that an engine's kernels take, those that the config allows: the one of `kernel_kv_lora_rank`, if
+    it has that. A `ValueError` if it is none of them."""
+    wanted = getattr(config, "kernel_kv_lora_rank", None)
+    found = tuple(rank for rank in ranks if wanted in (None, rank))
+    if not found:
+        raise ValueError(f"kernel_kv_lora_rank={wanted!r} must be one of {', '.join(map(str, ranks))} here.")
+    return found
 
 
 def use_kernel_sizes(config: Any, ranks: tuple[int, ...]) -> None:

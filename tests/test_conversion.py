@@ -31,7 +31,7 @@ from mha2mla.conversion.rotary import head_dim, num_rotary_pairs
 from mha2mla.conversion.search import TIE
 from mha2mla.conversion.summary import RECOVERY
 from mha2mla.modeling import MLALlamaForCausalLM
-from pico import SOURCES, tokens
+from pico import SOURCES, make_source, tokens
 
 FULL = ["--qk-rope-head-dim", "12", "--rope-selection", "high"]  # all pairs of the pico models' heads
 
@@ -604,6 +604,12 @@ def test_help_shows_the_options_of_every_preset(capsys):
     assert end.value.code == 0
     for preset, option in (("calibrated", "--refine-steps"), ("paper", "--svd")):
         assert option in shown.split(f"\npreset {preset}", 1)[1].split("\npreset", 1)[0]
+
+
+def test_no_low_rank_needs_no_size():
+    """Heads of 12 dims: an eighth is less than one pair."""
+    plan = Paper(svd="none", rope_selection="uniform").plan(architecture_of(make_source("gqa").config), CacheSizes())
+    assert (plan.qk_rope_head_dim, plan.kv_lora_rank) == (2, 2 * 10 + 2 * 12)
 
 
 def test_options_of_a_preset_are_its_own():

@@ -137,6 +137,10 @@ def test_the_card_has_the_commands_that_serve_it(save, tmp_path):
     card = (tmp_path / "served" / "README.md").read_text()
     assert "vllm serve served" in card and "sglang.launch_server --model-path served" in card
     assert "576 values per token and layer**, of which 560 are zeros" in card
+    assert "--kv-cache-dtype fp8" in card
+    export(save(exportable([0, 1, 2])), tmp_path / "small", ExportConfig(pad=256))
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert "vllm serve small" in card and "fp8" not in card  # vLLM has no such kernel
 
 
 def test_bfloat16_and_shards(save, tmp_path):

@@ -1,6 +1,7 @@
 """Files for llama.cpp: what is in them computes what our model computes, and says what llama.cpp asks for."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -10,10 +11,10 @@ import pytest
 import torch
 from conftest import pico_tokenizer
 from test_export import exportable
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import Regex, normalizers, pre_tokenizers
 
 from mha2mla.cli.main import main
-from mha2mla.conversion.export import ExportConfig, export
+from mha2mla.conversion.export import ExportConfig, export, run
 from mha2mla.conversion.export.gguf_vocab import CONTRACTIONS, REST, pre_tokenizer_name, sentencepiece_scores
 from pico import ROPES, byte_pair_tokenizer
 
@@ -112,6 +113,13 @@ def test_only_files_of_ours_are_overwritten(save, tmp_path):
         export(folder, out, ExportConfig(format="gguf", overwrite=True))
     assert out.read_text() == "mine"
     out.unlink()
+    export(folder, out, ExportConfig(format="gguf"))
+    whole = out.read_bytes()
+    for size in (0, 3, 30, 1000, len(whole) // 2):
+        out.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"is no earlier output of the export"):
+            export(folder, out, ExportConfig(format="gguf", overwrite=True))
+    out.unlink()
     (tmp_path / "disk").mkdir()
     out.symlink_to("disk/model.gguf")  # which is followed
     for _ in range(2):
@@ -151,6 +159,66 @@ def test_ways_of_cutting_text_by_name():
     assert pre_tokenizer_name(describe(llama3, pre_tokenizers.ByteLevel(False, use_regex=False))) == "llama-bpe"
     assert pre_tokenizer_name(describe(pre_tokenizers.Split("x", "isolated"), byte_level)) is None
     assert pre_tokenizer_name(describe(pre_tokenizers.Whitespace())) is None
+    assert pre_tokenizer_name(describe(pre_tokenizers.ByteLevel(add_prefix_space=True))) is None
+    assert pre_tokenizer_name(describe(pre_tokenizers.ByteLevel(False, use_regex=False))) is None
+    assert pre_tokenizer_name(describe(llama3, pre_tokenizers.ByteLevel(False))) is None
+
+
+PREPEND, REPLACE = normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")
+
+
+@pytest.mark.parametrize(
+    "normalizer, pre_tokenizer, prefix",
+    [
+        (normalizers.Sequence([PREPEND, REPLACE]), None, True),
+        (REPLACE, None, False),
+        (None, pre_tokenizers.Metaspace(prepend_scheme="first", split=False), True),
+        (None, pre_tokenizers.Metaspace(prepend_scheme="never", split=False), False),
+    ],
+)
+def test_a_file_says_whether_a_space_goes_before_text(normalizer, pre_tokenizer, prefix, save, tmp_path):
+    tokenizer = byte_pair_tokenizer("sentencepiece")
+    tokenizer.backend_tokenizer.normalizer = normalizer
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer
+    path = tmp_path / "model.gguf"
+    export(save(exportable([0, 1], vocab_size=len(tokenizer)), tokenizer), path, ExportConfig(format="gguf"))
+    assert field(path, "tokenizer.ggml.model") == "llama"
+    assert field(path, "tokenizer.ggml.add_space_prefix") is prefix
+
+
+@pytest.mark.parametrize(
+    "kind, part, step, message",
+    [
+        ("sentencepiece", "normalizer", normalizers.Lowercase(), "normaliser {'type': 'Lowercase'}"),
+        ("sentencepiece", "normalizer", PREPEND, "leaves spaces as they are"),
+        ("sentencepiece", "pre_tokenizer", pre_tokenizers.Digits(), "pre-tokenizer {'type': 'Digits'"),
+        ("sentencepiece", "pre_tokenizer", pre_tokenizers.Metaspace(), "known is Metaspace with split=false"),
+        ("byte-level", "normalizer", normalizers.Lowercase(), "the normaliser Lowercase"),
+    ],
+)
+def test_steps_that_llama_cpp_has_not_are_refused_before_the_work(
+    kind, part, step, message, save, tmp_path, monkeypatch
+):
+    tokenizer = byte_pair_tokenizer(kind)
+    setattr(tokenizer.backend_tokenizer, part, step)
+    monkeypatch.setattr(run, "streamed_logits", None)
+    folder = save(exportable([0, 1], vocab_size=len(tokenizer)), tokenizer)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        export(folder, tmp_path / "out.gguf", ExportConfig(format="gguf"))
+
+
+def test_tokens_without_a_row_are_left_out_or_refused(save, tmp_path, caplog, monkeypatch):
+    tokenizer = byte_pair_tokenizer()
+    size = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    path = tmp_path / "model.gguf"
+    export(save(exportable([0, 1], vocab_size=size), tokenizer), path, ExportConfig(format="gguf"))
+    assert f"without the tokens '[PAD]' of {tmp_path / 'model' / 'tokenizer.json'}" in caplog.text
+    assert len(field(path, "tokenizer.ggml.tokens")) == size
+    assert field(path, "tokenizer.ggml.padding_token_id") < size
+    monkeypatch.setattr(run, "streamed_logits", None)  # before the work
+    with pytest.raises(ValueError, match=rf"vocab_size={size - 2} rows: it is another model's"):
+        export(save(exportable([0, 1], vocab_size=size - 2)), tmp_path / "b.gguf", ExportConfig(format="gguf"))
 
 
 def test_scores_keep_the_order_of_merges():

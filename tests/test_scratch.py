@@ -7,6 +7,8 @@ import time
 
 import pytest
 
+from mha2mla.common.outputs import atomic_folder
+from mha2mla.common.records import RECORD_NAME
 from mha2mla.common.scratch import scratch_folder
 
 PREFIX = ".out[1].partial-"  # as of an output out[1], which is no pattern
@@ -64,3 +66,22 @@ def test_it_may_be_moved_away_and_goes_with_an_error(tmp_path):
     with pytest.raises(RuntimeError), scratch_folder("x-", tmp_path):
         raise RuntimeError
     assert names(tmp_path) == {"kept"}
+
+
+def write_output(out, overwrite, meanwhile=None):
+    with atomic_folder(out, overwrite) as partial:
+        (partial / RECORD_NAME).write_text("{}")
+        if meanwhile is not None:
+            out.mkdir(exist_ok=True)
+            (out / meanwhile).write_text("mine")
+
+
+def test_what_appears_in_the_output_during_the_work_is_not_deleted(tmp_path):
+    with pytest.raises(ValueError, match="exists already"):
+        write_output(tmp_path / "new", False, "notes.txt")
+    write_output(tmp_path / "old", False)
+    with pytest.raises(ValueError, match=r"will not delete it: notes\.txt"):
+        write_output(tmp_path / "old", True, "notes.txt")
+    for name in ("new", "old"):
+        assert (tmp_path / name / "notes.txt").read_text() == "mine"
+    assert names(tmp_path) == {"new", "old"}

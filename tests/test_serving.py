@@ -10,6 +10,7 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import mha2mla.serving
+from mha2mla.conversion.summary import PLUGIN, serve_as_it_is
 from mha2mla.modeling import FAMILIES, MLALlamaConfig, MLALlamaForCausalLM, MLAQwen3Config
 from mha2mla.modeling.latent_attention import rotate, select_frequencies
 from mha2mla.serving import register
@@ -23,7 +24,7 @@ from mha2mla.serving.padding import (
     spread_pairs,
 )
 from mha2mla.serving.rotary import LayerRotary
-from mha2mla.serving.sizes import kernel_shape, use_kernel_sizes
+from mha2mla.serving.sizes import kernel_shape, use_kernel_sizes, wanted_ranks
 from pico import ROPES
 
 SIZES = dict(
@@ -119,9 +120,38 @@ def test_what_does_not_fit_is_refused(fields):
         kernel_shape(MLAQwen3Config(**SIZES | fields), (256, 512))
 
 
+def test_a_rank_that_is_asked_for_is_one_of_the_kernels():
+    config = MLALlamaConfig(**SIZES)
+    assert wanted_ranks(config, (256, 512)) == (256, 512)
+    config.kernel_kv_lora_rank = 512
+    assert wanted_ranks(config, (256, 512)) == (512,)
+    for wrong, ranks in ((300, (256, 512)), ("512", (256, 512)), (256, (512,))):
+        config.kernel_kv_lora_rank = wrong
+        with pytest.raises(ValueError, match=f"kernel_kv_lora_rank={wrong!r} must be one of .*512 here"):
+            wanted_ranks(config, ranks)
+
+
 def test_an_mlp_without_gate_is_refused():
     with pytest.raises(ValueError, match="gated_mlp=False"):
         kernel_shape(MLALlamaConfig(**SIZES, gated_mlp=False), (256, 512))
+
+
+@pytest.mark.parametrize(
+    "fields, command",
+    [
+        ({}, "vllm serve out"),
+        (dict(rope_parameters=ROPES["dynamic"]), "vllm serve out --max-model-len 32"),
+        (dict(rope_parameters=ROPES["longrope"]), "vllm serve out --max-model-len 16"),
+        (dict(gated_mlp=False), None),
+        (dict(qk_rope_head_dim=96, head_dim=128), None),
+        (dict(num_rope_key_heads=2), None),
+        (dict(kv_lora_rank=513), None),
+    ],
+)
+def test_a_conversion_ends_with_a_command_that_the_plugin_takes(fields, command):
+    config = MLALlamaConfig(**SIZES | dict(max_position_embeddings=32) | fields)
+    shown = [] if command is None else [command + PLUGIN]
+    assert serve_as_it_is(Path("out"), config) == shown
 
 
 @pytest.mark.parametrize("rope", ROPES)

@@ -3,11 +3,13 @@
 import json
 
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, MistralConfig, Qwen2Config
 
 from mha2mla.common import tokenizer as tokenizer_module
-from mha2mla.common.companions import copy_companions, find_companions
+from mha2mla.common.companions import COMPANION_PATTERNS, copy_companions, find_companions
+from mha2mla.common.loading import copy_notices
 from mha2mla.common.tokenizer import SAMPLES, check_same_tokens, token_ids, write_tokenizer
 from mha2mla.modeling import MLALlamaConfig
 
@@ -121,6 +123,29 @@ def test_own_code_is_copied_whole_and_not_run(save_pair, caplog):
     write_tokenizer(source, output)
     assert "was not checked" in caplog.text
     assert (output / "own_tables.py").is_file() and not (output / "unrelated.py").exists()
+
+
+@pytest.mark.parametrize("content", ['{"model_max_length": 5', "[]"])
+def test_malformed_settings_are_told_by_name(content, save_pair):
+    source, output = save_pair()
+    (source / "tokenizer_config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json(:1 is not JSON| must hold a JSON object)"):
+        write_tokenizer(source, output)
+
+
+def test_notices_are_found_in_any_case_whoever_looks(tmp_path):
+    there = {"License.txt", "notice", "LICENSE", "Use_Policy.md", "COPYING.txt"}
+    source, hub, trained = tmp_path / "source", tmp_path / "hub", tmp_path / "trained"
+    for folder in (source, hub, trained):
+        folder.mkdir()
+    for name in (*there, "unlicensed.txt"):
+        (source / name).write_text("")
+    copy_companions(source, hub)
+    copy_notices(str(source), trained)
+    for folder in (hub, trained):
+        assert {path.name for path in folder.iterdir()} == there
+    names = [path.name for path in source.iterdir()]
+    assert set(filter_repo_objects(names, allow_patterns=list(COMPANION_PATTERNS))) == there
 
 
 def test_licences_templates_and_vocabularies_travel(tmp_path):

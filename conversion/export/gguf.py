@@ -23,7 +23,7 @@ from mha2mla.conversion.checkpoint import CheckpointReader
 from mha2mla.modeling import MLALlamaConfig
 
 from .deepseek import Gauge, stock_names, stock_tensors
-from .gguf_vocab import add_vocabulary
+from .gguf_vocab import Vocabulary, add_vocabulary
 from .plan import ExportPlan
 
 OURS = "mha2mla.model"  # metadata that tells a file of ours
@@ -54,7 +54,7 @@ def check_output_file(output: Path, overwrite: bool) -> None:
 
     try:
         ours = GGUFReader(output).get_field(OURS) is not None
-    except ValueError:  # no GGUF file
+    except (ValueError, IndexError):  # no GGUF file, or half of one
         ours = False
     if not ours:
         raise ValueError(f"{output} is no earlier output of the export, and --overwrite will not delete it.")
@@ -150,7 +150,7 @@ def add_metadata(writer, stock: DeepseekV3Config, plan: ExportPlan, dtype: str, 
 
 def write_gguf(
     path: Path,
-    folder: Path,
+    vocabulary: Vocabulary | None,
     model: str,
     reader: CheckpointReader,
     config: MLALlamaConfig,
@@ -164,7 +164,7 @@ def write_gguf(
 
     writer = GGUFWriter(path, "deepseek2", use_temp_file=True)
     add_metadata(writer, stock, plan, dtype, model)
-    add_vocabulary(writer, folder, stock.vocab_size)
+    add_vocabulary(writer, vocabulary)
     tensors = stock_tensors(reader, config, plan, gauge, torch.float32)
     for name, tensor in tqdm(tensors, desc="Writing", unit="tensor", total=len(stock_names(stock))):
         parts = split_up_projection(name, tensor, plan) if "kv_b_proj" in name else {name: tensor}

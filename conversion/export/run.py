@@ -27,6 +27,7 @@ from .engines import engines_by_padding, engines_for
 from .experts import NOT_FOR_TRANSFORMERS, has_experts, reference_config
 from .from_deepseek import find_layout, find_rope, load_stock_config, our_config, our_tensors
 from .gguf import GGUFTensors, atomic_file, big_gauge, check_output_file, check_package, write_gguf
+from .gguf_vocab import read_vocabulary
 from .plan import advise_padding, load_model_config, plan_export
 from .record import write_record
 from .rope_table import STEP_NOTE
@@ -179,13 +180,14 @@ def export_gguf(folder: Path, model: str, output: Path, options: ExportConfig) -
     dtype = weights_dtype(options, stored_dtype(reader))
     gauge = big_gauge(config.rms_norm_eps, dtype)
     stock = stock_config(config, plan, gauge, torch.float32)
+    vocabulary = read_vocabulary(folder, stock.vocab_size)
     logger.info(plan.describe(config, "fp16"))  # llama.cpp's cache, whatever the weights are
     if (advice := advise_padding(plan)) is not None:
         logger.info(advice)
     ids = check_ids(folder, config)
     ours = streamed_logits(config, reader, ids, RUNNING)
     with atomic_file(output) as partial:
-        write_gguf(partial, folder, model, reader, config, stock, plan, gauge, dtype)
+        write_gguf(partial, vocabulary, model, reader, config, stock, plan, gauge, dtype)
         agreement = compare_logits(
             ours, streamed_logits(stock, GGUFTensors(partial, stock), ids, CHECKING, gauge.norm_eps)
         )

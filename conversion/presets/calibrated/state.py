@@ -3,6 +3,9 @@ over the text serves several sizes of cache."""
 
 import hashlib
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
@@ -10,10 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig
 
+from mha2mla.common.files import read_json_object
+from mha2mla.common.scratch import scratch_folder
+
 from .closed_form import LayerStatistics
 from .pair_scores import PairMoments
 
 FINGERPRINT_NAME = "calibration.json"
+SCRATCH = ".partial-"  # what files are named by until they are whole; several conversions may share a folder
 UNRELATED = ("transformers_version", "_name_or_path")  # fields of a config that change nothing
 
 
@@ -46,17 +53,25 @@ class CalibrationState:
         folder.mkdir(parents=True, exist_ok=True)
         mark = folder / FINGERPRINT_NAME
         if mark.is_file():
-            there = json.loads(mark.read_text())
+            there = read_json_object(mark)
             differing = [key for key, value in identity.items() if there.get(key) != value]
             if differing:
                 raise ValueError(
                     f"The calibration state in {folder} was made with other values of: {', '.join(differing)}. Give "
                     "the model and options it was made with, or another folder."
                 )
-        elif any(folder.iterdir()):
+        elif any(not path.name.startswith(SCRATCH) for path in folder.iterdir()):
             raise ValueError(f"{folder} is not a calibration state (no {FINGERPRINT_NAME}). Give another folder.")
         else:
-            mark.write_text(json.dumps(identity, indent=2) + "\n")
+            with self._whole(mark) as partial:
+                partial.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+
+    @contextmanager
+    def _whole(self, path: Path) -> Iterator[Path]:
+        """A file of the folder, to be written under another name until it is whole."""
+        with scratch_folder(SCRATCH, self.folder) as scratch:
+            yield scratch / path.name
+            os.replace(scratch / path.name, path)
 
     def _path(self, index: int) -> Path:
         return self.folder / f"layer-{index:05d}.safetensors"
@@ -71,9 +86,8 @@ class CalibrationState:
         tensors |= {f"moments.{f.name}": getattr(statistics.moments, f.name) for f in fields(PairMoments)}
         # safetensors has no complex128: a pair of reals at the end.
         stored = {n: torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for n, t in tensors.items()}
-        partial = self._path(index).with_suffix(".partial")
-        save_file({name: tensor.cpu().contiguous() for name, tensor in stored.items()}, partial)
-        partial.rename(self._path(index))  # a killed run leaves no half file under the real name
+        with self._whole(self._path(index)) as partial:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in stored.items()}, partial)
 
     def load(self, index: int, device: str) -> LayerStatistics:
         # Cloned: a tensor mapped from the file lies at any address, and complex arithmetic crashes on unaligned ones.

@@ -69,7 +69,8 @@ class Paper(Preset):
 
         config, dim, ranks = source.config, source.head_dim, METHODS[self.svd].ranks
         groups = config.num_key_value_heads
-        rope = dim // 8 if sizes.qk_rope_head_dim is None else sizes.qk_rope_head_dim
+        default = max(2, dim // 16 * 2)
+        rope = default if sizes.qk_rope_head_dim is None else sizes.qk_rope_head_dim
         possible = ranks(unrotated_rows(config, groups * rope), groups * dim, config.hidden_size)
         if len(possible) == 1:
             if sizes.kv_lora_rank is not None or sizes.cache_ratio is not None:
@@ -77,7 +78,7 @@ class Paper(Preset):
                     f"svd={self.svd!r} does not compress: give --qk-rope-head-dim only; the latent follows from it."
                 )
             sizes = CacheSizes(qk_rope_head_dim=rope, kv_lora_rank=possible[0])
-        return plan_cache(sizes, config, groups, lambda width: max(2, dim // 16 * 2), ranks)
+        return plan_cache(sizes, config, groups, lambda width: default, ranks)
 
     def mla_fields(self, source: PreTrainedConfig, plan: CachePlan) -> dict[str, Any]:
         from mha2mla.conversion.cache_plan import unrotated_rows
