@@ -100,6 +100,16 @@ class Results:
             raise ValueError(f"{path} was measured with {before}, now asked for {changed}. Choose another --output.")
         return cls(content["settings"], content["runs"], [ModelResult(**model) for model in content["models"]])
 
+    def check_original(self, folder: Path, path: str | None) -> None:
+        """Raise a `ValueError` if the rows would be compared with another original than a run's own, which is None
+        where that has none."""
+        for model in self.models:
+            if model.preset == ORIGINAL and (path is None or not same_checkpoint(model.path, path)):
+                raise ValueError(
+                    f"The results in {folder} were measured against {model.path}, and now the original is "
+                    f"{path or 'not named'}. Choose another --output, or name {model.path} first."
+                )
+
     def save(self, folder: Path) -> None:
         """Write the file whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -111,7 +121,7 @@ class Results:
     def row(self, fresh: ModelResult) -> ModelResult:
         """The row of a model: the one already there, with its tasks, unless the checkpoint has changed since."""
         for index, model in enumerate(self.models):
-            if (model.path, model.cache) == (fresh.path, fresh.cache):
+            if same_checkpoint(model.path, fresh.path) and model.cache == fresh.cache:
                 if (model.digest, model.dtype) == (fresh.digest, fresh.dtype):
                     fresh.tasks = model.tasks
                 self.models[index] = fresh
@@ -120,18 +130,23 @@ class Results:
         return fresh
 
 
+def same_checkpoint(first: str, second: str) -> bool:
+    """Whether two paths are one folder, or one name on the Hub."""
+    return first == second or Path(first).resolve() == Path(second).resolve()
+
+
 def is_done(row: ModelResult, task: Task, digest: str) -> bool:
     """Whether a row holds the task's numbers, for the same items."""
     return task.name in row.tasks and row.tasks[task.name]["digest"] == digest
 
 
 def without_nan(value: Any) -> Any:
-    """NaN is not JSON: null stands for it."""
+    """NaN and infinity are not JSON: null stands for them."""
     if isinstance(value, dict):
         return {key: without_nan(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return [without_nan(entry) for entry in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def checkpoint_digest(path: str) -> str:

@@ -256,6 +256,21 @@ def test_models_whose_folders_have_one_name_are_told_apart(models, sets, tmp_pat
     assert [row["name"] for row in rows] == ["original", "a/merged", "b/merged"]
 
 
+@pytest.mark.parametrize(
+    ("caches", "message"),
+    [
+        ("latent-int2", "--caches latent-int2: no model's cache can be held so"),
+        ("latent-int4", "agreement:texts compares with the original, and --caches latent-int4 leaves that out"),
+    ],
+)
+def test_caches_that_leave_nothing_to_measure_or_compare_with_are_told_first(
+    caches, message, models, sets, tmp_path, capsys
+):
+    assert main(arguments(models, sets, tmp_path, "--caches", caches, tasks="agreement:texts")) == 2
+    told = capsys.readouterr().err
+    assert message in told and "Add dynamic" in told and not (tmp_path / "results").exists()
+
+
 def test_malformed_file_is_refused_with_its_line(sets, tmp_path, capsys):
     (sets / "broken.jsonl").write_text('{"context": "a", "choices": ["b", "c"], "answer": 7}\n')
     assert main(["eval", "no-such-model", "--data", str(sets), "--output", str(tmp_path / "results")]) == 2
