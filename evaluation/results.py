@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import platform
 import subprocess
 from dataclasses import asdict, dataclass, field
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from mha2mla.common.files import read_json_object
+from mha2mla.common.files import check_output_file, read_json_object, write_whole
 from mha2mla.common.loading import find_file
 from mha2mla.common.records import recorded_preset
 from mha2mla.common.versions import versions
@@ -81,24 +80,23 @@ class Results:
         Raises:
             ValueError: If the folder's were measured with other settings, or nothing can be written there.
         """
-        path = folder / RESULTS_NAME
-        try:  # now, not when the first numbers are there
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"{folder} cannot be a folder of results ({error}). Choose another --output.") from None
-        if not os.access(folder, os.W_OK) or path.is_dir():
-            raise ValueError(f"{path} cannot be written. Choose another --output.")
+        path, another = folder / RESULTS_NAME, "Choose another --output."
+        check_output_file(path)
         if not path.is_file():
             return cls(asdict(settings))
         content = read_json_object(path)
         kinds = {"settings": dict, "runs": list, "models": list}
         if missing := [name for name, kind in kinds.items() if not isinstance(content.get(name), kind)]:
-            raise ValueError(f"{path} has no {missing[0]}: `mha2mla eval` did not write it. Choose another --output.")
+            raise ValueError(f"{path} has no {missing[0]}: `mha2mla eval` did not write it. {another}")
         changed = {k: v for k, v in asdict(settings).items() if content["settings"].get(k) != v}
         if changed:
             before = {name: content["settings"].get(name) for name in changed}
-            raise ValueError(f"{path} was measured with {before}, now asked for {changed}. Choose another --output.")
-        return cls(content["settings"], content["runs"], [ModelResult(**model) for model in content["models"]])
+            raise ValueError(f"{path} was measured with {before}, now asked for {changed}. {another}")
+        try:
+            models = [ModelResult(**model) for model in content["models"]]
+        except TypeError as error:
+            raise ValueError(f"{path} has a model that `mha2mla eval` did not write ({error}). {another}") from None
+        return cls(content["settings"], content["runs"], models)
 
     def check_original(self, folder: Path, path: str | None) -> None:
         """Raise a `ValueError` if the rows would be compared with another original than a run's own, which is None
@@ -113,10 +111,8 @@ class Results:
     def save(self, folder: Path) -> None:
         """Write the file whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
-        unfinished = folder / (RESULTS_NAME + ".tmp")
         text = json.dumps(without_nan(asdict(self)), indent=2, ensure_ascii=False)
-        unfinished.write_text(text + "\n", encoding="utf-8")
-        os.replace(unfinished, folder / RESULTS_NAME)
+        write_whole(folder / RESULTS_NAME, text + "\n")
 
     def row(self, fresh: ModelResult) -> ModelResult:
         """The row of a model: the one already there, with its tasks, unless the checkpoint has changed since."""

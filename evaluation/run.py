@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, set_seed
 
 from mha2mla.common.device import check_device
 from mha2mla.common.loading import check_router, distinct_names, load_config, load_model, load_tokenizer, plain_path
-from mha2mla.common.records import read_record, recorded_preset
+from mha2mla.common.records import RECORD_NAME, read_record, recorded_preset
 from mha2mla.modeling import CACHE_ARGUMENT, LatentConfigMixin, cache_nbytes
 from mha2mla.modeling.latent_quantized_entries import MEAN_TOKENS
 
@@ -74,7 +74,9 @@ def find_original(paths: Sequence[str]) -> str | None:
     """
     if recorded_preset(paths[0]) is None:
         return paths[0]
-    source = read_record(paths[0])["source"]
+    source = read_record(paths[0]).get("source")
+    if not isinstance(source, str):
+        raise ValueError(f"{RECORD_NAME} of {paths[0]} has no 'source': convert again, or remove the file.")
     if not Path(source).is_dir():
         logger.info("%s is a conversion of %s, which is not here: there is no original", paths[0], source)
         return None

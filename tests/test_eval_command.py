@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from conftest import pico_tokenizer
 from mha2mla.cli.main import main
 from mha2mla.evaluation import run
 from mha2mla.evaluation.measures import harness
+from mha2mla.evaluation.settings import EvaluationSettings
 from pico import VOCAB, make_mla
 
 SIZES = ("--length", "16", "--long-length", "20", "--agreement-length", "16")
@@ -279,6 +281,11 @@ def test_malformed_file_is_refused_with_its_line(sets, tmp_path, capsys):
     assert "give --tasks, or --data" in capsys.readouterr().err
 
 
+def write_results(folder: Path, models: list) -> None:
+    settings = asdict(EvaluationSettings())
+    (folder / "results.json").write_text(json.dumps({"settings": settings, "runs": [], "models": models}))
+
+
 def shortened(file: Path, size: int) -> None:
     file.write_bytes(file.read_bytes()[:size])
 
@@ -303,6 +310,11 @@ def shortened(file: Path, size: int) -> None:
         (lambda folder: (folder / "conversion.json").write_text("[]"), "must hold a JSON object, got list"),
         (lambda folder: (folder / "conversion.json").write_text('{"source": "x"}'), "has no 'source_cache_width'"),
         (lambda folder: (folder / "results.json").write_text("{}"), "`mha2mla eval` did not write it"),
+        (
+            lambda folder: write_results(folder, [{"name": "x"}]),
+            "has a model that `mha2mla eval` did not write",
+        ),
+        (lambda folder: write_results(folder, [3]), "has a model that `mha2mla eval` did not write"),
     ],
 )
 def test_broken_checkpoints_end_in_a_sentence(spoil, message, sets, tmp_path, capsys):

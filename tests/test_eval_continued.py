@@ -7,6 +7,7 @@ from pathlib import Path
 from test_eval_command import arguments, models, sets  # noqa: F401 (fixtures)
 
 from mha2mla.cli.main import main
+from mha2mla.evaluation import run
 
 
 def test_results_of_another_original_are_not_continued(models, sets, tmp_path, capsys):  # noqa: F811
@@ -24,3 +25,18 @@ def test_results_of_another_original_are_not_continued(models, sets, tmp_path, c
     assert main(arguments(spelled, sets, tmp_path, tasks="choices")) == 0
     rows = json.loads((tmp_path / "results" / "results.json").read_text())["models"]
     assert [(row["name"], row["path"]) for row in rows] == [("original", spelled[0]), ("half", spelled[1])]
+
+
+def test_agreement_is_measured_again_when_the_original_changed(models, sets, tmp_path, monkeypatch):  # noqa: F811
+    measured = []
+    measure_task = run.measure_task
+    monkeypatch.setattr(
+        run, "measure_task", lambda task, *args: measured.append(task.name) or measure_task(task, *args)
+    )
+    command = arguments(models, sets, tmp_path, tasks="completion,agreement:texts")
+    assert main(command) == 0
+    measured.clear()
+    config = Path(models[0]) / "config.json"
+    config.write_text(config.read_text() + "\n")
+    assert main(command) == 0
+    assert measured == ["completion", "agreement:texts"]  # the original's, and the conversion's with it

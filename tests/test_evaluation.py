@@ -18,6 +18,7 @@ from mha2mla.evaluation.measures.generated import continue_greedily
 from mha2mla.evaluation.measures.long_context import measure_position_perplexity, measure_retrieval
 from mha2mla.evaluation.measures.perplexity import text_tokens, text_windows, token_losses
 from mha2mla.evaluation.progress import Progress
+from mha2mla.evaluation.settings import EvaluationSettings
 from pico import exact_model, make_mla, make_source, tokens
 
 TOKENIZER = pico_tokenizer()
@@ -272,3 +273,10 @@ def test_items_need_no_name_but_their_parts():
     assert measure_retrieval(make_mla(), TOKENIZER, [item]).num_items == 1
     with pytest.raises(ValueError, match="Item 0 has no target"):
         measure_retrieval(make_mla(), TOKENIZER, [{"context": "w5"}])
+
+
+@pytest.mark.parametrize("given", [{"limit": "3"}, {"length": 10.5}])
+def test_settings_of_another_type_are_refused(given):
+    (name,) = given
+    with pytest.raises(ValueError, match=f"{name}={given[name]!r} must be of type int, got"):
+        EvaluationSettings(**given)
