@@ -139,7 +139,7 @@ def evaluate_models(
     given = ",".join(kind.name for kind in caches)
     if not any(suited.values()):
         raise ValueError(f"--caches {given}: no model's cache can be held so. Add dynamic.")
-    if compares and not suited[original_path]:
+    if compares and original_path is not None and not suited[original_path]:
         raise ValueError(
             f"{compares[0]} compares with the original, and --caches {given} leaves that out: its cache cannot be "
             "held so. Add dynamic."

@@ -10,6 +10,7 @@ from huggingface_hub import parse_eval_result_entries
 from test_eval_command import arguments, models, sets, words  # noqa: F401 (fixtures)
 
 from mha2mla.cli.main import main
+from mha2mla.evaluation.report.figures import make_figures
 from mha2mla.evaluation.report.long_tables import position_tables
 from mha2mla.evaluation.report.page import write_page
 from mha2mla.evaluation.report.tables import accuracy_tables, difference_tables, make_table
@@ -82,6 +83,19 @@ def test_numbers_that_are_not_finite_are_null_in_the_file(tmp_path):
     Results({}, models=[row("original", of_items("perplexity", "", numbers))]).save(tmp_path)
     kept = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
     assert kept["models"][0]["tasks"]["task"]["numbers"] == {"loss": 800.0, "perplexity": None, "stderr": None}
+
+
+@pytest.mark.parametrize("value", [math.inf, None], ids=["measured", "read again"])
+def test_a_perplexity_beyond_a_number_is_left_out_of_the_pictures(value):
+    def rows(value: float | None) -> list[ModelResult]:
+        part = {"begin": 1, "end": 8, "perplexity": value, "stderr": value}
+        texts = row("texts", of_items("perplexity", "", {"perplexity": value, "stderr": value}))
+        return [texts, row("positions", of_items("positions", "", {"ranges": [part]}))]
+
+    figures = [figure for _, figure in make_figures(Results({}, models=[*rows(2.0), *rows(value)]))]
+    heights = [y for figure in figures for line in figure.axes[0].lines for y in line.get_ydata()]
+    assert len(figures) == 2 and all(map(math.isfinite, heights))
+    assert not list(make_figures(Results({}, models=rows(value))))
 
 
 def test_page_and_model_cards_show_the_conversions(conversions, calibration_file, capsys):
