@@ -4,6 +4,7 @@ import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, PercentFormatter
@@ -71,7 +72,7 @@ def encode_png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def can_be_drawn(value: float | None) -> bool:
+def can_be_drawn(value: float | None) -> TypeGuard[float]:
     """Not infinity, which a perplexity may be and which a file of results has no number for."""
     return value is not None and math.isfinite(value)
 
