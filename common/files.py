@@ -30,6 +30,23 @@ def check_readable(folder: Path) -> None:
             raise ValueError(f"{path} may not be read by you. Change its permissions, for example by `chmod u+r`.")
 
 
+def check_output_file(path: Path) -> None:
+    """Make the folder of a file of results, or raise a `ValueError`: now, not when the first numbers are there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{path.parent} cannot be a folder of results ({error}). Choose another --output.") from None
+    if not os.access(path.parent, os.W_OK) or path.is_dir():
+        raise ValueError(f"{path} cannot be written. Choose another --output.")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
 def read_text(path: Path) -> str:
     """
     The content of a text file.

@@ -36,7 +36,7 @@ def settle_types(options: Any) -> None:
         arguments = set(get_args(hint))
         allowed = set(map(type, arguments)) if get_origin(hint) is Literal else arguments or {hint}
         value = as_plain(getattr(options, field.name))
-        setattr(options, field.name, value)
+        object.__setattr__(options, field.name, value)  # of a frozen class, too
         if not allowed <= PLAIN:
             continue
         kinds = tuple(allowed | ({int} if float in allowed else set()))

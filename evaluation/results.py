@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import platform
 import subprocess
 from dataclasses import asdict, dataclass, field
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from mha2mla.common.files import read_json_object
+from mha2mla.common.files import check_output_file, read_json_object, write_whole
 from mha2mla.common.loading import find_file
 from mha2mla.common.records import recorded_preset
 from mha2mla.common.versions import versions
@@ -81,37 +80,44 @@ class Results:
         Raises:
             ValueError: If the folder's were measured with other settings, or nothing can be written there.
         """
-        path = folder / RESULTS_NAME
-        try:  # now, not when the first numbers are there
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"{folder} cannot be a folder of results ({error}). Choose another --output.") from None
-        if not os.access(folder, os.W_OK) or path.is_dir():
-            raise ValueError(f"{path} cannot be written. Choose another --output.")
+        path, another = folder / RESULTS_NAME, "Choose another --output."
+        check_output_file(path)
         if not path.is_file():
             return cls(asdict(settings))
         content = read_json_object(path)
         kinds = {"settings": dict, "runs": list, "models": list}
         if missing := [name for name, kind in kinds.items() if not isinstance(content.get(name), kind)]:
-            raise ValueError(f"{path} has no {missing[0]}: `mha2mla eval` did not write it. Choose another --output.")
+            raise ValueError(f"{path} has no {missing[0]}: `mha2mla eval` did not write it. {another}")
         changed = {k: v for k, v in asdict(settings).items() if content["settings"].get(k) != v}
         if changed:
             before = {name: content["settings"].get(name) for name in changed}
-            raise ValueError(f"{path} was measured with {before}, now asked for {changed}. Choose another --output.")
-        return cls(content["settings"], content["runs"], [ModelResult(**model) for model in content["models"]])
+            raise ValueError(f"{path} was measured with {before}, now asked for {changed}. {another}")
+        try:
+            models = [ModelResult(**model) for model in content["models"]]
+        except TypeError as error:
+            raise ValueError(f"{path} has a model that `mha2mla eval` did not write ({error}). {another}") from None
+        return cls(content["settings"], content["runs"], models)
+
+    def check_original(self, folder: Path, path: str | None) -> None:
+        """Raise a `ValueError` if the rows would be compared with another original than a run's own, which is None
+        where that has none."""
+        for model in self.models:
+            if model.preset == ORIGINAL and (path is None or not same_checkpoint(model.path, path)):
+                raise ValueError(
+                    f"The results in {folder} were measured against {model.path}, and now the original is "
+                    f"{path or 'not named'}. Choose another --output, or name {model.path} first."
+                )
 
     def save(self, folder: Path) -> None:
         """Write the file whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
-        unfinished = folder / (RESULTS_NAME + ".tmp")
         text = json.dumps(without_nan(asdict(self)), indent=2, ensure_ascii=False)
-        unfinished.write_text(text + "\n", encoding="utf-8")
-        os.replace(unfinished, folder / RESULTS_NAME)
+        write_whole(folder / RESULTS_NAME, text + "\n")
 
     def row(self, fresh: ModelResult) -> ModelResult:
         """The row of a model: the one already there, with its tasks, unless the checkpoint has changed since."""
         for index, model in enumerate(self.models):
-            if (model.path, model.cache) == (fresh.path, fresh.cache):
+            if same_checkpoint(model.path, fresh.path) and model.cache == fresh.cache:
                 if (model.digest, model.dtype) == (fresh.digest, fresh.dtype):
                     fresh.tasks = model.tasks
                 self.models[index] = fresh
@@ -120,18 +126,23 @@ class Results:
         return fresh
 
 
+def same_checkpoint(first: str, second: str) -> bool:
+    """Whether two paths are one folder, or one name on the Hub."""
+    return first == second or Path(first).resolve() == Path(second).resolve()
+
+
 def is_done(row: ModelResult, task: Task, digest: str) -> bool:
     """Whether a row holds the task's numbers, for the same items."""
     return task.name in row.tasks and row.tasks[task.name]["digest"] == digest
 
 
 def without_nan(value: Any) -> Any:
-    """NaN is not JSON: null stands for it."""
+    """NaN and infinity are not JSON: null stands for them."""
     if isinstance(value, dict):
         return {key: without_nan(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return [without_nan(entry) for entry in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def checkpoint_digest(path: str) -> str:

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, set_seed
 
 from mha2mla.common.device import check_device
 from mha2mla.common.loading import check_router, distinct_names, load_config, load_model, load_tokenizer, plain_path
-from mha2mla.common.records import read_record, recorded_preset
+from mha2mla.common.records import RECORD_NAME, read_record, recorded_preset
 from mha2mla.modeling import CACHE_ARGUMENT, LatentConfigMixin, cache_nbytes
 from mha2mla.modeling.latent_quantized_entries import MEAN_TOKENS
 
@@ -21,7 +21,7 @@ from .measures.scoring import inference, prefix_token
 from .progress import Progress
 from .report.conversion import find_records
 from .report.page import write_page
-from .results import ModelResult, Results, describe_environment, describe_model, is_done
+from .results import ModelResult, Results, describe_environment, describe_model, is_done, same_checkpoint
 from .settings import EvaluationSettings
 from .tasks import Task, check_lengths, check_prompts, measure_task
 
@@ -74,7 +74,9 @@ def find_original(paths: Sequence[str]) -> str | None:
     """
     if recorded_preset(paths[0]) is None:
         return paths[0]
-    source = read_record(paths[0])["source"]
+    source = read_record(paths[0]).get("source")
+    if not isinstance(source, str):
+        raise ValueError(f"{RECORD_NAME} of {paths[0]} has no 'source': convert again, or remove the file.")
     if not Path(source).is_dir():
         logger.info("%s is a conversion of %s, which is not here: there is no original", paths[0], source)
         return None
@@ -114,8 +116,8 @@ def evaluate_models(
         trust_remote_code (`bool`): Whether code that models bring along may run.
 
     Raises:
-        ValueError: If the output folder's results have other settings, a cache's backend is not installed, or a task
-            cannot be measured; what has been measured until then is kept.
+        ValueError: If the output folder's results have other settings or another original, a cache's backend is not
+            installed, no cache suits, or a task cannot be measured; what has been measured until then is kept.
     """
     check_device(device)
     for kind in caches:
@@ -134,6 +136,14 @@ def evaluate_models(
     find_records(paths)  # one that is malformed shows before anything is measured
     configs = {path: load_config(path, trust_remote_code=trust_remote_code) for path in paths}
     suited = {path: suited_caches(path, config, caches) for path, config in configs.items()}
+    given = ",".join(kind.name for kind in caches)
+    if not any(suited.values()):
+        raise ValueError(f"--caches {given}: no model's cache can be held so. Add dynamic.")
+    if compares and original_path is not None and not suited[original_path]:
+        raise ValueError(
+            f"{compares[0]} compares with the original, and --caches {given} leaves that out: its cache cannot be "
+            "held so. Add dynamic."
+        )
     latent = [path for path in paths if isinstance(configs[path], LatentConfigMixin)]
     tell_windows([kind for path in latent for kind in suited[path]], tasks)
     for path, config in configs.items():
@@ -143,8 +153,10 @@ def evaluate_models(
     for tokenizer in tokenizers.values():
         check_prompts(tasks, tokenizer)
     results = Results.open(output, settings)
+    results.check_original(output, original_path)
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    names = distinct_names([*paths, *(model.path for model in results.models)])
+    others = [row.path for row in results.models if not any(same_checkpoint(row.path, path) for path in paths)]
+    names = distinct_names([*paths, *others])
     results.runs.append({"command": command, "started": started, "environment": describe_environment(device)})
     set_seed(settings.seed)
     original: PreTrainedModel | None = None

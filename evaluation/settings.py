@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from mha2mla.common.options import SEEDS, check_between, check_least
+from mha2mla.common.options import SEEDS, check_between, check_least, settle_types
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class EvaluationSettings:
     seed: int = field(default=0, metadata={"help": "Of `long:` tasks, and of what lm-evaluation-harness draws."})
 
     def __post_init__(self):
+        settle_types(self)
         check_least(self, limit=1, length=1, stride=1, long_length=2)
         check_least(self, agreement_length=2, prompt_length=1, new_tokens=1)
         check_between(self, seed=SEEDS)

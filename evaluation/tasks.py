@@ -73,13 +73,21 @@ class TaskData:
         What can be measured, by the task's name.
 
         Raises:
-            ValueError: If `data` names nothing.
+            ValueError: If `data` names nothing, or two files of one task.
         """
         if self.data is None:
             return {}
         path = Path(self.data)
         if path.is_dir():
-            files = {file.stem: str(file) for file in sorted(path.iterdir()) if is_item_file(file)}
+            files: dict[str, str] = {}
+            for file in filter(is_item_file, sorted(path.iterdir())):
+                if file.stem in files:
+                    first = Path(files[file.stem]).name
+                    raise ValueError(
+                        f"--data {self.data} has {first} and {file.name}, and both would be the task {file.stem}. "
+                        "Rename one."
+                    )
+                files[file.stem] = str(file)
             if not files:
                 raise ValueError(f"--data {self.data} has no .jsonl or .json file.")
             return files

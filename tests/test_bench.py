@@ -7,6 +7,7 @@ import torch
 
 from mha2mla.cli.main import main
 from mha2mla.evaluation.caches import DYNAMIC, CacheKind
+from mha2mla.evaluation.speed import measure, run
 from mha2mla.evaluation.speed.measure import allocated_nbytes, fill, measure_speed, numbers_per_token
 from mha2mla.modeling import cache_nbytes
 from pico import make_mla, make_source
@@ -40,6 +41,34 @@ def test_saved_models(save_source, tmp_path):
     results = json.loads((tmp_path / "out" / "speed.json").read_text())
     assert [m["first_token_s"] for m in results["speed"]] == [None, None, None]
     assert [m["model"] for m in results["speed"]] == ["source-gqa-default", "a/converted", "b/converted"]
+
+
+def test_what_was_measured_is_kept_when_a_later_measurement_fails(tmp_path, monkeypatch):
+    def fails_at_second_context(model, name, kind, batch, context, *args, **kwargs):
+        if context == 16:
+            raise KeyboardInterrupt
+        return measure_speed(model, name, kind, batch, context, *args, **kwargs)
+
+    monkeypatch.setattr(run, "measure_speed", fails_at_second_context)
+    command = "bench --random pico --kv-lora-rank 8 --qk-rope-head-dim 4 --contexts 8,16 --steps 1"
+    assert main([*command.split(), "--output", str(tmp_path)]) == 130
+    results = json.loads((tmp_path / "speed.json").read_text())
+    assert [m["context"] for m in results["speed"]] == [8]
+
+
+def test_an_output_that_cannot_be_is_refused_before_anything_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "copy_bandwidth", lambda device: pytest.fail("measured"))
+    (tmp_path / "file").write_text("")
+    command = "bench --random pico --kv-lora-rank 8 --qk-rope-head-dim 4"
+    assert main([*command.split(), "--output", str(tmp_path / "file")]) == 2
+    assert "cannot be a folder of results" in capsys.readouterr().err
+
+
+def test_the_first_token_is_the_median_of_prompts_behind_one_that_warms_up(monkeypatch):
+    seconds = iter([9.0, 1.0, 8.0, 2.0])
+    monkeypatch.setattr(measure, "read_prompt", lambda model, cache, ids: (ids[:, -1:].clone(), next(seconds)))
+    assert measure_speed(make_mla(), "pico", DYNAMIC, 1, 8, steps=1).first_token_s == 2.0
+    assert next(seconds, None) is None
 
 
 @pytest.mark.parametrize(

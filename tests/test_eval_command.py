@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from conftest import pico_tokenizer
 from mha2mla.cli.main import main
 from mha2mla.evaluation import run
 from mha2mla.evaluation.measures import harness
+from mha2mla.evaluation.settings import EvaluationSettings
 from pico import VOCAB, make_mla
 
 SIZES = ("--length", "16", "--long-length", "20", "--agreement-length", "16")
@@ -256,12 +258,32 @@ def test_models_whose_folders_have_one_name_are_told_apart(models, sets, tmp_pat
     assert [row["name"] for row in rows] == ["original", "a/merged", "b/merged"]
 
 
+@pytest.mark.parametrize(
+    ("caches", "message"),
+    [
+        ("latent-int2", "--caches latent-int2: no model's cache can be held so"),
+        ("latent-int4", "agreement:texts compares with the original, and --caches latent-int4 leaves that out"),
+    ],
+)
+def test_caches_that_leave_nothing_to_measure_or_compare_with_are_told_first(
+    caches, message, models, sets, tmp_path, capsys
+):
+    assert main(arguments(models, sets, tmp_path, "--caches", caches, tasks="agreement:texts")) == 2
+    told = capsys.readouterr().err
+    assert message in told and "Add dynamic" in told and not (tmp_path / "results").exists()
+
+
 def test_malformed_file_is_refused_with_its_line(sets, tmp_path, capsys):
     (sets / "broken.jsonl").write_text('{"context": "a", "choices": ["b", "c"], "answer": 7}\n')
     assert main(["eval", "no-such-model", "--data", str(sets), "--output", str(tmp_path / "results")]) == 2
     assert "broken.jsonl:1: `answer` must be the index of a choice, 0 to 1, got 7" in capsys.readouterr().err
     assert main(["eval", "no-such-model"]) == 2
     assert "give --tasks, or --data" in capsys.readouterr().err
+
+
+def write_results(folder: Path, models: list) -> None:
+    settings = asdict(EvaluationSettings())
+    (folder / "results.json").write_text(json.dumps({"settings": settings, "runs": [], "models": models}))
 
 
 def shortened(file: Path, size: int) -> None:
@@ -288,6 +310,11 @@ def shortened(file: Path, size: int) -> None:
         (lambda folder: (folder / "conversion.json").write_text("[]"), "must hold a JSON object, got list"),
         (lambda folder: (folder / "conversion.json").write_text('{"source": "x"}'), "has no 'source_cache_width'"),
         (lambda folder: (folder / "results.json").write_text("{}"), "`mha2mla eval` did not write it"),
+        (
+            lambda folder: write_results(folder, [{"name": "x"}]),
+            "has a model that `mha2mla eval` did not write",
+        ),
+        (lambda folder: write_results(folder, [3]), "has a model that `mha2mla eval` did not write"),
     ],
 )
 def test_broken_checkpoints_end_in_a_sentence(spoil, message, sets, tmp_path, capsys):

@@ -5,17 +5,20 @@ import math
 import pytest
 import torch
 from conftest import pico_tokenizer
+from transformers import GenerationConfig
 
-from mha2mla.evaluation import measure_perplexity, measure_text_perplexity
+from mha2mla.evaluation import measure_multiple_choice, measure_perplexity, measure_text_perplexity
 from mha2mla.evaluation.measures.agreement import (
     greedy_continuation,
     kl_divergence,
     matching_prefix,
     measure_agreement,
 )
+from mha2mla.evaluation.measures.generated import continue_greedily
 from mha2mla.evaluation.measures.long_context import measure_position_perplexity, measure_retrieval
 from mha2mla.evaluation.measures.perplexity import text_tokens, text_windows, token_losses
 from mha2mla.evaluation.progress import Progress
+from mha2mla.evaluation.settings import EvaluationSettings
 from pico import exact_model, make_mla, make_source, tokens
 
 TOKENIZER = pico_tokenizer()
@@ -127,6 +130,65 @@ def test_agreement_of_an_exact_conversion_is_full_and_of_another_model_is_not():
         measure_agreement(source, source, TOKENIZER, [], **sizes)
 
 
+def test_greedy_is_argmax_whatever_the_checkpoint_says_of_generation(model):
+    ids = text_tokens(TOKENIZER, random_texts(12)[0])
+    expected = ids.tolist()
+    while len(expected) < len(ids) + 12 and expected[-1] != model.generation_config.eos_token_id:
+        with torch.no_grad():
+            expected.append(model(torch.tensor([expected]), use_cache=False).logits[0, -1].argmax().item())
+    own = GenerationConfig(
+        do_sample=True,
+        num_beams=3,
+        repetition_penalty=5.0,
+        no_repeat_ngram_size=1,
+        min_new_tokens=2,
+        suppress_tokens=expected[len(ids) :],
+        cache_implementation="static",
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    model.generation_config = own
+    assert greedy_continuation(model, ids, 12) == expected[len(ids) :]
+    (written,) = continue_greedily(model, TOKENIZER, [ids.tolist()], 12)
+    assert written == TOKENIZER.decode(expected[len(ids) :], skip_special_tokens=True)
+    assert model.generation_config is own
+
+
+def measure_choices(model, texts):
+    measure_multiple_choice(model, TOKENIZER, [{"context": texts[0], "choices": ["w5", "w6"], "answer": 0}])
+
+
+@pytest.mark.parametrize(
+    ("measure", "message"),
+    [
+        (measure_choices, "Item 0: the log-likelihoods are NaN"),
+        (lambda m, texts: measure_text_perplexity(m, TOKENIZER, texts, length=8), "Text 1: the log-likelihoods"),
+        (lambda m, texts: measure_position_perplexity(m, TOKENIZER, texts, length=8), "Document 1 of 8 tokens"),
+        (lambda m, texts: measure_agreement(make_source(), m, TOKENIZER, texts, 8, 4, 2), "Text 1: the divergences"),
+        (lambda m, texts: continue_greedily(m, TOKENIZER, [[1, 5]], 2), "The logits of a continuation are NaN"),
+    ],
+)
+def test_logits_that_are_nan_are_told(measure, message):
+    model = make_mla()
+    model.lm_head.weight.data[7] = math.nan
+    with pytest.raises(ValueError, match=f"{message}.*--dtype float32"):
+        measure(model, random_texts(12, 9))
+
+
+def test_a_padded_token_that_the_model_rules_out_is_no_nan():
+    """The shorter choice is padded with token 0, whose logit is -inf here."""
+    model = make_mla()
+    forward = model.forward
+
+    def ruled_out(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits[..., 0] = -math.inf
+        return output
+
+    model.forward = ruled_out
+    measure_multiple_choice(model, TOKENIZER, [{"context": "w9", "choices": ["w5", "w6 w7"], "answer": 0}])
+
+
 def test_matching_prefix():
     assert matching_prefix([1, 2, 3], [1, 2, 4]) == 2
     assert matching_prefix([1, 2], [1, 2, 4]) == 2
@@ -211,3 +273,10 @@ def test_items_need_no_name_but_their_parts():
     assert measure_retrieval(make_mla(), TOKENIZER, [item]).num_items == 1
     with pytest.raises(ValueError, match="Item 0 has no target"):
         measure_retrieval(make_mla(), TOKENIZER, [{"context": "w5"}])
+
+
+@pytest.mark.parametrize("given", [{"limit": "3"}, {"length": 10.5}])
+def test_settings_of_another_type_are_refused(given):
+    (name,) = given
+    with pytest.raises(ValueError, match=f"{name}={given[name]!r} must be of type int, got"):
+        EvaluationSettings(**given)

@@ -16,6 +16,7 @@ from mha2mla.evaluation import choice_bytes, measure_multiple_choice, preference
 from mha2mla.evaluation.measures.items import read_items
 from mha2mla.evaluation.measures.multiple_choice import paired_difference
 from mha2mla.evaluation.measures.scoring import encode_request, score_requests
+from mha2mla.evaluation.tasks import TaskData
 from pico import VOCAB, make_mla, make_source
 
 WORDS = "the cat sat on a mat and saw that the other cat was not there at all"
@@ -174,6 +175,13 @@ def test_items_of_both_kinds_of_file(tmp_path):
     path.write_text("\n")
     with pytest.raises(ValueError, match="has no items"):
         read_items(path)
+
+
+def test_two_files_of_one_task_are_refused(tmp_path):
+    for name in ("a.json", "a.json.json", "a.jsonl"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(ValueError, match=r"has a.json and a.jsonl, and both would be the task a. Rename one"):
+        TaskData(str(tmp_path)).sources()
 
 
 def test_items_that_cannot_be_scored_are_refused_by_name(tokenizer):

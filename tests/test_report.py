@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 
 import pytest
 import yaml
@@ -9,8 +10,11 @@ from huggingface_hub import parse_eval_result_entries
 from test_eval_command import arguments, models, sets, words  # noqa: F401 (fixtures)
 
 from mha2mla.cli.main import main
-from mha2mla.evaluation.report.tables import make_table
-from mha2mla.evaluation.results import ModelResult, Results
+from mha2mla.evaluation.report.figures import make_figures
+from mha2mla.evaluation.report.long_tables import position_tables
+from mha2mla.evaluation.report.page import write_page
+from mha2mla.evaluation.report.tables import accuracy_tables, difference_tables, make_table
+from mha2mla.evaluation.results import ORIGINAL, ModelResult, Results
 from mha2mla.training.publish import plan_upload
 
 TEXT = ("--samples", 4, "--length", 16)
@@ -39,6 +43,59 @@ def test_bytes_are_told_with_their_type(dtype, header, size):
 
     table = make_table(Results({}, models=[row("original", "bfloat16"), row("converted", dtype)]), "", {})
     assert table.header[1] == header and table.rows[1][1] == size
+
+
+def row(name: str, tasks: dict[str, dict], preset: str = "calibrated") -> ModelResult:
+    return ModelResult(name, name, preset, "dynamic", "", 192.0, "float32", 1, tasks)
+
+
+def of_items(kind: str, digest: str, numbers: dict) -> dict:
+    return {"task": {"kind": kind, "digest": digest, "numbers": numbers, "seconds": 1.0, "run": 0}}
+
+
+@pytest.mark.parametrize("digest, shown", [("same", "-50.00 ± 50.00"), ("other", "-")])
+def test_only_the_same_items_are_paired(digest, shown):
+    numbers = {"accuracy_norm": 1.0, "stderr_norm": 0.0, "right_norm": "11"}
+    original = row("original", of_items("choice", "same", numbers), ORIGINAL)
+    model = row("converted", of_items("choice", digest, numbers | {"right_norm": "01"}))
+    (table,) = difference_tables(Results({}, models=[original, model]))
+    assert table.rows[1][-1] == shown
+
+
+@pytest.mark.parametrize("digest, shown", [("same", "0.5000 ± 0.5000"), ("other", "-")])
+def test_only_the_same_documents_are_paired(digest, shown):
+    part = {"begin": 1, "end": 8, "perplexity": 2.0, "stderr": 0.1}
+    original = row("original", of_items("positions", "same", {"ranges": [part | {"losses": [1.0, 1.0]}]}), ORIGINAL)
+    model = row("converted", of_items("positions", digest, {"ranges": [part | {"losses": [1.0, 2.0]}]}))
+    _, table = position_tables(Results({}, models=[original, model]))
+    assert table.rows[1][-1] == shown
+
+
+def test_an_accuracy_without_a_standard_error_is_shown():
+    """lm-evaluation-harness has "N/A" for that of a single item."""
+    results = Results({}, models=[row("original", of_items("harness", "", {"accuracy": 1.0}), ORIGINAL)])
+    (table,) = accuracy_tables(results)
+    assert table.rows[0][-2:] == ["100.00", "100.00"]
+
+
+def test_numbers_that_are_not_finite_are_null_in_the_file(tmp_path):
+    numbers = {"loss": 800.0, "perplexity": math.inf, "stderr": math.nan}
+    Results({}, models=[row("original", of_items("perplexity", "", numbers))]).save(tmp_path)
+    kept = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
+    assert kept["models"][0]["tasks"]["task"]["numbers"] == {"loss": 800.0, "perplexity": None, "stderr": None}
+
+
+@pytest.mark.parametrize("value", [math.inf, None], ids=["measured", "read again"])
+def test_a_perplexity_beyond_a_number_is_left_out_of_the_pictures(value):
+    def rows(value: float | None) -> list[ModelResult]:
+        part = {"begin": 1, "end": 8, "perplexity": value, "stderr": value}
+        texts = row("texts", of_items("perplexity", "", {"perplexity": value, "stderr": value}))
+        return [texts, row("positions", of_items("positions", "", {"ranges": [part]}))]
+
+    figures = [figure for _, figure in make_figures(Results({}, models=[*rows(2.0), *rows(value)]))]
+    heights = [y for figure in figures for line in figure.axes[0].lines for y in line.get_ydata()]
+    assert len(figures) == 2 and all(map(math.isfinite, heights))
+    assert not list(make_figures(Results({}, models=rows(value))))
 
 
 def test_page_and_model_cards_show_the_conversions(conversions, calibration_file, capsys):
@@ -75,6 +132,25 @@ def test_page_and_model_cards_show_the_conversions(conversions, calibration_file
     options = ("--cache-ratio", 0.5, "--refine-steps", 1, "--data", calibration_file, *TEXT, "--overwrite")
     assert main(["convert", str(source), str(big), *map(str, options)]) == 0
     assert not list(big.glob("*.png"))
+
+
+def test_names_of_files_are_no_html(tmp_path):
+    numbers = {"kl": 0.1, "kl_stderr": 0.1, "top1": 1.0, "matched_tokens": 1.0, "identical": 1.0}
+    task = of_items("agreement", "", numbers)["task"]
+    run = {"command": "mha2mla eval", "environment": {"versions": {}, "commit": None, "device": "CPU"}}
+    results = Results({}, [run], [row("converted", {"agreement:a<b>": task})])
+    write_page(tmp_path, results)
+    page = (tmp_path / "report.html").read_text()
+    assert "agreement:a&lt;b&gt;" in page and "a<b>" not in page
+
+
+def test_without_its_source_and_its_name_a_conversion_is_refused(conversions, calibration_file, capsys):
+    path = conversions / "big" / "conversion.json"
+    record = json.loads(path.read_text())
+    del record["source"]
+    path.write_text(json.dumps(record))
+    assert main(["eval", str(conversions / "big"), "--data", str(calibration_file)]) == 2
+    assert f"conversion.json of {conversions / 'big'} has no 'source': convert again" in capsys.readouterr().err
 
 
 def test_without_its_source_a_conversion_is_measured_alone(conversions, calibration_file, capsys):

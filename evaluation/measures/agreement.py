@@ -10,9 +10,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mha2mla.evaluation.caches import DYNAMIC, CacheKind
 
+from .greedy import generate_greedily
 from .multiple_choice import mean_stderr
 from .perplexity import CHUNK, check_texts, chunked_logits, text_tokens
-from .scoring import inference
+from .scoring import check_finite, inference
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,8 @@ def greedy_continuation(
     model: PreTrainedModel, ids: torch.Tensor, new_tokens: int, cache_kind: CacheKind = DYNAMIC
 ) -> list[int]:
     """Greedy tokens behind a prompt [tokens], up to and with an end-of-sequence token."""
-    prompt = ids[None].to(model.device)
-    # The checkpoint's own sampling settings, such as a temperature, mean nothing to greedy search.
-    greedy = dict(do_sample=False, temperature=None, top_p=None, top_k=None, max_new_tokens=new_tokens)
-    arguments = greedy | cache_kind.generate_arguments(model.config)
-    output = model.generate(prompt, attention_mask=torch.ones_like(prompt), **arguments)
-    return output[0, len(ids) :].tolist()
+    prompt = ids[None]
+    return generate_greedily(model, prompt, torch.ones_like(prompt), new_tokens, cache_kind)[0].tolist()
 
 
 def matching_prefix(first: Sequence[int], second: Sequence[int]) -> int:
@@ -105,7 +102,8 @@ def measure_agreement(
         cache_kind (`CacheKind`): Of the model; the original's is plain.
 
     Raises:
-        ValueError: If the vocabularies differ, the models' context is too short, or there is no text.
+        ValueError: If the vocabularies differ, the models' context is too short, there is no text, or a divergence is
+            not finite.
     """
     check_texts(texts)
     if original.config.vocab_size != model.config.vocab_size:
@@ -121,9 +119,10 @@ def measure_agreement(
         raise ValueError("There is no text to measure on.")
     divergences, same, matched, identical = [], [], [], []
     with inference(original), inference(model):
-        for text in tqdm(texts, desc="Agreement", unit="text"):
+        for number, text in enumerate(tqdm(texts, desc="Agreement", unit="text"), 1):
             ids = text_tokens(tokenizer, text)[:length]
             divergence, equal = kl_divergence(original, model, ids, cache_kind=cache_kind)
+            check_finite(divergence, f"Text {number}: the divergences")
             divergences.append(divergence)
             same.append(equal)
             prompt = ids[:prompt_length]

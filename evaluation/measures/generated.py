@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mha2mla.evaluation.caches import DYNAMIC, CacheKind
 from mha2mla.evaluation.prompts import Example, fit_length
 
+from .greedy import generate_greedily
 from .items import Item
 from .long_context import Cell, group_cells
 from .multiple_choice import mean_stderr
@@ -136,7 +137,5 @@ def continue_greedily(
     padding = [longest - len(ids) for ids in prompts]
     ids = torch.tensor([[pad] * n + list(prompt) for n, prompt in zip(padding, prompts, strict=True)])
     mask = (torch.arange(longest) >= torch.tensor(padding)[:, None]).long()
-    greedy = dict(do_sample=False, temperature=None, top_p=None, top_k=None, max_new_tokens=new_tokens)
-    arguments = greedy | cache_kind.generate_arguments(model.config) | {"pad_token_id": pad}
-    output = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), **arguments)
-    return tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+    written = generate_greedily(model, ids, mask, new_tokens, cache_kind, pad)
+    return tokenizer.batch_decode(written, skip_special_tokens=True)

@@ -13,7 +13,7 @@ from mha2mla.evaluation.caches import DYNAMIC, CacheKind
 from .items import Item
 from .multiple_choice import mean_stderr
 from .perplexity import Perplexity, text_tokens, token_losses
-from .scoring import encode_request, score_requests
+from .scoring import check_finite, encode_request, score_requests
 
 DEPTH_BINS = 5
 
@@ -137,7 +137,7 @@ def measure_position_perplexity(
         cache_kind (`CacheKind`): Through what cache a document is read.
 
     Raises:
-        ValueError: If the model's context is shorter, or all documents are.
+        ValueError: If the model's context is shorter, all documents are, or a loss is not finite.
     """
     limit = model.config.max_position_embeddings
     if not 2 <= length <= limit:
@@ -146,7 +146,10 @@ def measure_position_perplexity(
     if not documents:
         raise ValueError(f"None of the {len(texts)} documents has {length} tokens. Lower the length.")
     bar = tqdm(documents, desc="Perplexity by position", unit="document")
-    per_document = [token_losses(model, ids, cache_kind=cache_kind) for ids in bar]
+    per_document = []
+    for number, ids in enumerate(bar, 1):
+        per_document.append(token_losses(model, ids, cache_kind=cache_kind))
+        check_finite(per_document[-1], f"Document {number} of {length} tokens: the losses")
     losses = torch.stack(per_document).double()  # [documents, length - 1], position 1 on
     ranges = []
     begin, end = 1, min(128, length)

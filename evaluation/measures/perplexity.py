@@ -11,7 +11,7 @@ from mha2mla.common.perplexity import Perplexity
 from mha2mla.evaluation.caches import DYNAMIC, CacheKind
 from mha2mla.modeling import CACHE_ARGUMENT
 
-from .scoring import inference, prefix_token, score_targets
+from .scoring import check_finite, inference, prefix_token, score_targets
 
 # Tokens that go through a model at a time where only the losses are kept: its logits are the largest tensor there is.
 CHUNK = 512
@@ -67,7 +67,7 @@ def measure_text_perplexity(
         cache_kind (`CacheKind`): If quantised, a window is read through it piece by piece, as decoding would.
 
     Raises:
-        ValueError: If length or stride are out of range, or there is no text.
+        ValueError: If length or stride are out of range, there is no text, or a log-likelihood is not finite.
     """
     limit = model.config.max_position_embeddings
     stride = length if stride is None else stride
@@ -78,7 +78,7 @@ def measure_text_perplexity(
     check_texts(texts)
     sums, counts = [], []
     with inference(model):
-        for text in tqdm(texts, desc="Perplexity", unit="text"):
+        for number, text in enumerate(tqdm(texts, desc="Perplexity", unit="text"), 1):
             ids = text_tokens(tokenizer, text).to(model.device)
             for begin, end, first in text_windows(len(ids), length, stride):
                 keep = end + 1 - first
@@ -88,6 +88,7 @@ def measure_text_perplexity(
                     pieces = chunked_logits(model, ids[begin:end], cache_kind.piece(CHUNK), cache_kind)
                     logits = torch.cat(list(pieces))[-keep:]
                 log_likelihoods, _ = score_targets(logits, ids[first : end + 1])
+                check_finite(log_likelihoods, f"Text {number}: the log-likelihoods")
                 sums.append(-log_likelihoods.double().sum().item())
                 counts.append(keep)
     if not counts:

@@ -14,6 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mha2mla.evaluation.caches import DYNAMIC, CacheKind
 from mha2mla.modeling import CACHE_ARGUMENT
 
+NOT_FINITE = "are NaN or infinite. Try --dtype float32; if they stay so, the checkpoint is broken."
+
 
 @dataclass(frozen=True)
 class Request:
@@ -52,6 +54,12 @@ def inference(model: PreTrainedModel) -> Iterator[None]:
             yield
     finally:
         model.train(training)
+
+
+def check_finite(values: torch.Tensor, what: str) -> None:
+    """Raise a `ValueError` if one of the numbers, of any shape, is NaN or infinite; `what` names them, in plural."""
+    if not values.isfinite().all():
+        raise ValueError(f"{what} {NOT_FINITE}")
 
 
 def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -108,6 +116,9 @@ def score_requests(
             and lack of memory shows at once.
         desc (`str`): Of the progress bar.
         cache_kind (`CacheKind`): How continuations find their context.
+
+    Raises:
+        ValueError: If a log-likelihood is not finite.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
@@ -166,9 +177,11 @@ def score_batch(model: PreTrainedModel, requests: list[Request], cache_kind: Cac
         values, best = score_targets(logits, targets[:, 1:])
         log_likelihoods.append(values)
         greedy.append(best)
-    sums = (torch.cat(log_likelihoods, dim=1) * target_mask).sum(-1).tolist()
+    sums = torch.cat(log_likelihoods, dim=1).masked_fill(~target_mask, 0).sum(-1)
+    for request, of_request in zip(requests, sums.split([len(r.continuations) for r in requests]), strict=True):
+        check_finite(of_request, f"Item {request.name}: the log-likelihoods")
     all_greedy = (torch.cat(greedy, dim=1) | ~target_mask).all(-1).tolist()
-    flat = iter(map(Score, sums, all_greedy))
+    flat = iter(map(Score, sums.tolist(), all_greedy))
     return [[next(flat) for _ in r.continuations] for r in requests]
 
 

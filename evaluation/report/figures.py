@@ -4,6 +4,7 @@ import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, PercentFormatter
@@ -71,15 +72,22 @@ def encode_png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def plot_positions(results: Results, name: str) -> Figure:
-    """Perplexity by position, a line for each model."""
+def can_be_drawn(value: float | None) -> TypeGuard[float]:
+    """Not infinity, which a perplexity may be and which a file of results has no number for."""
+    return value is not None and math.isfinite(value)
+
+
+def plot_positions(results: Results, name: str) -> Figure | None:
+    """Perplexity by position, a line for each model; None where none has a number."""
     figure = Figure(figsize=(8, 4))
     axes = figure.subplots()
     for model in results.models:
-        ranges = task_numbers(model, name).get("ranges", [])
+        ranges = [r for r in task_numbers(model, name).get("ranges", []) if can_be_drawn(r["perplexity"])]
         if ranges:
             ends, values = [r["end"] for r in ranges], [r["perplexity"] for r in ranges]
             axes.plot(ends, values, marker="o", markersize=3, label=model.label)
+    if not axes.lines:
+        return None
     axes.set(xlabel="position in the document (end of the range)", ylabel="perplexity", title=name)
     axes.set(xscale="log", yscale="log")
     axes.grid(alpha=0.3, which="both")
@@ -137,11 +145,12 @@ def against_cache(results: Results) -> Iterator[tuple[str, Figure]]:
 
         def perplexity(model: ModelResult, name: str = name) -> tuple[float, float] | None:
             numbers = task_numbers(model, name)
-            stderr = numbers.get("stderr")
-            return (numbers["perplexity"], math.nan if stderr is None else stderr) if numbers else None
+            value, stderr = numbers.get("perplexity"), numbers.get("stderr")
+            return (value, math.nan if stderr is None else stderr) if can_be_drawn(value) else None
 
         points = measured_points(results, perplexity)
-        yield f"perplexity-{name}", plot(points, "perplexity", f"{name} against cache size", log=True)
+        if points:
+            yield f"perplexity-{name}", plot(points, "perplexity", f"{name} against cache size", log=True)
 
 
 def make_figures(results: Results) -> Iterator[tuple[str, Figure]]:
@@ -152,4 +161,6 @@ def make_figures(results: Results) -> Iterator[tuple[str, Figure]]:
             if task_numbers(model, name).get("cells"):
                 yield f"{name}-{model.label}", plot_retrieval(model, name)
     for name in tasks_with(results, ("positions",), "ranges"):
-        yield name, plot_positions(results, name)
+        figure = plot_positions(results, name)
+        if figure is not None:
+            yield name, figure

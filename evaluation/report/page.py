@@ -30,7 +30,7 @@ def write_page(folder: Path, results: Results) -> list[Table]:
     text = "\n\n".join([*results_in_words(results), *(table.markdown() for table in tables)])
     (folder / MARKDOWN_NAME).write_text(f"{text}\n\n{made_by(results)}\n", encoding="utf-8")
     pictures = [html_picture(name, encode_png(figure)) for name, figure in make_figures(results)]
-    parts = [f"<h2>{table.title}</h2>{html_table(table.header, table.rows)}" for table in tables]
+    parts = [f"<h2>{html.escape(table.title)}</h2>{html_table(table.header, table.rows)}" for table in tables]
     records = find_records(model.path for model in results.models)
     names = distinct_names(records)
     conversions = [conversion_section(names[path], record) for path, record in records.items()]

@@ -66,9 +66,10 @@ def average_accuracy(model: ModelResult, names: Sequence[str], key: str = "accur
     measured = [task_numbers(model, name) for name in names]
     if not measured or any(key not in numbers for numbers in measured):
         return None
-    errors = [numbers["stderr" + key.removeprefix("accuracy")] for numbers in measured]
-    known = all(error is not None for error in errors)
-    return mean(n[key] for n in measured), math.hypot(*errors) / len(errors) if known else math.nan
+    errors = [numbers.get("stderr" + key.removeprefix("accuracy")) for numbers in measured]
+    known = [error for error in errors if error is not None]
+    stderr = math.hypot(*known) / len(known) if len(known) == len(errors) else math.nan
+    return mean(n[key] for n in measured), stderr
 
 
 def accuracy_tables(results: Results) -> Iterator[Table]:

@@ -15,6 +15,7 @@ from mha2mla.modeling.latent_cache import round_up
 from .timing import synchronize
 
 FILL_TOKENS = 2**17  # put in a cache at once: a large batch leaves little memory
+PREFILLS = 3  # before the one that is decoded behind; the first of them warms up and does not count
 WARM_UP_STEPS = 3  # a compiled step is recorded as a CUDA graph in the second and third run
 
 
@@ -24,8 +25,8 @@ class Speed:
     One model, cache, batch and context.
 
     Attributes:
-        first_token_s (`float`, *optional*): Seconds from the prompt to the first token; none if the cache was filled
-            with random numbers instead of a prompt.
+        first_token_s (`float`, *optional*): Seconds from the prompt to the first token, median of a few; none if the
+            cache was filled with random numbers instead of a prompt.
         step_ms (`float`): Milliseconds a decoding step, median of the repetitions.
         tokens_per_s (`float`): Of the whole batch, while decoding.
         formula_bytes (`int`): Numbers cached per token and layer * tokens * batch * layers * element size.
@@ -96,6 +97,17 @@ def fill(model, cache: Cache, batch: int, context: int) -> None:
 
 
 @torch.no_grad()
+def read_prompt(model, cache: Cache, ids: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """The likeliest token behind prompts [batch, tokens], [batch, 1], and the seconds that it took."""
+    synchronize(ids.device)
+    started = time.perf_counter()
+    logits = model(ids, logits_to_keep=1, **{CACHE_ARGUMENT: cache}).logits
+    token = logits[:, -1:].argmax(-1)
+    synchronize(ids.device)
+    return token, time.perf_counter() - started
+
+
+@torch.no_grad()
 def measure_speed(
     model, name: str, kind: CacheKind, batch: int, context: int, steps: int, repetitions: int = 3, prefill: bool = True
 ) -> Speed:
@@ -115,17 +127,16 @@ def measure_speed(
     tokens = context + WARM_UP_STEPS + steps * repetitions
     if kind.is_static:
         tokens = round_up(tokens)  # the original's too: the same room for both
-    cache = kind.make(model, tokens)
     ids = torch.randint(3, model.config.vocab_size, (batch, context), device=device)
     first_token = None
     if prefill:
-        synchronize(device)
-        started = time.perf_counter()
-        logits = model(ids, logits_to_keep=1, **{CACHE_ARGUMENT: cache}).logits
-        token = logits[:, -1:].argmax(-1)
-        synchronize(device)
-        first_token = time.perf_counter() - started
+        # Each cache is gone before the next is made: a second one would show in the peak of memory.
+        _, *before = [read_prompt(model, kind.make(model, tokens), ids)[1] for _ in range(PREFILLS)]
+        cache = kind.make(model, tokens)
+        token, last = read_prompt(model, cache, ids)
+        first_token = statistics.median([*before, last])
     else:
+        cache = kind.make(model, tokens)
         fill(model, cache, batch, context)
         token = ids[:, -1:].clone()
     position = torch.full((batch, 1), context, device=device)
