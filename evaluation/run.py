@@ -5,12 +5,21 @@ import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, set_seed
 
 from mha2mla.common.device import check_device
-from mha2mla.common.loading import check_router, distinct_names, load_config, load_model, load_tokenizer, plain_path
+from mha2mla.common.loading import (
+    check_router,
+    distinct_names,
+    keys_values_width,
+    load_config,
+    load_model,
+    load_tokenizer,
+    plain_path,
+)
 from mha2mla.common.records import RECORD_NAME, read_record, recorded_preset
 from mha2mla.modeling import CACHE_ARGUMENT, LatentConfigMixin, cache_nbytes
 from mha2mla.modeling.latent_quantized_entries import MEAN_TOKENS
@@ -80,8 +89,28 @@ def find_original(paths: Sequence[str]) -> str | None:
     if not Path(source).is_dir():
         logger.info("%s is a conversion of %s, which is not here: there is no original", paths[0], source)
         return None
+    if differs := other_field(read_record(paths[0]), load_config(paths[0]), source):
+        logger.warning(
+            "%s is a conversion of %s, and what lies there from here has another %s: there is no original. Give its "
+            "path first.",
+            paths[0],
+            source,
+            differs,
+        )
+        return None
     logger.info("%s is a conversion of %s, which is measured as the original", paths[0], source)
     return source
+
+
+def other_field(record: dict[str, Any], config: PreTrainedConfig, source: str) -> str | None:
+    """What tells that the model in a folder is not the one that a conversion was made of; None if nothing does. The
+    record has the path as it was typed, and from another folder that may be another model's."""
+    found = load_config(source, "source")
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+        if getattr(found, name, None) != getattr(config, name):
+            return name
+    width = keys_values_width(found)
+    return None if record.get("source_cache_width", width) == width else "cache"
 
 
 def is_measured(task: Task, kind: CacheKind, is_original: bool) -> bool:

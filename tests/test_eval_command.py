@@ -15,10 +15,11 @@ from mha2mla.cli.main import main
 from mha2mla.evaluation import run
 from mha2mla.evaluation.measures import harness
 from mha2mla.evaluation.settings import EvaluationSettings
-from pico import VOCAB, make_mla
+from pico import VOCAB, make_mla, make_source
 
 SIZES = ("--length", "16", "--long-length", "20", "--agreement-length", "16")
 SIZES += ("--prompt-length", "8", "--new-tokens", "4")
+PAPER = ("--rope-selection", "high")
 TASKS = "choices,texts,positions:texts,agreement:texts,passkey,completion"
 
 
@@ -345,3 +346,14 @@ def test_an_output_that_cannot_be_is_refused_before_anything_is_measured(fault, 
     assert main(arguments(models, sets, tmp_path)) == 2
     captured = capsys.readouterr()
     assert "Choose another --output" in captured.err and "measurement 1" not in captured.err + captured.out
+
+
+def test_another_model_by_the_name_of_the_source_is_no_original(save_source, tmp_path, monkeypatch, caplog):
+    """The record has the path as it was typed: from another folder it may be another model's."""
+    save_source("gqa").rename(tmp_path / "source")
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", "source", "small", "--cache-ratio", "0.3", "--preset", "paper", *PAPER]) == 0
+    assert run.find_original(["small"]) == "source"
+    make_source("mqa").save_pretrained(tmp_path / "source")
+    assert run.find_original(["small"]) is None
+    assert "small is a conversion of source, and what lies there from here has another cache" in caplog.text
