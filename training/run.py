@@ -2,14 +2,14 @@
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import distributed
-from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, SchedulerType, set_seed
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, SchedulerType, set_seed
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from mha2mla.common.loading import copy_notices, load_model, load_tokenizer
@@ -78,8 +78,8 @@ def train(
     check_losses(loss, config, trained, tokenizer, arguments, model.trust_remote_code)
     with arguments.main_process_first(desc="tokenising"):
         train_rows, eval_rows = load_rows(data, tokenizer, arguments.seed)
-    if len(tokenizer) > config.vocab_size and not data.streaming:
-        check_tokens((rows for rows in (train_rows, eval_rows) if rows is not None), config.vocab_size)
+    if not data.streaming:
+        check_tokens([rows for rows in (train_rows, eval_rows) if rows is not None], tokenizer, config)
 
     set_seed(arguments.seed)
     student = load_weights(model.model, "model", model, model.dtype)
@@ -111,14 +111,18 @@ def train(
     return trainer
 
 
-def check_tokens(parts: Iterable[Dataset], vocab_size: int) -> None:
+def check_tokens(
+    parts: Sequence[Iterable[dict[str, Any]]], tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
+) -> None:
     """Raise a `ValueError` for a token that was added to the tokenizer and not to the model: a GPU would not name it.
     Others of that kind, such as `[PAD]`, may never be met."""
+    if len(tokenizer) <= config.vocab_size:
+        return
     unknown = max(max(row["input_ids"]) for rows in parts for row in rows)
-    if unknown >= vocab_size:
+    if unknown >= config.vocab_size:
         raise ValueError(
-            f"The text has a token with the id {unknown}, and the model knows vocab_size={vocab_size} tokens. Was one "
-            "added to the tokenizer without model.resize_token_embeddings? Mend the model, or give other text."
+            f"The text has a token with the id {unknown}, and the model knows vocab_size={config.vocab_size} tokens. "
+            "Was one added to the tokenizer without model.resize_token_embeddings? Mend the model, or give other text."
         )
 
 
