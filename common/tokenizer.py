@@ -144,3 +144,13 @@ def check_same_tokens(source: Path, output: Path, trust_remote_code: bool = Fals
         theirs, ours = getattr(first, name), getattr(second, name)
         if ours != theirs:
             raise TokensDiffer(f"The tokenizer of the output has {name}={ours!r}, that of {source} {theirs!r}.")
+
+
+def check_known(what: str, largest: int, vocab_size: int) -> None:
+    """Raise a `ValueError` if the largest token id of `what` is beyond the model's embedding, which a GPU would not
+    name."""
+    if largest >= vocab_size:
+        raise ValueError(
+            f"{what} has a token with the id {largest}, and the model knows vocab_size={vocab_size} tokens. Was one "
+            "added to the tokenizer without model.resize_token_embeddings? Mend the model, or give other text."
+        )

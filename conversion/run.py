@@ -19,6 +19,7 @@ from mha2mla.common.records import RECORD_NAME
 from mha2mla.common.scratch import scratch_folder
 from mha2mla.common.text import load_blocks
 from mha2mla.common.text_sources import check_files, find_sources
+from mha2mla.common.tokenizer import check_known
 from mha2mla.common.versions import versions
 from mha2mla.modeling.latent_config import LatentConfigMixin
 
@@ -211,10 +212,6 @@ def load_text(
         trust_remote_code,
         HELD_OUT_BLOCKS,
     )
-    if (unknown := int(blocks.max())) >= config.vocab_size:
-        raise ValueError(
-            f"The text has a token with the id {unknown}, and the model knows vocab_size={config.vocab_size} tokens. "
-            "Was one added to the tokenizer without model.resize_token_embeddings? Mend the model, or give other text."
-        )
+    check_known("The text", int(blocks.max()), config.vocab_size)
     held_out = blocks[options.samples :]
     return blocks[: options.samples], held_out if len(held_out) > 0 else None

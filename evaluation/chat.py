@@ -7,6 +7,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mha2mla.common.tokenizer import check_known
 from mha2mla.modeling import CACHE_ARGUMENT, cache_nbytes
 
 from .caches import DYNAMIC
@@ -56,14 +57,10 @@ class Speaker:
                 )
             except TemplateError as error:
                 raise ValueError(f"The chat template of {self.name} refuses the conversation: {error}") from error
-        ids, known = encoded["input_ids"], self.model.config.vocab_size
+        ids = encoded["input_ids"]
         if ids.shape[1] == 0:
             raise ValueError(f"The prompt has no token for {self.name}, which has no chat template: write something.")
-        if (unknown := int(ids.max())) >= known:
-            raise ValueError(
-                f"The prompt has a token with the id {unknown}, and {self.name} knows vocab_size={known} tokens: one "
-                "was added to the tokenizer without model.resize_token_embeddings. Leave it out, or mend the model."
-            )
+        check_known(f"The prompt for {self.name}", int(ids.max()), self.model.config.vocab_size)
         return ids.to(self.model.device)
 
     def end_tokens(self) -> set[int]:

@@ -83,13 +83,14 @@ def find_original(paths: Sequence[str]) -> str | None:
     """
     if recorded_preset(paths[0]) is None:
         return paths[0]
-    source = read_record(paths[0]).get("source")
+    record = read_record(paths[0])
+    source = record.get("source")
     if not isinstance(source, str):
         raise ValueError(f"{RECORD_NAME} of {paths[0]} has no 'source': convert again, or remove the file.")
     if not Path(source).is_dir():
         logger.info("%s is a conversion of %s, which is not here: there is no original", paths[0], source)
         return None
-    if differs := other_field(read_record(paths[0]), load_config(paths[0]), source):
+    if differs := other_field(record, load_config(paths[0]), source):
         logger.warning(
             "%s is a conversion of %s, and what lies there from here has another %s: there is no original. Give its "
             "path first.",

@@ -15,6 +15,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from mha2mla.common.loading import copy_notices, load_model, load_tokenizer
 from mha2mla.common.records import copy_record
 from mha2mla.common.text_sources import hub_datasets
+from mha2mla.common.tokenizer import check_known
 from mha2mla.modeling import LatentConfigMixin
 
 from .arguments import DataArguments, LossArguments, ModelArguments
@@ -114,16 +115,10 @@ def train(
 def check_tokens(
     parts: Sequence[Iterable[dict[str, Any]]], tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
 ) -> None:
-    """Raise a `ValueError` for a token that was added to the tokenizer and not to the model: a GPU would not name it.
-    Others of that kind, such as `[PAD]`, may never be met."""
-    if len(tokenizer) <= config.vocab_size:
-        return
-    unknown = max(max(row["input_ids"]) for rows in parts for row in rows)
-    if unknown >= config.vocab_size:
-        raise ValueError(
-            f"The text has a token with the id {unknown}, and the model knows vocab_size={config.vocab_size} tokens. "
-            "Was one added to the tokenizer without model.resize_token_embeddings? Mend the model, or give other text."
-        )
+    """Raise a `ValueError` for a token that was added to the tokenizer and not to the model. Others of that kind, such
+    as `[PAD]`, may never be met."""
+    if len(tokenizer) > config.vocab_size:
+        check_known("The text", max(max(row["input_ids"]) for rows in parts for row in rows), config.vocab_size)
 
 
 def tell_change(losses: tuple[float, float], arguments: RecoveryTrainingArguments) -> None:
