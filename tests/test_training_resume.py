@@ -1,6 +1,7 @@
 """What may go on from an output folder, and what is refused in a sentence rather than overwritten."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -63,14 +64,51 @@ def test_a_finished_run_without_checkpoints_is_not_begun_again(more, remedy, tra
         (LORA, (*LORA, "--lora_targets", "q_proj"), "this run has lora_targets=['q_proj']"),
         ((), ("--optim", "adafactor"), "optim='adamw_torch_fused', this run has optim='adafactor'"),
         (("--attention_learning_rate", "1e-3"), (), "attention_learning_rate=0.001, this run has attention_learning"),
+        (LORA, (*LORA, "--model", "twin"), "/twin': it cannot go on"),
     ],
 )
-def test_other_settings_than_those_of_the_checkpoint_are_named(first, then, differs, train, capsys):
+def test_other_settings_than_those_of_the_checkpoint_are_named(
+    first, then, differs, train, inputs, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(inputs / "mla", tmp_path / "twin")
+    monkeypatch.chdir(tmp_path)
     assert train(*first) == 0
     assert train(*first, *RESUME, "--max_steps", 3) == 0
     assert train(*then, *RESUME, "--max_steps", 4) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert differs in error and error.endswith("Give the same, or another --output for a new run.")
+
+
+@pytest.mark.parametrize(
+    "then, differs",
+    [
+        (("--length", "16"), "length=8, this run has length=16"),
+        (("--data", "others.jsonl"), "this run has data='others.jsonl'"),
+        (("--seed", "7"), "seed=42, this run has seed=7"),
+        (("--gradient_accumulation_steps", "2"), "rows_per_step=8, this run has rows_per_step=16"),
+        (("--lookback_share", "0.5"), "this run has lookback_share=0.5"),
+        ((), ", this run has rows="),
+    ],
+)
+def test_rows_in_another_order_are_named(then, differs, train, inputs, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = (inputs / "texts.jsonl").read_text().splitlines(True)
+    text = ("--data", "texts.jsonl")
+    (tmp_path / "texts.jsonl").write_text("".join(lines))
+    assert train(*text) == 0
+    (tmp_path / "others.jsonl").write_text("".join(lines[:-1]))
+    if not then:
+        (tmp_path / "texts.jsonl").write_text("".join(lines[:-1]))
+    assert train(*text, *then, *RESUME, "--max_steps", 3) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert differs in error and error.endswith("or --ignore_data_skip to begin this text at its first row.")
+    assert train(*text, *then, *RESUME, "--max_steps", 3, "--ignore_data_skip") == 0
+
+
+def test_a_run_of_an_earlier_version_told_less(train, tmp_path):
+    assert train() == 0
+    (tmp_path / "out" / "run_settings.json").write_text('{"trainable": "all"}')
+    assert train(*RESUME, "--max_steps", 3) == 0
 
 
 def test_a_finished_adapter_is_merged_afterwards(train, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Where a run goes on, and whether there is anything left of it."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from mha2mla.common.cards import CARD_NAME
 from mha2mla.common.files import read_json_object
 from mha2mla.modeling import LatentConfigMixin
 
-from .arguments import ModelArguments
+from .arguments import DataArguments, ModelArguments
 from .parameters import LORA
 from .publish import RUN_SETTINGS
 from .trainer_arguments import RecoveryTrainingArguments
@@ -90,7 +91,15 @@ def describe_settings(
     if model.trainable == LORA:
         targets = sorted(model.lora_targets or config.attention_projections)
         settings |= {"lora_rank": model.lora_rank, "lora_alpha": model.lora_alpha, "lora_targets": targets}
+        settings["model"] = model.model  # a checkpoint has the adapter only
     return settings
+
+
+def describe_order(data: DataArguments, arguments: RecoveryTrainingArguments) -> dict[str, Any]:
+    """The settings by which rows come in one order and no other: a checkpoint is so many steps from the first."""
+    settings = {name: value for name, value in asdict(data).items() if name not in ("eval_data", "num_proc")}
+    rows = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    return settings | {"seed": arguments.seed, "rows_per_step": rows}
 
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -98,18 +107,24 @@ def write_settings(folder: Path, settings: dict[str, Any]) -> None:
     (folder / RUN_SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def check_settings(checkpoint: str, settings: dict[str, Any]) -> None:
-    """Raise a `ValueError` if the run that made a checkpoint trained something else, as far as its folder tells."""
-    path = Path(checkpoint).resolve().parent / RUN_SETTINGS
-    if not path.is_file():
+def check_settings(checkpoint: str | None, settings: dict[str, Any], remedy: str = "") -> None:
+    """Raise a `ValueError` if the run that made a checkpoint had other settings, as far as its folder tells."""
+    if checkpoint is None:
         return
-    before = read_json_object(path)
+    path = Path(checkpoint).resolve().parent / RUN_SETTINGS
+    before = read_json_object(path) if path.is_file() else {}
     for name, value in settings.items():
         theirs = before.get(name)
         # A rate of its own makes attention a group of its own, whatever it is.
         same = (value is None) == (theirs is None) if name == "attention_learning_rate" else value == theirs
-        if not same:
+        if name in before and not same:
             raise ValueError(
                 f"{checkpoint} was made with {name}={theirs!r}, this run has {name}={value!r}: it cannot go on from "
-                "there. Give the same, or another --output for a new run."
+                f"there. Give the same, or another --output for a new run{remedy}."
             )
+
+
+def check_order(checkpoint: str | None, settings: dict[str, Any], arguments: RecoveryTrainingArguments) -> None:
+    """[`check_settings`] of what [`describe_order`] gives, which does not count where no rows are passed over."""
+    if not arguments.ignore_data_skip:
+        check_settings(checkpoint, settings, ", or --ignore_data_skip to begin this text at its first row")

@@ -27,7 +27,9 @@ from .publish import push_folder
 from .resume import (
     MERGED,
     all_steps_taken,
+    check_order,
     check_settings,
+    describe_order,
     describe_settings,
     find_checkpoint,
     is_finished,
@@ -73,14 +75,17 @@ def train(
         model.model = str(Path(model.model).resolve())  # an adapter names its base, and must find it from anywhere
     config, trained = check_model(model, data.length)
     settings = describe_settings(model, arguments, config)
-    if checkpoint is not None:
-        check_settings(checkpoint, settings)
+    order = describe_order(data, arguments)
+    check_settings(checkpoint, settings)
+    check_order(checkpoint, order, arguments)
     tokenizer = load_tokenizer(model.model, "model", model.trust_remote_code)
     check_losses(loss, config, trained, tokenizer, arguments, model.trust_remote_code)
     with arguments.main_process_first(desc="tokenising"):
         train_rows, eval_rows = load_rows(data, tokenizer, arguments.seed)
     if not data.streaming:
         check_tokens([rows for rows in (train_rows, eval_rows) if rows is not None], tokenizer, config)
+        order["rows"] = len(train_rows)  # other text by the same name has another number
+        check_order(checkpoint, order, arguments)
 
     set_seed(arguments.seed)
     student = load_weights(model.model, "model", model, model.dtype)
@@ -89,7 +94,7 @@ def train(
         with load_whole(arguments):
             teacher = load_weights(loss.teacher, "teacher", model, "bfloat16" if arguments.bf16 else model.dtype)
     if arguments.process_index == 0:
-        write_settings(Path(arguments.output_dir), settings)
+        write_settings(Path(arguments.output_dir), settings | order)
     with reading_rows(data):
         trainer = recover(student, tokenizer, train_rows, eval_rows, model, loss, arguments, teacher, checkpoint)
 
