@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import zipfile
 import zlib
 from collections.abc import Iterator
 from difflib import get_close_matches
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError, safe_open
 
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # of a surrogate pair: Python's strings hold it, UTF-8 cannot
 
@@ -28,6 +30,24 @@ def check_readable(folder: Path) -> None:
     for path in (path for pattern in ("*.safetensors", "*.json") for path in sorted(folder.glob(pattern))):
         if path.exists() and not os.access(path, os.R_OK):
             raise ValueError(f"{path} may not be read by you. Change its permissions, for example by `chmod u+r`.")
+
+
+def damage(path: Path) -> str | None:
+    """For a person: what tells that a file of tensors or JSON is not whole; None if nothing does. Of tensors only what
+    says how many there are is read."""
+    try:
+        if path.suffix == ".json":
+            read_json(path)
+        elif path.suffix == ".safetensors":
+            with safe_open(path, framework="pt"):
+                pass
+        elif path.suffix in (".pt", ".pth") and not zipfile.is_zipfile(path):
+            return f"{path} cannot be read (its end is missing)"
+    except SafetensorError as error:
+        return f"{path} cannot be read ({error})"
+    except ValueError as error:
+        return str(error).rstrip(".")
+    return None
 
 
 def check_output_file(path: Path) -> None:

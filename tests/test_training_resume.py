@@ -105,6 +105,19 @@ def test_rows_in_another_order_are_named(then, differs, train, inputs, tmp_path,
     assert train(*text, *then, *RESUME, "--max_steps", 3, "--ignore_data_skip") == 0
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "config.json"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(name, train, tmp_path, caplog, capsys):
+    assert train() == 0
+    newest = tmp_path / "out" / "checkpoint-2"
+    (newest / name).write_bytes((newest / name).read_bytes()[:-40])
+    assert train(*RESUME, "--max_steps", 3) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert str(newest / name) in error and f"goes on from {newest}. Remove that folder" in error
+    shutil.rmtree(newest)
+    assert train(*RESUME, "--max_steps", 3) == 0
+    assert f"Going on from {tmp_path}/out/checkpoint-1" in caplog.text
+
+
 def test_a_run_of_an_earlier_version_told_less(train, tmp_path):
     assert train() == 0
     (tmp_path / "out" / "run_settings.json").write_text('{"trainable": "all"}')

@@ -8,12 +8,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
-from safetensors import SafetensorError, safe_open
 
 from mha2mla.common.cards import CARD_NAME, RESULTS_FOLDER
 from mha2mla.common.companions import COMPANION_PATTERNS, name_tokenizer
 from mha2mla.common.exports import EXPORT_RECORD_NAME
-from mha2mla.common.files import read_json_object, read_text
+from mha2mla.common.files import damage, read_json_object, read_text
 from mha2mla.common.hub import on_hub
 from mha2mla.common.loading import find_file
 from mha2mla.modeling import FAMILIES
@@ -87,7 +86,8 @@ def plan_upload(folder: Path, base_model: str | None = None, repo: str | None = 
             f"{folder} holds no .safetensors weights. Give the output of mha2mla convert, train or export."
         )
     for path in folder.glob("*.safetensors"):
-        check_readable(path)
+        if fault := damage(path):
+            raise ValueError(f"{fault}. Save the model again.")
     if ADAPTER_CONFIG in uploads:
         config = read_json_object(folder / ADAPTER_CONFIG)
         base_model = str(base_model or config.get("base_model_name_or_path") or "")
@@ -169,15 +169,6 @@ def named_files(folder: Path) -> set[str]:
         return files | (set(read_json_object(index)["weight_map"].values()) if index.is_file() else set())
     except (AttributeError, KeyError, TypeError):
         raise ValueError(f"config.json or {index.name} of {folder} is malformed. Save the model again.") from None
-
-
-def check_readable(path: Path) -> None:
-    """Raise a `ValueError` if a file of weights is not whole."""
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read ({error}). Save the model again.") from None
 
 
 def push_folder(

@@ -8,7 +8,7 @@ from typing import Any
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mha2mla.common.cards import CARD_NAME
-from mha2mla.common.files import read_json_object
+from mha2mla.common.files import damage, read_json_object
 from mha2mla.modeling import LatentConfigMixin
 
 from .arguments import DataArguments, ModelArguments
@@ -54,6 +54,16 @@ def find_checkpoint(arguments: RecoveryTrainingArguments) -> str | None:
     if read_state(Path(wanted)) is None:
         raise ValueError(f"resume_from_checkpoint={wanted!r} holds no {TRAINER_STATE}: it is no complete checkpoint.")
     return str(wanted)
+
+
+def check_whole(checkpoint: str) -> None:
+    """Raise a `ValueError` for a file of a checkpoint that lost its end, as on a disk that was full or lost power."""
+    fault = next(filter(None, map(damage, sorted(Path(checkpoint).rglob("*")))), None)
+    if fault is not None:
+        raise ValueError(
+            f"{fault}, so that no run goes on from {checkpoint}. Remove that folder: the same command then takes the "
+            "checkpoint before it."
+        )
 
 
 def all_steps_taken(folder: str | Path, arguments: RecoveryTrainingArguments) -> bool:

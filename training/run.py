@@ -29,6 +29,7 @@ from .resume import (
     all_steps_taken,
     check_order,
     check_settings,
+    check_whole,
     describe_order,
     describe_settings,
     find_checkpoint,
@@ -67,6 +68,8 @@ def train(
         if is_finished(arguments, checkpoint, model):
             tell("%s holds the finished run: there is nothing left to do", arguments.output_dir)
             return None
+        if checkpoint is not None:
+            check_whole(checkpoint)
         if checkpoint is not None and all_steps_taken(checkpoint, arguments):
             tell("%s is the end of the run: nothing is left to train, the model will be saved", checkpoint)
         else:
