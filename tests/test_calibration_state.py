@@ -48,3 +48,14 @@ def test_a_run_that_was_killed_leaves_no_half_fingerprint(tmp_path, monkeypatch)
     (tmp_path / "calibration.json").write_text("")
     with pytest.raises(ValueError, match=r"calibration\.json:1 is not JSON"):
         CalibrationState(tmp_path, IDENTITY)
+
+
+def test_a_layer_that_lost_its_end_is_named(tmp_path):
+    state = CalibrationState(tmp_path, IDENTITY)
+    state.save(0, statistics())
+    layer = tmp_path / "layer-00000.safetensors"
+    layer.write_bytes(layer.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"layer-00000\.safetensors cannot be read .* measured again"):
+        assert 0 in state
+    layer.unlink()
+    assert 0 not in state

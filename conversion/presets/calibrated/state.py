@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig
 
-from mha2mla.common.files import read_json_object
+from mha2mla.common.files import damage, read_json_object
 from mha2mla.common.scratch import scratch_folder
 
 from .closed_form import LayerStatistics
@@ -77,7 +77,10 @@ class CalibrationState:
         return self.folder / f"layer-{index:05d}.safetensors"
 
     def __contains__(self, index: int) -> bool:
-        return self._path(index).is_file()
+        path = self._path(index)
+        if path.is_file() and (fault := damage(path)):
+            raise ValueError(f"{fault}. Remove it, and this layer is measured again.")
+        return path.is_file()
 
     def save(self, index: int, statistics: LayerStatistics) -> None:
         # The largest tensor by far; summed in fp64, but fp32 is finer than its shrinkage.
