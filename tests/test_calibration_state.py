@@ -2,6 +2,7 @@
 
 from dataclasses import fields
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -30,7 +31,30 @@ def test_two_conversions_may_write_the_same_layer(tmp_path, monkeypatch):
 
     monkeypatch.setattr(state_module, "save_file", save_and_be_overtaken)
     first.save(0, statistics())
-    assert 0 in first and {path.name for path in tmp_path.iterdir()} == {"calibration.json", "layer-00000.safetensors"}
+    written = {path.name for path in tmp_path.iterdir() if path.name != ".lock"}
+    assert 0 in first and written == {"calibration.json", "layer-00000.safetensors"}
+
+
+def test_of_two_conversions_with_other_options_one_gets_the_folder(tmp_path, monkeypatch):
+    whole, refused = CalibrationState._whole, []
+
+    def other():
+        with pytest.raises(ValueError, match="was made with other values of: text"):
+            CalibrationState(tmp_path, IDENTITY | {"text": "c"})
+        refused.append(True)
+
+    thread = Thread(target=other)
+
+    def whole_while_another_begins(state, path):
+        monkeypatch.setattr(CalibrationState, "_whole", whole)
+        thread.start()
+        thread.join(0.2)  # it has found no fingerprint, or waits
+        return whole(state, path)
+
+    monkeypatch.setattr(CalibrationState, "_whole", whole_while_another_begins)
+    CalibrationState(tmp_path, IDENTITY)
+    thread.join()
+    assert refused
 
 
 def test_a_run_that_was_killed_leaves_no_half_fingerprint(tmp_path, monkeypatch):

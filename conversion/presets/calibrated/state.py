@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig
 
@@ -20,6 +21,7 @@ from .closed_form import LayerStatistics
 from .pair_scores import PairMoments
 
 FINGERPRINT_NAME = "calibration.json"
+LOCK_NAME = ".lock"
 SCRATCH = ".partial-"  # what files are named by until they are whole; several conversions may share a folder
 UNRELATED = ("transformers_version", "_name_or_path")  # fields of a config that change nothing
 
@@ -52,19 +54,20 @@ class CalibrationState:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         mark = folder / FINGERPRINT_NAME
-        if mark.is_file():
-            there = read_json_object(mark)
-            differing = [key for key, value in identity.items() if there.get(key) != value]
-            if differing:
-                raise ValueError(
-                    f"The calibration state in {folder} was made with other values of: {', '.join(differing)}. Give "
-                    "the model and options it was made with, or another folder."
-                )
-        elif any(not path.name.startswith(SCRATCH) for path in folder.iterdir()):
-            raise ValueError(f"{folder} is not a calibration state (no {FINGERPRINT_NAME}). Give another folder.")
-        else:
-            with self._whole(mark) as partial:
-                partial.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+        if not mark.is_file():
+            if any(not path.name.startswith(".") for path in folder.iterdir()):
+                raise ValueError(f"{folder} is not a calibration state (no {FINGERPRINT_NAME}). Give another folder.")
+            with FileLock(folder / LOCK_NAME):  # of two that begin at a time, the second finds the first's
+                if not mark.is_file():
+                    with self._whole(mark) as partial:
+                        partial.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+        there = read_json_object(mark)
+        differing = [key for key, value in identity.items() if there.get(key) != value]
+        if differing:
+            raise ValueError(
+                f"The calibration state in {folder} was made with other values of: {', '.join(differing)}. Give "
+                "the model and options it was made with, or another folder."
+            )
 
     @contextmanager
     def _whole(self, path: Path) -> Iterator[Path]:
