@@ -32,7 +32,7 @@ from .report.conversion import find_records
 from .report.page import write_page
 from .results import ModelResult, Results, describe_environment, describe_model, is_done, same_checkpoint
 from .settings import EvaluationSettings
-from .tasks import Task, check_lengths, check_prompts, measure_task
+from .tasks import Task, check_lengths, check_prompts, check_tokens, measure_task
 
 logger = logging.getLogger(__name__)
 
@@ -180,8 +180,9 @@ def evaluate_models(
         check_lengths(path, config.max_position_embeddings, tasks, settings)
     # Before anything is measured, too.
     tokenizers = {path: load_tokenizer(path, trust_remote_code=trust_remote_code) for path in paths}
-    for tokenizer in tokenizers.values():
+    for path, tokenizer in tokenizers.items():
         check_prompts(tasks, tokenizer)
+        check_tokens(path, configs[path].vocab_size, tasks, tokenizer)
     results = Results.open(output, settings)
     results.check_original(output, original_path)
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")

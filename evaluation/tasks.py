@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mha2mla.common.hub import is_hub_name
 from mha2mla.common.text_sources import TextSource
+from mha2mla.common.tokenizer import check_known
 
 from .caches import DYNAMIC, CacheKind
 from .long_tasks import TASKS as LONG_TASKS
@@ -24,6 +26,7 @@ from .measures.items import Item, item_kind, read_items, read_texts
 from .measures.long_context import measure_position_perplexity, measure_retrieval
 from .measures.multiple_choice import measure_multiple_choice
 from .measures.perplexity import Perplexity, measure_text_perplexity
+from .measures.scoring import prefix_token
 from .settings import EvaluationSettings
 
 # What a file of texts is measured with if its name says so; a bare name means the first.
@@ -32,6 +35,8 @@ LONG = "long"  # before the name of a generated task
 LONG_ITEMS = 100  # at each length
 # Kind by the form of a file's items.
 FILE_KINDS = {"choice": "choice", "completion": "retrieval", "text": TEXT_KINDS[0]}
+
+READ = ("text", "context", "choices", "target")  # of an item, by a model
 
 
 @dataclass(frozen=True)
@@ -281,6 +286,18 @@ def check_prompts(tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase) -> 
                 make_example(LONG_TASKS[task.name.removeprefix(f"{LONG}:")], task.items[0], tokenizer)
             except ValueError as error:
                 raise ValueError(f"{task.name}: {error} Give larger --contexts.") from None
+
+
+def check_tokens(path: str, vocab_size: int, tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise a `ValueError` for a token that was added to a tokenizer and not to its model, if a task has it. Others of
+    that kind, such as `[PAD]`, may never be met."""
+    if len(tokenizer) <= vocab_size:
+        return
+    for task in tasks:
+        parts = [item[name] for item in task.items for name in READ if name in item]
+        texts = [text for part in parts for text in ([part] if isinstance(part, str) else part)]
+        largest = max([prefix_token(tokenizer), *chain.from_iterable(map(tokenizer.encode, texts))])
+        check_known(f"{task.name}, as {path} reads it,", largest, vocab_size)
 
 
 def perplexity_numbers(perplexity: Perplexity) -> dict[str, Any]:

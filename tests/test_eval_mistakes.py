@@ -1,0 +1,41 @@
+"""What users get wrong in `mha2mla eval` that shows only beside a model: each ends in a sentence, nothing measured."""
+
+import json
+
+import pytest
+from conftest import pico_tokenizer
+
+from mha2mla.cli.main import main
+from pico import make_source
+
+ITEMS = {
+    "text": [{"text": "w5 w6 extra"}],
+    "choice": [{"context": "w5 w6", "choices": ["w7", "extra"], "answer": 0}],
+    "retrieval": [{"context": "w5 extra w6", "target": " w7"}],
+}
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A model whose tokenizer has a token more than it."""
+    make_source("gqa").save_pretrained(tmp_path / "source")
+    tokenizer = pico_tokenizer()
+    tokenizer.add_tokens(["extra"])
+    tokenizer.save_pretrained(tmp_path / "source")
+    return tmp_path / "source"
+
+
+def evaluate(source, *more) -> int:
+    output = source.parent / "results"
+    return main(["eval", str(source), "--length", "16", "--output", str(output), *map(str, more)])
+
+
+@pytest.mark.parametrize("name", ITEMS)
+def test_a_token_that_the_model_does_not_know_is_named(name, source, tmp_path, capsys):
+    path = tmp_path / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(item) + "\n" for item in ITEMS[name]))
+    assert evaluate(source, "--data", path) == 2
+    error = capsys.readouterr().err
+    assert f"{name}, as {source} reads it, has a token with the id 96, and the model knows vocab_size=96" in error
+    path.write_text(path.read_text().replace("extra", "w9"))  # which nobody meets
+    assert evaluate(source, "--data", path) == 0
