@@ -78,6 +78,18 @@ def test_every_architecture_has_a_plan(kind):
     assert all(offer.engines.startswith("none. ") == foreign for offer in survey.offers)
 
 
+@pytest.mark.parametrize("value", [0, -8])
+@pytest.mark.parametrize("field", ["num_hidden_layers", "intermediate_size", "max_position_embeddings", "head_dim"])
+def test_a_size_of_nothing_is_named(field, value, save_source, capsys):
+    source = save_source("gqa")
+    config = json.loads((source / "config.json").read_text()) | {field: value}
+    (source / "config.json").write_text(json.dumps(config))
+    paper = ["--preset", "paper", "--rope-selection", "high", "--cache-ratio", "0.5"]
+    for command in (["plan", str(source)], ["convert", str(source), str(source.parent / "out"), *paper]):
+        assert main(command) == 2
+        assert f"{field}={value} must be at least 1. Mend config.json." in capsys.readouterr().err
+
+
 def test_options_ask_for_the_offer():
     survey = survey_caches(LLAMA3_8B)
     assert [offer.options for offer in survey.offers[2:4]] == [

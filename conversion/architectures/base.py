@@ -13,6 +13,7 @@ from ..attention_weights import LatentAttention, SourceAttention
 from ..checkpoint import TensorSource
 from ..rotary import head_dim, num_rotary_pairs, pairs_first, whole_head_table
 from .refusals import (
+    refuse_empty_sizes,
     refuse_experts,
     refuse_normalised_heads,
     refuse_odd_heads,
@@ -52,6 +53,7 @@ class Architecture:
     # Whether the family has experts.
     has_experts: ClassVar[bool] = False
     refusals: ClassVar[tuple[Callable[[PreTrainedConfig], None], ...]] = (
+        refuse_empty_sizes,
         refuse_sliding_window,
         refuse_quantised_weights,
         refuse_odd_heads,

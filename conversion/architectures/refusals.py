@@ -24,6 +24,10 @@ UNSUPPORTED_FIELDS = {
 UNSUPPORTED_MODEL_TYPES = {
     "gpt_oss": "each head has an attention sink, a weight of its own in the softmax, and latent attention has none"
 }
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings"),
+)
 ATTENTION_LAYERS = ("full_attention", "sliding_attention", "attention")
 
 
@@ -52,6 +56,13 @@ def unsupported(config: PreTrainedConfig) -> str | None:
         if value:
             return f"{field}={value}: {reason}" if isinstance(value, int | float) else f"{field}: {reason}"
     return None
+
+
+def refuse_empty_sizes(config: PreTrainedConfig) -> None:
+    for field in SIZES:
+        value = getattr(config, field, None)
+        if value is not None and value < 1:
+            raise ValueError(f"{field}={value} must be at least 1. Mend config.json.")
 
 
 def refuse_experts(config: PreTrainedConfig) -> None:
