@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
 
     from mha2mla.common.device import check_device
     from mha2mla.common.loading import check_router, distinct_names, load_config, load_model, plain_path
-    from mha2mla.evaluation.caches import VLLM_NAME, CacheKind
+    from mha2mla.evaluation.caches import VLLM_NAME, CacheKind, check_suited
     from mha2mla.evaluation.speed.dimensions import random_models
     from mha2mla.evaluation.speed.run import bench_models
 
@@ -87,11 +87,10 @@ def main(argv: list[str]) -> None:
         makers = random_models(options.random, dtype, options.device, *sizes)
     else:
         makers = {name: partial(load, path) for path, name in distinct_names(map(plain_path, given.models)).items()}
-        for path in given.models:  # before the first is measured
-            config = load_config(path, trust_remote_code=options.trust_remote_code)
+        configs = {path: load_config(path, trust_remote_code=options.trust_remote_code) for path in given.models}
+        for path, config in configs.items():  # before the first is measured
             check_router(config, path, "model")
-            for kind in caches:
-                kind.suits(config)
+        check_suited(caches, configs.values())
     table = bench_models(
         makers,
         options.output,

@@ -1,6 +1,7 @@
 """The kinds of cache by their names, the same for `mha2mla eval` and `mha2mla bench`."""
 
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -64,6 +65,9 @@ class CacheKind:
         nbits, backend = (int(found[3]), found[2]) if found[3] else (8, FP8)
         if found[1] and backend is None:
             backend = LATENT  # no other is static
+        if backend is not None and nbits not in BACKEND_BITS[backend]:
+            has = " and ".join(f"int{bits}" for bits in BACKEND_BITS[backend])
+            raise ValueError(f"There is no cache {name!r}: of {backend} there are {has}.")
         return cls(name, nbits, backend, found[1] or DYNAMIC_NAME)
 
     @property
@@ -155,6 +159,16 @@ class CacheKind:
 
 
 DYNAMIC = CacheKind()
+
+
+def check_suited(caches: Sequence[CacheKind], configs: Iterable[PreTrainedConfig]) -> None:
+    """Raise a `ValueError` if no model's cache can be held in any of the kinds, or a backend is not installed."""
+    suited = [kind.suits(config) for config in configs for kind in caches]
+    if not any(suited):
+        raise ValueError(
+            f"--caches {','.join(kind.name for kind in caches)}: no model's cache can be held so. Add dynamic, int8 "
+            "or int4, which all have; int2 is for models that are not converted, latent- and static-int for others."
+        )
 
 
 def is_installed(module: str) -> bool:

@@ -24,7 +24,7 @@ from mha2mla.common.records import RECORD_NAME, read_record, recorded_preset
 from mha2mla.modeling import CACHE_ARGUMENT, LatentConfigMixin, cache_nbytes
 from mha2mla.modeling.latent_quantized_entries import MEAN_TOKENS
 
-from .caches import DYNAMIC, VLLM, CacheKind
+from .caches import DYNAMIC, VLLM, CacheKind, check_suited
 from .engine_cache import engine_fp8_nbytes
 from .measures.scoring import inference, prefix_token
 from .progress import Progress
@@ -165,14 +165,12 @@ def evaluate_models(
     paths = list(dict.fromkeys([*([original_path] if original_path else []), *paths]))
     find_records(paths)  # one that is malformed shows before anything is measured
     configs = {path: load_config(path, trust_remote_code=trust_remote_code) for path in paths}
+    check_suited(caches, configs.values())
     suited = {path: suited_caches(path, config, caches) for path, config in configs.items()}
-    given = ",".join(kind.name for kind in caches)
-    if not any(suited.values()):
-        raise ValueError(f"--caches {given}: no model's cache can be held so. Add dynamic.")
     if compares and original_path is not None and not suited[original_path]:
         raise ValueError(
-            f"{compares[0]} compares with the original, and --caches {given} leaves that out: its cache cannot be "
-            "held so. Add dynamic."
+            f"{compares[0]} compares with the original, and --caches {','.join(kind.name for kind in caches)} leaves "
+            "that out: its cache cannot be held so. Add dynamic."
         )
     latent = [path for path in paths if isinstance(configs[path], LatentConfigMixin)]
     tell_windows([kind for path in latent for kind in suited[path]], tasks)

@@ -76,15 +76,18 @@ def test_the_first_token_is_the_median_of_prompts_behind_one_that_warms_up(monke
     [
         (["--random", "huge"], "Dimensions are known for"),
         (["--random", "pico", "--caches", "paged"], "Unknown cache 'paged'"),
-        (["--random", "pico", "--caches", "int8"], "pip install hqq"),
+        (["--random", "pico", "--caches", "static-int2"], "no cache 'static-int2': of latent there are int8 and int4"),
+        (["{source}", "--caches", "latent-int4,static-int8"], "no model's cache can be held so. Add dynamic, int8 or"),
+        (["{source}", "--caches", "int8"], "pip install hqq"),
         (["--random", "pico", "--caches", "vllm-fp8"], "which `mha2mla eval` measures"),
         (["--random", "pico", "--batch-sizes", "1,0"], "must be above 0"),
         ([], "Name models, or dimensions"),
     ],
 )
-def test_mistakes_are_told_in_one_line(arguments, message, capsys):
-    assert main(["bench", *arguments]) == 2
-    assert message in capsys.readouterr().err
+def test_mistakes_are_told_in_one_line(arguments, message, save_source, tmp_path, capsys):
+    arguments = [word.format(source=save_source()) for word in arguments]
+    assert main(["bench", *arguments, "--output", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("model", [make_mla(), make_source()], ids=["converted", "original"])
