@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 
+from .files import shown
+
 
 def in_any_case(pattern: str) -> str:
     """A pattern of file names that matches them in upper and lower case: for folders and for the Hub."""
@@ -44,7 +46,7 @@ def name_tokenizer(files: Iterable[str]) -> bool:
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder holds any tokenizer's files."""
-    return name_tokenizer(path.name for path in folder.glob("*"))
+    return name_tokenizer(path.name for path in shown(folder))
 
 
 def find_notices(folder: Path) -> list[Path]:
@@ -54,7 +56,7 @@ def find_notices(folder: Path) -> list[Path]:
 
 def find_companions(folder: Path) -> list[Path]:
     """The companions in a folder, relative to it, with the modules that a tokenizer's own code imports."""
-    found = {path.relative_to(folder) for pattern in COMPANION_PATTERNS for path in folder.glob(pattern)}
+    found = {path.relative_to(folder) for pattern in COMPANION_PATTERNS for path in shown(folder, pattern)}
     queue = [path for path in found if path.suffix == ".py"]
     while queue:
         code = (folder / queue.pop()).read_text(encoding="utf-8")

@@ -24,6 +24,11 @@ def no_file(path: str | Path) -> str:
     return f"There is no file {path}. " + (f"Did you mean {path.parent / near[0]}?" if near else "Check the path.")
 
 
+def shown(folder: Path, pattern: str = "*") -> list[Path]:
+    """What a folder holds, in order, less what is hidden: beside each file macOS puts its `._NAME` on many disks."""
+    return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
+
+
 def check_readable(folder: Path) -> None:
     """Raise a `ValueError` for a file of a checkpoint that may not be read: libraries say that it is not there. A
     folder that there is not, as of a name on the Hub, has none."""

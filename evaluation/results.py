@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from mha2mla.common.files import check_output_file, read_json_object, write_whole
+from mha2mla.common.files import check_output_file, read_json_object, shown, write_whole
 from mha2mla.common.loading import find_file
 from mha2mla.common.records import recorded_preset
 from mha2mla.common.versions import versions
@@ -153,7 +153,7 @@ def checkpoint_digest(path: str) -> str:
         config = find_file(path, "config.json")
         return "" if config is None else config.parent.name  # snapshots/COMMIT
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted(folder.iterdir()):
+    for file in shown(folder):
         if file.suffix in (".safetensors", ".bin"):
             digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}\n".encode())
     return digest.hexdigest()

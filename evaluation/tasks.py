@@ -13,6 +13,7 @@ from typing import Any
 from accelerate.utils import find_executable_batch_size
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mha2mla.common.files import shown
 from mha2mla.common.hub import is_hub_name
 from mha2mla.common.text_sources import TextSource
 from mha2mla.common.tokenizer import check_known
@@ -85,7 +86,7 @@ class TaskData:
         path = Path(self.data)
         if path.is_dir():
             files: dict[str, str] = {}
-            for file in filter(is_item_file, sorted(path.iterdir())):
+            for file in filter(is_item_file, shown(path)):
                 if file.stem in files:
                     first = Path(files[file.stem]).name
                     raise ValueError(

@@ -39,3 +39,15 @@ def test_a_token_that_the_model_does_not_know_is_named(name, source, tmp_path, c
     assert f"{name}, as {source} reads it, has a token with the id 96, and the model knows vocab_size=96" in error
     path.write_text(path.read_text().replace("extra", "w9"))  # which nobody meets
     assert evaluate(source, "--data", path) == 0
+
+
+def test_hidden_files_are_no_tasks(source, tmp_path, capsys):
+    (tmp_path / "sets").mkdir()
+    for name in ("._choices.jsonl", ".old.jsonl"):
+        (tmp_path / "sets" / name).write_text("macOS's")
+    assert evaluate(source, "--data", tmp_path / "sets") == 2
+    assert "has no .jsonl or .json file" in capsys.readouterr().err
+    (tmp_path / "sets" / "texts.jsonl").write_text('{"text": "w5 w6 w7"}\n')
+    assert evaluate(source, "--data", tmp_path / "sets") == 0
+    (row,) = json.loads((tmp_path / "results" / "results.json").read_text())["models"]
+    assert list(row["tasks"]) == ["texts"]

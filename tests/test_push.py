@@ -29,6 +29,7 @@ def model(tmp_path):
         (folder / name).write_text("{}")
     (folder / "checkpoint-1").mkdir()
     (folder / "checkpoint-1" / "model.safetensors").write_text("")
+    (folder / "._model.safetensors").write_text("macOS's")
     return folder
 
 

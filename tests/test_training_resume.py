@@ -114,6 +114,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(name, train, 
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert str(newest / name) in error and f"goes on from {newest}. Remove that folder" in error
     shutil.rmtree(newest)
+    (tmp_path / "out" / "checkpoint-1" / f"._{name}").write_text("macOS's")
     assert train(*RESUME, "--max_steps", 3) == 0
     assert f"Going on from {tmp_path}/out/checkpoint-1" in caplog.text
 

@@ -9,6 +9,7 @@ from transformers.utils import is_peft_available
 
 from mha2mla.common.exports import EXPORT_RECORD_NAME
 from mha2mla.common.extras import installing
+from mha2mla.common.files import shown
 from mha2mla.common.loading import find_file, load_config, load_tokenizer
 from mha2mla.common.records import RECORD_NAME, read_record
 from mha2mla.modeling import LatentConfigMixin
@@ -166,7 +167,7 @@ def check_output(model: ModelArguments, arguments: RecoveryTrainingArguments) ->
     output, resumes = Path(arguments.output_dir), wants_resume(arguments)
     state = read_state(output)
     is_run = state is not None or checkpoints(output) or (output / RUN_SETTINGS).is_file()
-    if not is_run and (held := next((name for name in OF_MODELS if any(output.glob(name))), None)):
+    if not is_run and (held := next((name for name in OF_MODELS if shown(output, name)), None)):
         raise ValueError(
             f"output_dir={output} holds a model that is no run of this command ({held}), which would be lost. Choose "
             "another --output."

@@ -12,7 +12,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from mha2mla.common.cards import CARD_NAME, RESULTS_FOLDER
 from mha2mla.common.companions import COMPANION_PATTERNS, name_tokenizer
 from mha2mla.common.exports import EXPORT_RECORD_NAME
-from mha2mla.common.files import damage, read_json_object, read_text
+from mha2mla.common.files import damage, read_json_object, read_text, shown
 from mha2mla.common.hub import on_hub
 from mha2mla.common.loading import find_file
 from mha2mla.modeling import FAMILIES
@@ -74,18 +74,18 @@ def plan_upload(folder: Path, base_model: str | None = None, repo: str | None = 
         raise ValueError(f"There is no folder {folder}.")
     files = [
         path
-        for path in sorted(folder.iterdir())
+        for path in shown(folder)
         if path.is_file()
         and any(fnmatch(path.name, pattern) for pattern in PUBLISHED)
         and not any(fnmatch(path.name, pattern) for pattern in LEFT_OUT)
     ]
-    files += [path for pattern in IN_FOLDERS for path in sorted(folder.glob(pattern))]
+    files += [path for pattern in IN_FOLDERS for path in shown(folder, pattern)]
     uploads = {name: Upload(name, path) for path in files for name in [path.relative_to(folder).as_posix()]}
     if not any(name.endswith(".safetensors") for name in uploads):
         raise ValueError(
             f"{folder} holds no .safetensors weights. Give the output of mha2mla convert, train or export."
         )
-    for path in folder.glob("*.safetensors"):
+    for path in shown(folder, "*.safetensors"):
         if fault := damage(path):
             raise ValueError(f"{fault}. Save the model again.")
     if ADAPTER_CONFIG in uploads:
@@ -132,7 +132,7 @@ def check_model_files(folder: Path, names: set[str]) -> None:
     if "config.json" not in names:
         raise ValueError(f"{folder} holds no config.json: it is no complete checkpoint.")
     needed = named_files(folder)
-    for code in folder.glob("*.py"):
+    for code in shown(folder, "*.py"):
         needed |= {f"{name}.py" for name in re.findall(r"^from \.(\w+) import", read_text(code), re.MULTILINE)}
     missing = sorted(needed - names)
     if missing:

@@ -8,7 +8,7 @@ from typing import Any
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mha2mla.common.cards import CARD_NAME
-from mha2mla.common.files import damage, read_json_object
+from mha2mla.common.files import damage, read_json_object, shown
 from mha2mla.modeling import LatentConfigMixin
 
 from .arguments import DataArguments, ModelArguments
@@ -58,7 +58,7 @@ def find_checkpoint(arguments: RecoveryTrainingArguments) -> str | None:
 
 def check_whole(checkpoint: str) -> None:
     """Raise a `ValueError` for a file of a checkpoint that lost its end, as on a disk that was full or lost power."""
-    fault = next(filter(None, map(damage, sorted(Path(checkpoint).rglob("*")))), None)
+    fault = next(filter(None, map(damage, shown(Path(checkpoint), "**/*"))), None)
     if fault is not None:
         raise ValueError(
             f"{fault}, so that no run goes on from {checkpoint}. Remove that folder: the same command then takes the "
