@@ -30,7 +30,10 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("mha2mla"):
         return f"This needs the Python package {error.name!r}, which is not installed."
     if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}." if error.filename and error.strerror else text
+        from mha2mla.common.hub import of_cache  # which imports huggingface_hub, and --help waits for none
+
+        remedy = " Set HF_HOME to a folder that you can write to." if of_cache(error.filename) else ""
+        return f"{error.filename}: {error.strerror}.{remedy}" if error.filename and error.strerror else text
     if is_network_error(error):
         return f"The network failed: {text or type(error).__name__}."
     if isinstance(error, ValueError) and is_message(error):

@@ -1,5 +1,6 @@
 """Names on the Hub, and a short answer where what they stand for cannot be had: libraries try for half a minute."""
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,13 @@ def on_hub(name: str) -> bool:
 def in_cache(name: str, filename: str, revision: str | None = None) -> bool:
     """Whether a file of a checkpoint on the Hub was downloaded before."""
     return isinstance(try_to_load_from_cache(name, filename, revision=revision), str)
+
+
+def of_cache(path: Any) -> bool:
+    """Whether a path, as an `OSError` has it, lies in huggingface's caches, or is a folder above them."""
+    homes = (constants.HF_HOME, constants.HF_HUB_CACHE, os.environ.get("HF_DATASETS_CACHE", constants.HF_HOME))
+    pairs = ((Path(path), Path(home).absolute()) for home in homes if isinstance(path, str))
+    return any(one.is_relative_to(home) or home.is_relative_to(one) for one, home in pairs)
 
 
 @contextmanager

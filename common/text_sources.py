@@ -21,7 +21,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from .files import no_file, read_json_lines, read_lines, read_yaml
-from .hub import data_sets_offline, hub_trouble, is_hub_name, on_hub
+from .hub import data_sets_offline, hub_trouble, is_hub_name, of_cache, on_hub
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -287,10 +287,12 @@ def reading(source: TextSource) -> Iterator[None]:
 
 
 def arises_in_datasets(error: BaseException) -> bool:
-    """Whether the `datasets` library, or what it calls, made an error, rather than a function of ours that it called.
-    Of an error in a process of a data loader only the text tells."""
+    """Whether the `datasets` library, or what it calls, made an error, rather than a function of ours that it called,
+    and of the text rather than of its own cache. Of an error in a process of a data loader only the text tells."""
     import datasets
 
+    if of_cache(getattr(error.__cause__ or error, "filename", None)):
+        return False
     homes = [str(Path(datasets.__file__).parent), str(Path(__file__).parents[1])]
     files = re.findall(r'File "(.+?)", line', "".join(traceback.format_exception(error)))
     inside = [file.startswith(homes[0]) for file in files if file.startswith(tuple(homes))]

@@ -106,6 +106,18 @@ def test_bf16_without_a_gpu_says_what_to_take_back(inputs, monkeypatch, capsys):
     assert "there is none. To try it on a CPU: --use_cpu --bf16 false" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", [TRAIN, (*CONVERT[:5], *SIZES, "--data", "text.jsonl", "--length", "8")])
+def test_a_cache_that_cannot_be_written_is_not_the_texts_fault(command, inputs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(inputs)
+    (tmp_path / "file").write_text("")
+    home = tmp_path / "file" / "home"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(home))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", home / "datasets")
+    assert main([*command, *(["--streaming"] if command is TRAIN else [])]) == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert told.endswith(f"{home}: Not a directory. Set HF_HOME to a folder that you can write to.")
+
+
 def test_a_file_of_chats_needs_no_column(inputs, tmp_path):
     chat = {"messages": [{"role": "user", "content": "w4 w5 w6 w7"}, {"role": "assistant", "content": "w8 w9"}]}
     (tmp_path / "chats.jsonl").write_text(20 * (json.dumps(chat) + "\n"))
