@@ -17,6 +17,13 @@ from safetensors import SafetensorError, safe_open
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # of a surrogate pair: Python's strings hold it, UTF-8 cannot
 
 
+class YamlLoader(yaml.SafeLoader):
+    """PyYAML's, to which 1e-4 is text: YAML 1.1 wants a point in it, and nothing else that reads numbers does."""
+
+
+YamlLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]\d+$"), [*"-+0123456789"])
+
+
 def no_file(path: str | Path) -> str:
     """For a person: that there is none, and the name beside it that is most like it."""
     path = Path(path)
@@ -95,7 +102,7 @@ def read_yaml(path: Path) -> Any:
         ValueError: If it cannot be read; with the line, where it is malformed.
     """
     try:
-        return yaml.safe_load(read_text(path))
+        return yaml.load(read_text(path), YamlLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = path if mark is None else f"{path}:{mark.line + 1}"

@@ -71,7 +71,7 @@ class TextSource:
                 raise ValueError(f"{self.data}: {name}={value!r} must be a string. Put it in quotes.")
         number = isinstance(self.weight, int | float) and not isinstance(self.weight, bool)
         if not number or not 0 < self.weight < math.inf:
-            raise ValueError(f"{self}: weight={self.weight!r} must be a number above 0. Leave the source out instead.")
+            raise ValueError(f"{self}: weight={self.weight!r} must be a number above 0, such as 0.5.")
 
     def __str__(self) -> str:
         return f"{self.data} ({self.subset})" if self.subset else self.data

@@ -38,6 +38,13 @@ CHATS = [
 ]
 
 
+@pytest.mark.parametrize("number", ["1e-1", "1E-01", "+1e-1", "0.1", "1.0e-1"])
+def test_a_power_of_ten_is_a_number_in_yaml(number, tmp_path):
+    (tmp_path / "mix.yaml").write_text(f"- {{data: a/b, weight: {number}, subset: 1234567e8}}\n")
+    (source,) = find_sources(str(tmp_path / "mix.yaml"))
+    assert (source.weight, source.subset) == (0.1, "1234567e8")
+
+
 def test_a_column_of_chats_is_found_and_chats_stay_whole(tokenizer, tmp_path):
     data = write_lines(tmp_path / "chats.jsonl", CHATS)
     assert check_source(*find_sources(data), pico_tokenizer()) == ("messages", True)
