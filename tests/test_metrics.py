@@ -1,6 +1,7 @@
 """The metric modules load through `evaluate`, also inside the Trainer; lm-evaluation-harness gives our accuracies."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -94,6 +95,11 @@ def test_harness_task_gives_our_accuracies(tmp_path):
     assert theirs["stderr"] == pytest.approx(ours.stderr)
     assert theirs["acc_bytes,none"] == pytest.approx(ours.accuracy_norm)
     assert 0 < ours.accuracy < 1  # something to agree on
+    with torch.no_grad():
+        model.lm_head.weight[7] = math.nan
+    with pytest.raises(ValueError, match=r"pico_choice: the logits are NaN or infinite\. Try --dtype float32"):
+        measure_harness(model, tokenizer, task)
+    assert not model._forward_hooks
     for name in ("mmlu", "arc_easy", "arc_challenge", "piqa", "hellaswag", "openbookqa", "winogrande"):
         require_harness_task(name)
     with pytest.raises(ValueError, match="lm-evaluation-harness has no task 'no_such_task'"):

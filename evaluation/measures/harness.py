@@ -7,6 +7,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mha2mla.common.extras import installing
 
+from .scoring import check_finite
+
 # Their names of what our own tables show.
 METRICS = {
     "acc,none": "accuracy",
@@ -56,16 +58,27 @@ def measure_harness(
         Every number that the harness reports, under its name, and accuracies under ours as well ("accuracy",
         "accuracy_norm", "stderr", "stderr_norm"). Its "acc_norm" divides by characters, ours by bytes. A tag has no
         numbers of its own: those of its tasks, each behind the task's name.
+
+    Raises:
+        ValueError: If logits are not finite, of which the harness makes accuracies all the same.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     seeds = dict(random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed)
-    output = simple_evaluate(
-        model=harness, tasks=[task], limit=limit, log_samples=False, bootstrap_iters=1000, **seeds
-    )
     name = task if isinstance(task, str) else task["task"]
+
+    def check(module, inputs, made) -> None:
+        check_finite(made.logits.amax(), f"{name}: the logits")  # NaN where any is, and it takes no memory
+
+    hook = model.register_forward_hook(check)
+    try:
+        output = simple_evaluate(
+            model=harness, tasks=[task], limit=limit, log_samples=False, bootstrap_iters=1000, **seeds
+        )
+    finally:
+        hook.remove()
     return collect_numbers(output["results"], name)
 
 
