@@ -122,6 +122,12 @@ def test_what_this_package_did_not_make_is_not_pushed(adapter, tmp_path, capsys)
         plan_upload(adapter, base_model="me/llama")
 
 
+def test_a_file_is_uploaded_otherwise(tmp_path, capsys):
+    (tmp_path / "model.gguf").write_text("")
+    assert main(["push", str(tmp_path / "model.gguf"), "me/model"]) == 2
+    assert f"It is a file: upload it by `hf upload me/model {tmp_path}/model.gguf`." in capsys.readouterr().err
+
+
 def test_what_would_not_load_is_not_pushed(model, tmp_path, capsys):
     with pytest.raises(ValueError, match="--base-model belongs to adapters"):
         plan_upload(model, base_model="me/model")

@@ -71,7 +71,8 @@ def plan_upload(folder: Path, base_model: str | None = None, repo: str | None = 
         ValueError: If the folder is not a complete checkpoint, nobody else could load it, or it is none of ours.
     """
     if not folder.is_dir():
-        raise ValueError(f"There is no folder {folder}.")
+        upload = f"It is a file: upload it by `hf upload {repo or 'OWNER/NAME'} {folder}`."
+        raise ValueError(f"There is no folder {folder}. {upload if folder.is_file() else 'Check the path.'}")
     files = [
         path
         for path in shown(folder)
