@@ -70,6 +70,11 @@ def check_output_file(path: Path) -> None:
         raise ValueError(f"{path.parent} cannot be a folder of results ({error}). Choose another --output.") from None
     if not os.access(path.parent, os.W_OK) or path.is_dir():
         raise ValueError(f"{path} cannot be written. Choose another --output.")
+    if (path.parent / "config.json").is_file():
+        raise ValueError(
+            f"{path.parent} holds a model: results would go up with it, and no --overwrite would replace it any more. "
+            "Choose another --output."
+        )
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -283,9 +283,14 @@ def test_malformed_file_is_refused_with_its_line(sets, tmp_path, capsys):
     assert "give --tasks, or --data" in capsys.readouterr().err
 
 
-def write_results(folder: Path, models: list) -> None:
-    settings = asdict(EvaluationSettings())
-    (folder / "results.json").write_text(json.dumps({"settings": settings, "runs": [], "models": models}))
+def write_results(folder: Path, **content) -> None:
+    """Results of another making, beside the folder of a model."""
+    (folder.parent / "results").mkdir()
+    (folder.parent / "results" / "results.json").write_text(json.dumps(content))
+
+
+def with_models(*models) -> dict:
+    return {"settings": asdict(EvaluationSettings()), "runs": [], "models": models}
 
 
 def shortened(file: Path, size: int) -> None:
@@ -311,12 +316,12 @@ def shortened(file: Path, size: int) -> None:
         (lambda folder: (folder / "config.json").unlink(), "has no config.json: it is not a transformers checkpoint"),
         (lambda folder: (folder / "conversion.json").write_text("[]"), "must hold a JSON object, got list"),
         (lambda folder: (folder / "conversion.json").write_text('{"source": "x"}'), "has no 'source_cache_width'"),
-        (lambda folder: (folder / "results.json").write_text("{}"), "`mha2mla eval` did not write it"),
+        (write_results, "`mha2mla eval` did not write it"),
         (
-            lambda folder: write_results(folder, [{"name": "x"}]),
+            lambda folder: write_results(folder, **with_models({"name": "x"})),
             "has a model that `mha2mla eval` did not write",
         ),
-        (lambda folder: write_results(folder, [3]), "has a model that `mha2mla eval` did not write"),
+        (lambda folder: write_results(folder, **with_models(3)), "has a model that `mha2mla eval` did not write"),
     ],
 )
 def test_broken_checkpoints_end_in_a_sentence(spoil, message, sets, tmp_path, capsys):
@@ -325,10 +330,8 @@ def test_broken_checkpoints_end_in_a_sentence(spoil, message, sets, tmp_path, ca
         make_mla().save_pretrained(folder)
         pico_tokenizer().save_pretrained(folder)
     spoil(converted)
-    paths = [str(original), str(converted)]
-    output = converted if (converted / "results.json").exists() else tmp_path / "results"
-    command = ["eval", *paths, "--data", str(sets), "--tasks", "completion", "--output", str(output)]
-    assert main(command) == 2
+    paths, output = [str(original), str(converted)], str(tmp_path / "results")
+    assert main(["eval", *paths, "--data", str(sets), "--tasks", "completion", "--output", output]) == 2
     assert message in capsys.readouterr().err
 
 

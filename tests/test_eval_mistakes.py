@@ -51,3 +51,13 @@ def test_hidden_files_are_no_tasks(source, tmp_path, capsys):
     assert evaluate(source, "--data", tmp_path / "sets") == 0
     (row,) = json.loads((tmp_path / "results" / "results.json").read_text())["models"]
     assert list(row["tasks"]) == ["texts"]
+
+
+@pytest.mark.parametrize("command", ["eval", "bench"])
+def test_results_do_not_go_into_a_models_folder(command, source, tmp_path, capsys):
+    (tmp_path / "text.jsonl").write_text('{"text": "w5 w6 w7"}\n')
+    more = ("--data", tmp_path / "text.jsonl", "--length", 8) if command == "eval" else ("--contexts", 8)
+    before = sorted(source.iterdir())
+    assert main([command, str(source), "--output", str(source), *map(str, more)]) == 2
+    assert f"{source} holds a model: results would go up with it" in capsys.readouterr().err
+    assert sorted(source.iterdir()) == before
