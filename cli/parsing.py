@@ -17,11 +17,11 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
+from mha2mla.common.extras import EXAMPLES
 from mha2mla.common.files import no_file, read_yaml
 
 from .fields import add_options, truth_value
 
-EXAMPLES = "https://github.com/mha2mla/mha2mla/tree/main/docs/examples"
 Positionals = Mapping[str, dict[str, Any]]  # arguments without a name, and what `add_argument` is told of each
 COMPARED_MODELS: Positionals = {
     "models": dict(

@@ -1,4 +1,6 @@
-"""Optional groups of dependencies (pyproject.toml), and how a user gets one."""
+"""What lies in a checkout and not in the package: optional groups of dependencies (pyproject.toml), and recipes."""
+
+EXAMPLES = "https://github.com/mha2mla/mha2mla/tree/main/docs/examples"
 
 
 def installing(extra: str) -> str:

@@ -3,7 +3,7 @@
 import shlex
 from pathlib import Path
 
-from mha2mla.common.extras import installing
+from mha2mla.common.extras import EXAMPLES, installing
 from mha2mla.common.kernel_sizes import ENGINES, KERNEL_ROPE_DIM, Engine, filled_up_sizes, longest_text
 from mha2mla.common.perplexity import perplexity_of
 from mha2mla.modeling.latent_config import LatentConfigMixin
@@ -17,7 +17,8 @@ RECOVERY = (
     f"Recovery: {MODEL}, at 18.75 % of its cache, was {POINTS_LOST[18.75][0]:.2f} points of accuracy below "
     f"the original after {TOKENS} million tokens of training (docs/recovery.md)"
 )
-RECIPE_ROWS = 8192, 2  # docs/examples/recovery.yaml's length and gradient_accumulation_steps
+RECIPE = "docs/examples/recovery.yaml"
+RECIPE_ROWS = 8192, 2  # its length and gradient_accumulation_steps
 PLUGIN = f"  # after {installing('vllm')}"
 
 
@@ -58,7 +59,7 @@ def summary(
 
 def compare_and_recover(original: str | None, output: Path, options: ConversionConfig, context: int) -> list[str]:
     """Commands that show the model beside its source, and that train it back to it."""
-    commands = [] if original is None else [["mha2mla", "chat", original, str(output)]]
+    commands = [] if original is None else [shlex.join(["mha2mla", "chat", original, str(output)])]
     if options.data is not None:
         named = {"--teacher": original, "--data": options.data, "--column": options.column, "--subset": options.subset}
         named["--split"] = None if options.split == "train" else options.split
@@ -67,13 +68,15 @@ def compare_and_recover(original: str | None, output: Path, options: ConversionC
             how = f"--use_cpu --length {min(256, context)} --per_device_train_batch_size 2 --max_steps 10".split()
             how += ["--learning_rate", "3e-5", *(["--distillation_weight", "1"] if original is not None else [])]
         else:  # the recipe is for a teacher
-            how = ["--config", "docs/examples/recovery.yaml"] if original is not None else ["--bf16"]
+            how = ["--config", RECIPE] if original is not None else ["--bf16"]
             length, steps = RECIPE_ROWS
             if original is not None and context < length:  # as many tokens a step
                 how += ["--length", str(context), "--gradient_accumulation_steps", str(steps * length // context)]
         named_output = ["--output", f"{output}-recovered"]
-        commands.append(["mha2mla", "train", *how, "--model", str(output), *given, *named_output])
-    return [shlex.join(command) for command in commands]
+        where = "" if RECIPE not in how or Path(RECIPE).is_file() else f"  # its recipe: {EXAMPLES}"
+        command = ["mha2mla", "train", *how, "--model", str(output), *given, *named_output]
+        commands.append(shlex.join(command) + where)
+    return commands
 
 
 def serve(

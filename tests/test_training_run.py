@@ -264,12 +264,16 @@ def test_the_shipped_recipe_is_read():
     assert (data.length, training.gradient_accumulation_steps) == RECIPE_ROWS
 
 
-def test_a_model_of_a_shorter_context_is_told_how_to_take_the_recipe():
+def test_a_model_of_a_shorter_context_is_told_how_to_take_the_recipe(monkeypatch, tmp_path):
+    monkeypatch.chdir(EXAMPLES.parents[1])
     options = ConversionConfig(data="texts.jsonl", device="cuda")
     for context, more in ((8192, ""), (4096, "--length 4096 --gradient_accumulation_steps 4 ")):
         _, command = compare_and_recover("source", Path("out"), options, context)
         recipe = "mha2mla train --config docs/examples/recovery.yaml "
         assert command == f"{recipe}{more}--model out --teacher source --data texts.jsonl --output out-recovered"
+    monkeypatch.chdir(tmp_path)  # no checkout
+    _, elsewhere = compare_and_recover("source", Path("out"), options, context)
+    assert elsewhere == f"{command}  # its recipe: https://github.com/mha2mla/mha2mla/tree/main/docs/examples"
 
 
 def test_yaml_and_command_line_say_the_same_and_the_latter_wins(folder):
