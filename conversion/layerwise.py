@@ -12,7 +12,13 @@ import torch
 from huggingface_hub.utils import tqdm
 from torch import nn
 
-from mha2mla.modeling.latent_attention import expand_keys_values, repeat_heads, rotate, select_frequencies
+from mha2mla.modeling.latent_attention import (
+    expand_keys_values,
+    repeat_heads,
+    rotary_table,
+    rotate,
+    select_frequencies,
+)
 
 from .architectures import Architecture
 from .attention_weights import LatentAttention, SourceAttention, project
@@ -121,7 +127,7 @@ def attend(
         The attention output [B, T, D].
     """
     head_dim = layer.shape.v_head_dim
-    cos, sin = select_frequencies(*position_embeddings, layer.rope_frequencies)
+    cos, sin = select_frequencies(rotary_table(*position_embeddings), layer.rope_frequencies)
     q_nope, q_rope = layer.queries(x)
     inputs = layer.inputs(x)
     up = torch.cat((layer.k_up.flatten(0, 1), layer.v_up.flatten(0, 1)))

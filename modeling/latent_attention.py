@@ -5,7 +5,7 @@ The letters in shapes are those of `latent_shape.py`.
 
 import torch
 
-from .latent_shape import LatentShape
+from .latent_shape import LatentShape, heads_last
 
 # The absorbed path holds the scores [B, H, T, S]. Decoding and speculative decoding ask for a handful of query tokens;
 # for more (chunked prefill) the expanded path and its fused kernels are the better choice whatever the count says.
@@ -19,30 +19,43 @@ def default_rope_frequencies(shape: LatentShape, head_dim: int) -> torch.Tensor:
     return pairs.repeat(shape.num_rope_key_heads, 1)
 
 
-def select_frequencies(
-    cos: torch.Tensor, sin: torch.Tensor, rope_frequencies: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary_table(cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """
+    The tables of transformers as one, from which every layer picks by one operation.
+
+    Args:
+        cos, sin (`torch.Tensor`): For all frequencies, [B, T, head_dim], their halves being equal.
+
+    Returns:
+        [B, T, 4, head_dim/2]: the cosine of both dims of a pair, then the sine, with the sign that the pair's other
+        dim comes in with.
+    """
+    half, dtype = cos.shape[-1] // 2, cos.dtype
+    wide = torch.promote_types(dtype, torch.float32)  # autocast to one type of 16 bits does not stack the other
+    cos, sin = cos[..., :half].to(wide), sin[..., :half].to(wide)
+    return torch.stack((cos, cos, -sin, sin), dim=2).to(dtype)
+
+
+def select_frequencies(table: torch.Tensor, rope_frequencies: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Pick from the model's full rotary table the frequencies that a layer's rotary keys use.
 
     Args:
-        cos, sin (`torch.Tensor`): Table for all frequencies, [B, T, head_dim], its halves being equal.
+        table (`torch.Tensor`): Of all frequencies, [B, T, 4, head_dim/2], from [`rotary_table`].
         rope_frequencies (`torch.Tensor`): Frequency index of each rotary pair, [n, r/2], in [0, head_dim/2).
 
     Returns:
-        cos and sin of shape [B, n, T, r].
+        cos and signed sin of shape [B, n, T, r].
     """
     n, half = rope_frequencies.shape
-    index = rope_frequencies.flatten()
-
-    def pick(table: torch.Tensor) -> torch.Tensor:
-        batch, num_queries, head_dim = table.shape
-        picked = table.view(batch, num_queries, 2, head_dim // 2).index_select(-1, index)  # [B, T, 2, n*r/2]
-        if n == 1:
-            return picked.view(batch, 1, num_queries, 2 * half)
-        return picked.unflatten(-1, (n, half)).permute(0, 3, 1, 2, 4).flatten(3)
-
-    return pick(cos), pick(sin)
+    batch, num_queries = table.shape[:2]
+    picked = table.index_select(-1, rope_frequencies.flatten())  # [B, T, 4, n*r/2]
+    if n == 1:
+        picked = picked.view(batch, 1, num_queries, 4 * half)
+    else:
+        picked = picked.unflatten(-1, (n, half)).permute(0, 3, 1, 2, 4).flatten(3)
+    cos, sin = picked.chunk(2, dim=-1)
+    return cos, sin
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -51,7 +64,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
     Args:
         x (`torch.Tensor`): Queries or keys, [B, heads, T, r]; heads is a multiple of n and grouped by rotary key head.
-        cos, sin (`torch.Tensor`): [B, n, T, r] from [`select_frequencies`].
+        cos, sin (`torch.Tensor`): [B, n, T, r] from [`select_frequencies`], the first half of the sines negative.
 
     Returns:
         The rotated x, [B, heads, T, r].
@@ -59,8 +72,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     n, half = cos.shape[1], cos.shape[-1] // 2
     if n > 1:
         x, cos, sin = x.unflatten(1, (n, -1)), cos.unsqueeze(2), sin.unsqueeze(2)  # [B, n, heads/n, T, r]
-    first, second = x.split_with_sizes([half, half], dim=-1)
-    rotated = x * cos + torch.cat((-second, first), dim=-1) * sin
+    rotated = x * cos + x.roll(half, -1) * sin
     return rotated.flatten(1, 2) if n > 1 else rotated
 
 
@@ -147,6 +159,8 @@ def multiply_heads(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """
     batch, heads, rows, width = x.shape
     groups, _, out_width = weights.shape
+    if batch == 1:
+        return x.reshape(groups, heads // groups * rows, width).bmm(weights).view(1, heads, rows, out_width)
     flat = x.transpose(0, 1).reshape(groups, heads // groups * batch * rows, width).bmm(weights)
     return flat.view(heads, batch, rows, out_width).transpose(0, 1)
 
@@ -161,7 +175,7 @@ def absorb_query(q_nope: torch.Tensor, q_rope: torch.Tensor, w_uk: torch.Tensor,
         w_uk (`torch.Tensor`): Up-projections of keys, [N, nope, R].
 
     Returns:
-        [B, H*T, W].
+        [B, H, T, W].
     """
     q_latent = multiply_heads(q_nope, w_uk)  # [B, H, T, R]
     n = shape.num_rope_key_heads
@@ -170,14 +184,12 @@ def absorb_query(q_nope: torch.Tensor, q_rope: torch.Tensor, w_uk: torch.Tensor,
         slots = torch.eye(n, dtype=q_rope.dtype, device=q_rope.device)
         q_rope = q_rope.unflatten(1, (n, -1)).unsqueeze(-2) * slots[:, None, None, :, None]
         q_rope = q_rope.flatten(-2).flatten(1, 2)  # [B, H, T, n*r]
-    return torch.cat((q_latent, q_rope), dim=-1).flatten(1, 2)
+    return torch.cat((q_latent, q_rope), dim=-1)
 
 
-def expand_output(context: torch.Tensor, w_uv: torch.Tensor, shape: LatentShape) -> torch.Tensor:
-    """Values [B, T, H, v] from what heads see of the latents [B, H*T, R], by their up-projections `w_uv` [G, v, R]."""
-    batch, rows, rank = context.shape
-    context = context.view(batch, shape.num_attention_heads, rows // shape.num_attention_heads, rank)
-    return multiply_heads(context, w_uv.transpose(1, 2)).transpose(1, 2)
+def expand_output(context: torch.Tensor, w_uv: torch.Tensor) -> torch.Tensor:
+    """Values [B, T, H*v] from what heads see of the latents [B, H, T, R], by their up-projections `w_uv` [G, v, R]."""
+    return heads_last(multiply_heads(context, w_uv.transpose(1, 2)))
 
 
 def absorbed_attention(
@@ -196,17 +208,24 @@ def absorbed_attention(
     Args:
         q_nope (`torch.Tensor`): Un-rotated queries, [B, H, T, nope].
         q_rope (`torch.Tensor`): Rotated queries, [B, H, T, r].
-        entries (`torch.Tensor`): The cache, [B, S, W]: latents, then n rotary keys of r dims.
+        entries (`torch.Tensor`): The cache, [B, 1, S, W]: latents, then n rotary keys of r dims.
         kv_b_weight (`torch.Tensor`): Up-projections, [N*nope + G*v, R].
         attention_mask (`torch.Tensor`, *optional*): See [`add_mask`].
 
     Returns:
-        Output [B, T, H, v] and attention probabilities [B, H, T, S].
+        Output [B, T, H*v] and attention probabilities [B, H, T, S].
     """
     batch, num_heads, num_queries, _ = q_nope.shape
     w_uk, w_uv = shape.split_up_projection(kv_b_weight)
-    query = absorb_query(q_nope, q_rope, w_uk, shape)
-    scores = query.bmm(entries.transpose(1, 2)).mul_(scaling).view(batch, num_heads, num_queries, -1)  # [B, H, T, S]
-    weights = add_mask(scores, attention_mask).softmax(dim=-1).to(q_nope.dtype)  # torch computes it in fp32
-    context = weights.flatten(1, 2).bmm(entries[..., : shape.kv_lora_rank])  # [B, H*T, R]
-    return expand_output(context, w_uv, shape), weights
+    query = absorb_query(q_nope, q_rope, w_uk, shape)  # [B, H, T, W]
+    # For 16 bits on a CPU a batched product takes up to four times as long as a plain one.
+    product, rows = torch.bmm, (batch, num_heads * num_queries)
+    if batch == 1:
+        product, rows = torch.mm, rows[1:]
+    entries = entries.view(*rows[:-1], *entries.shape[2:])
+    scores = product(query.view(*rows, shape.width), entries.transpose(-2, -1)).mul_(scaling)  # [B, H*T, S]
+    if attention_mask is not None or num_queries > 1:
+        scores = add_mask(scores.view(batch, num_heads, num_queries, -1), attention_mask).view(scores.shape)
+    weights = scores.softmax(dim=-1).to(q_nope.dtype)  # torch computes it in fp32
+    context = product(weights, entries[..., : shape.kv_lora_rank]).view(batch, num_heads, num_queries, -1)
+    return expand_output(context, w_uv), weights.view(batch, num_heads, num_queries, -1)

@@ -72,18 +72,19 @@ class GrowingBuffer:
 
     def append(self, entries: torch.Tensor) -> None:
         """Write entries [batch, 1, new tokens, width] behind those already there."""
-        end = self.length + entries.shape[2]
+        data, start = self.data, self.length
+        end = start + entries.shape[2]
         if torch.is_grad_enabled():
             # The backward pass may need the history as it is now, so nothing may be written behind its back.
-            self.data = entries if self.data is None else torch.cat([self.view(), entries], dim=2)
+            self.data = entries if data is None else torch.cat([self.view(), entries], dim=2)
         else:
-            if self.data is None or end > self.data.shape[2] or self.is_locked:
+            if data is None or end > data.shape[2] or self.is_locked:
                 room = max(self.MIN_ROOM, end // self.ROOM_SHARE)
                 grown = entries.new_empty((entries.shape[0], 1, end + room, entries.shape[3]))
-                if self.data is not None:
-                    grown[:, :, : self.length] = self.view()
-                self.data = grown
-            self.data[:, :, self.length : end] = entries
+                if data is not None:
+                    grown[:, :, :start] = self.view()
+                self.data = data = grown
+            data[:, :, start:end] = entries
         self.length = end
 
     def change(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:

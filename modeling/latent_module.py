@@ -25,6 +25,7 @@ from .latent_attention import (
     default_rope_frequencies,
     expand_keys_values,
     expand_output,
+    rotary_table,
     rotate_both,
     select_frequencies,
 )
@@ -79,13 +80,13 @@ class MultiHeadLatentAttention(nn.Module):
         return self.shape.split_queries(self.q_proj(hidden_states))
 
     def make_entries(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents [B, T, R], and rotary keys that are still to be rotated [B, n, T, r]."""
-        return self.shape.split(self.kv_a_proj(hidden_states))
+        """Latents [B, 1, T, R], and rotary keys that are still to be rotated [B, n, T, r]."""
+        return self.shape.split(self.kv_a_proj(hidden_states).unsqueeze(1))
 
     def forward(
         self,
         hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        position_embeddings: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
         past_key_values: Cache | None = None,
@@ -94,7 +95,8 @@ class MultiHeadLatentAttention(nn.Module):
         """
         Args:
             hidden_states (`torch.Tensor`): [B, T, hidden_size].
-            position_embeddings (`tuple`): cos and sin for all frequencies, each [B, T, head_dim].
+            position_embeddings: For all frequencies, the [`rotary_table`] that this model's `rotary_emb` makes,
+                [B, T, 4, head_dim/2], or the cos and sin of transformers, each [B, T, head_dim].
             attention_mask (*optional*): In the form of the attention implementation in use.
             cache (`Cache`, *optional*): Built from this model's config, so that its layers are latent ones.
             past_key_values (`Cache`, *optional*): Its name before transformers 5.24.
@@ -104,12 +106,17 @@ class MultiHeadLatentAttention(nn.Module):
         """
         cache = past_key_values if cache is None else cache
         # Project.
-        cos, sin = select_frequencies(*position_embeddings, self.rope_frequencies)
+        if not isinstance(position_embeddings, torch.Tensor):
+            position_embeddings = rotary_table(*position_embeddings)
+        cos, sin = select_frequencies(position_embeddings, self.rope_frequencies)
         q_nope, q_rope = self.make_queries(hidden_states)
         latents, rope_keys = self.make_entries(hidden_states)
         # OLMo 2 rotates in fp32, whatever the model's type is; autocast may have another one for the latents.
-        dtype = torch.promote_types(hidden_states.dtype, latents.dtype)
-        q_rope, rope_keys = (part.to(dtype) for part in rotate_both(q_rope, rope_keys, cos, sin))
+        dtype = latents.dtype
+        if dtype != hidden_states.dtype:
+            dtype = torch.promote_types(hidden_states.dtype, dtype)
+        q_rope, rope_keys = rotate_both(q_rope, rope_keys, cos, sin)
+        q_rope, rope_keys = q_rope.to(dtype), rope_keys.to(dtype)
         if self.fp8_entries and self.training:
             latents, rope_keys = round_fp8(latents), round_fp8(rope_keys)
 
@@ -117,19 +124,18 @@ class MultiHeadLatentAttention(nn.Module):
         path = AttentionPath.EXPANDED
         if cache is not None:
             layer = latent_layer(cache, self.layer_idx, self.shape.width)
-            entries = self.shape.join(latents, rope_keys).unsqueeze(1)  # [B, 1, T, W]
+            entries = self.shape.join(latents, rope_keys)  # [B, 1, T, W]
             path, _ = self.choose_path(cache, layer, entries, attention_mask, kwargs.get("output_attentions"))
             if path is AttentionPath.KERNEL:
                 layer.append(entries)
             else:
-                history, _ = cache.update(entries, entries[..., : self.shape.kv_lora_rank], self.layer_idx)
-                history = history.squeeze(1)  # [B, S, W]
+                history, _ = cache.update(entries, latents, self.layer_idx)  # [B, 1, S, W]
 
-        # Attend: [B, T, H, v].
+        # Attend: [B, T, H*v].
         if path is AttentionPath.KERNEL:
             output, weights = self._attend_in_place(q_nope, q_rope, layer, attention_mask), None
         elif path is AttentionPath.ABSORBED:
-            matrix = self._kv_b_matrix(history.dtype)
+            matrix = self._kv_b_matrix(history.dtype, history.device)
             output, weights = absorbed_attention(
                 q_nope, q_rope, history, matrix, self.shape, self.scaling, attention_mask
             )
@@ -137,7 +143,7 @@ class MultiHeadLatentAttention(nn.Module):
             if cache is not None:
                 latents, rope_keys = self.shape.split(history)
             output, weights = self._attend_expanded(q_nope, q_rope, latents, rope_keys, attention_mask, **kwargs)
-        return self.o_proj(output.flatten(2)), weights
+        return self.o_proj(output), weights
 
     def choose_path(
         self, cache: Cache, layer: LatentLayer, entries: torch.Tensor, attention_mask, probabilities: bool | None
@@ -188,13 +194,14 @@ class MultiHeadLatentAttention(nn.Module):
     def _attend_in_place(
         self, q_nope: torch.Tensor, q_rope: torch.Tensor, layer: LatentLayer, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """The kernel over a cache layer, which holds the new entries; gives [B, T, H, v]."""
-        w_uk, w_uv = self.shape.split_up_projection(self._kv_b_matrix(q_nope.dtype))
-        query = layer.to_basis(absorb_query(q_nope, q_rope, w_uk, self.shape))
-        rank, num_queries = self.shape.kv_lora_rank, q_nope.shape[2]
+        """The kernel over a cache layer, which holds the new entries; gives [B, T, H*v]."""
+        w_uk, w_uv = self.shape.split_up_projection(self._kv_b_matrix(q_nope.dtype, q_nope.device))
+        batch, num_heads, num_queries, _ = q_nope.shape
+        query = layer.to_basis(absorb_query(q_nope, q_rope, w_uk, self.shape).flatten(1, 2))  # [B, H*T, W]
+        rank = self.shape.kv_lora_rank
         attend = decode_attention_in_graph if torch.compiler.is_compiling() else decode_attention
         context = attend(query, layer.parts(mask), rank, num_queries, self.scaling)
-        return expand_output(layer.from_basis(context), w_uv, self.shape)
+        return expand_output(layer.from_basis(context).view(batch, num_heads, num_queries, rank), w_uv)
 
     def _attend_expanded(
         self,
@@ -205,9 +212,9 @@ class MultiHeadLatentAttention(nn.Module):
         attention_mask,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """transformers' attention interface over expanded latents [B, S, R] and rotary keys [B, n, S, r]; gives
-        [B, T, H, v]."""
-        key, value = expand_keys_values(self.kv_b_proj(latents), rope_keys, self.shape)
+        """transformers' attention interface over expanded latents [B, 1, S, R] and rotary keys [B, n, S, r]; gives
+        [B, T, H*v]."""
+        key, value = expand_keys_values(self.kv_b_proj(latents.squeeze(1)), rope_keys, self.shape)
         implementation = self.config._attn_implementation
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         padding = self.shape.qk_head_dim - self.shape.v_head_dim
@@ -223,11 +230,11 @@ class MultiHeadLatentAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return output[..., : self.shape.v_head_dim] if padded else output, weights
+        return (output[..., : self.shape.v_head_dim] if padded else output).flatten(2), weights
 
-    def _kv_b_matrix(self, dtype: torch.dtype) -> torch.Tensor:
+    def _kv_b_matrix(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """The up-projection as a matrix [N*nope + G*v, R]."""
-        return as_matrix(self.kv_b_proj, self.shape.kv_lora_rank, dtype, self.rope_frequencies.device)
+        return as_matrix(self.kv_b_proj, self.shape.kv_lora_rank, dtype, device)
 
     def channel_factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -245,7 +252,7 @@ class MultiHeadLatentAttention(nn.Module):
             made = self.kv_a_proj.weight.detach().float().square().sum(1)
         latent, rope = torch.ones_like(made[:rank]), torch.ones_like(made[rank:])
         if is_linear_map(self.kv_b_proj):
-            latent = importance(self._kv_b_matrix(dtype).detach().float().norm(dim=0), made[:rank].sqrt())
+            latent = importance(self._kv_b_matrix(dtype, device).detach().float().norm(dim=0), made[:rank].sqrt())
         rows = self.rope_query_rows()
         if rows is not None:
             read = rows.float().square().unflatten(0, (n, -1)).sum((1, 3))  # [n, r]

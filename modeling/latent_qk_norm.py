@@ -52,12 +52,14 @@ class NormalisedLatentAttention(MultiHeadLatentAttention):
 
     def make_queries(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         queries = self._normalised(self.q_norm, self.q_proj(hidden_states)).transpose(1, 2)  # [B, H, T, d]
-        q_nope, q_rope = self.q_b_proj(queries).split([self.shape.qk_nope_head_dim, self.shape.qk_rope_head_dim], -1)
+        sizes = [self.shape.qk_nope_head_dim, self.shape.qk_rope_head_dim]
+        q_nope, q_rope = self.q_b_proj(queries).split_with_sizes(sizes, dim=-1)
         return q_nope, q_rope
 
     def make_entries(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         keys = self._normalised(self.k_norm, self.k_proj(hidden_states)).flatten(2)  # [B, T, G*d]
-        return self.shape.split(self.kv_a_proj(torch.cat((keys, self.v_proj(hidden_states)), dim=-1)))
+        entries = self.kv_a_proj(torch.cat((keys, self.v_proj(hidden_states)), dim=-1))
+        return self.shape.split(entries.unsqueeze(1))
 
     def rope_query_rows(self) -> torch.Tensor | None:
         if not (is_plain(self.q_b_proj) and is_plain(self.q_norm)):

@@ -10,6 +10,20 @@ from dataclasses import dataclass
 import torch
 
 
+def heads_first(x: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """[B, T, heads * dim] as [B, heads, T, dim]. Of one token both lie alike, and a view does."""
+    batch, num_tokens, width = x.shape
+    if num_tokens == 1:
+        return x.view(batch, num_heads, 1, width // num_heads)
+    return x.view(batch, num_tokens, num_heads, width // num_heads).transpose(1, 2)
+
+
+def heads_last(x: torch.Tensor) -> torch.Tensor:
+    """The inverse of [`heads_first`]: [B, heads, T, dim] as [B, T, heads * dim]."""
+    batch, num_heads, num_tokens, dim = x.shape
+    return (x if num_tokens == 1 else x.transpose(1, 2)).reshape(batch, num_tokens, num_heads * dim)
+
+
 @dataclass(frozen=True)
 class LatentShape:
     """
@@ -62,19 +76,22 @@ class LatentShape:
 
     def split_queries(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Un-rotated and rotary parts [B, H, T, nope] and [B, H, T, r] of queries [B, T, H * (nope + r)]."""
-        heads = queries.view(*queries.shape[:2], self.num_attention_heads, self.qk_head_dim).transpose(1, 2)
+        heads = heads_first(queries, self.num_attention_heads)
         q_nope, q_rope = heads.split_with_sizes([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         return q_nope, q_rope
 
     def split(self, entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents [B, S, R] and rotary keys [B, n, S, r] of entries [B, S, W]."""
+        """Latents [B, 1, S, R] and rotary keys [B, n, S, r] of entries as a cache has them, [B, 1, S, W]."""
         latents, rope_keys = entries.split_with_sizes([self.kv_lora_rank, self.rope_width], dim=-1)
-        heads = rope_keys.view(*rope_keys.shape[:2], self.num_rope_key_heads, self.qk_rope_head_dim)
-        return latents, heads.transpose(1, 2)
+        if self.num_rope_key_heads > 1:
+            rope_keys = heads_first(rope_keys.squeeze(1), self.num_rope_key_heads)
+        return latents, rope_keys
 
     def join(self, latents: torch.Tensor, rope_keys: torch.Tensor) -> torch.Tensor:
-        """The inverse of [`split`]: entries [B, S, W]."""
-        return torch.cat((latents, rope_keys.transpose(1, 2).flatten(2)), dim=-1)
+        """The inverse of [`split`]: entries [B, 1, S, W]."""
+        if self.num_rope_key_heads > 1:
+            rope_keys = heads_last(rope_keys).unsqueeze(1)
+        return torch.cat((latents, rope_keys), dim=-1)
 
     def split_expanded(self, expanded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Un-rotated keys [B, N, S, nope] and values [B, G, S, v] of what latents expand to, [B, S, N*nope + G*v]."""

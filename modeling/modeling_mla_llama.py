@@ -32,9 +32,13 @@ from .configuration_mla_llama import MLALlamaConfig
 from .latent_config import register_auto_classes
 from .latent_module import LatentGenerationMixin, LatentModelMixin, MultiHeadLatentAttention
 from .latent_norm import FusedNormMixin
+from .latent_rotary import RotaryTableMixin
 
 
 class MLALlamaRMSNorm(FusedNormMixin, LlamaRMSNorm): ...
+
+
+class MLALlamaRotaryEmbedding(RotaryTableMixin, LlamaRotaryEmbedding): ...
 
 
 class MLALlamaDecoderLayer(LlamaDecoderLayer):
@@ -71,7 +75,7 @@ class MLALlamaModel(MLALlamaPreTrainedModel, LlamaModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList([MLALlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = MLALlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.rotary_emb = MLALlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
 

@@ -23,9 +23,13 @@ from .configuration_mla_mixtral import MLAMixtralConfig
 from .latent_config import register_auto_classes
 from .latent_module import LatentGenerationMixin, LatentModelMixin, MultiHeadLatentAttention
 from .latent_norm import FusedNormMixin
+from .latent_rotary import RotaryTableMixin
 
 
 class MLAMixtralRMSNorm(FusedNormMixin, MixtralRMSNorm): ...
+
+
+class MLAMixtralRotaryEmbedding(RotaryTableMixin, MixtralRotaryEmbedding): ...
 
 
 class MLAMixtralDecoderLayer(MixtralDecoderLayer):
@@ -64,7 +68,7 @@ class MLAMixtralModel(MLAMixtralPreTrainedModel, MixtralModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList([MLAMixtralDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = MLAMixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = MixtralRotaryEmbedding(config=config)
+        self.rotary_emb = MLAMixtralRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
 

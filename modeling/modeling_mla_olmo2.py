@@ -26,9 +26,13 @@ from .latent_config import register_auto_classes
 from .latent_module import LatentGenerationMixin, LatentModelMixin
 from .latent_norm import FusedNormMixin
 from .latent_qk_norm import NormalisedLatentAttention
+from .latent_rotary import RotaryTableMixin
 
 
 class MLAOlmo2RMSNorm(FusedNormMixin, Olmo2RMSNorm): ...
+
+
+class MLAOlmo2RotaryEmbedding(RotaryTableMixin, Olmo2RotaryEmbedding): ...
 
 
 class MLAOlmo2DecoderLayer(Olmo2DecoderLayer):
@@ -62,7 +66,7 @@ class MLAOlmo2Model(MLAOlmo2PreTrainedModel, Olmo2Model):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList([MLAOlmo2DecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = MLAOlmo2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = Olmo2RotaryEmbedding(config=config)
+        self.rotary_emb = MLAOlmo2RotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
 

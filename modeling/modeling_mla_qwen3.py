@@ -26,9 +26,13 @@ from .latent_config import register_auto_classes
 from .latent_module import LatentGenerationMixin, LatentModelMixin
 from .latent_norm import FusedNormMixin
 from .latent_qk_norm import NormalisedLatentAttention
+from .latent_rotary import RotaryTableMixin
 
 
 class MLAQwen3RMSNorm(FusedNormMixin, Qwen3RMSNorm): ...
+
+
+class MLAQwen3RotaryEmbedding(RotaryTableMixin, Qwen3RotaryEmbedding): ...
 
 
 class MLAQwen3DecoderLayer(Qwen3DecoderLayer):
@@ -63,7 +67,7 @@ class MLAQwen3Model(MLAQwen3PreTrainedModel, LlamaModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList([MLAQwen3DecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = MLAQwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = Qwen3RotaryEmbedding(config=config)
+        self.rotary_emb = MLAQwen3RotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
 

@@ -26,9 +26,13 @@ from .latent_config import register_auto_classes
 from .latent_module import LatentGenerationMixin, LatentModelMixin
 from .latent_norm import FusedNormMixin
 from .latent_qk_norm import NormalisedLatentAttention
+from .latent_rotary import RotaryTableMixin
 
 
 class MLAQwen3MoeRMSNorm(FusedNormMixin, Qwen3MoeRMSNorm): ...
+
+
+class MLAQwen3MoeRotaryEmbedding(RotaryTableMixin, Qwen3MoeRotaryEmbedding): ...
 
 
 class MLAQwen3MoeDecoderLayer(Qwen3MoeDecoderLayer):
@@ -67,7 +71,7 @@ class MLAQwen3MoeModel(MLAQwen3MoePreTrainedModel, Qwen3MoeModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList([MLAQwen3MoeDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = MLAQwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = Qwen3MoeRotaryEmbedding(config=config)
+        self.rotary_emb = MLAQwen3MoeRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
 

@@ -10,6 +10,7 @@ from mha2mla.modeling.latent_attention import (
     absorbed_costs_less,
     add_mask,
     expand_keys_values,
+    rotary_table,
     rotate,
     select_frequencies,
 )
@@ -23,7 +24,7 @@ def test_rotate_turns_each_pair_by_its_frequency():
     inv_freq = 0.7 ** torch.arange(head_dim // 2)
     angles = positions[:, None] * torch.cat((inv_freq, inv_freq))  # [T, head_dim]
     frequencies = torch.tensor([[4, 0], [1, 1]])  # two rotary key heads, a frequency used twice
-    cos, sin = select_frequencies(angles.cos()[None], angles.sin()[None], frequencies)
+    cos, sin = select_frequencies(rotary_table(angles.cos()[None], angles.sin()[None]), frequencies)
     x = torch.randn(1, 4, 5, 4)  # two heads a rotary key head
     got = rotate(x, cos, sin)
     for head in range(4):
@@ -38,7 +39,7 @@ def test_an_additive_mask_of_a_wider_type():
     """What a user hands over in fp32 goes with a model in bf16."""
     torch.manual_seed(0)
     shape = LatentShape(4, 2, 4, 1, 8, 4, 4, 4)
-    sizes = ((1, 4, 2, 4), (1, 4, 2, 4), (1, 7, 12), (shape.expanded_width, 8))
+    sizes = ((1, 4, 2, 4), (1, 4, 2, 4), (1, 1, 7, 12), (shape.expanded_width, 8))
     parts = [torch.randn(size, dtype=torch.bfloat16) for size in sizes]
     mask = torch.zeros(1, 1, 2, 7).masked_fill(torch.rand(1, 1, 2, 7) < 0.4, torch.finfo(torch.float32).min)
     got, weights = absorbed_attention(*parts, shape, 0.3, mask)
@@ -47,19 +48,21 @@ def test_an_additive_mask_of_a_wider_type():
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("num_queries", [1, 3])
 @pytest.mark.parametrize("n, nope_heads", [(1, 6), (1, 3), (3, 3), (3, 6)])
 @pytest.mark.parametrize("nope", [0, 5])
-def test_absorbed_equals_expanded(num_queries, n, nope_heads, nope):
+def test_absorbed_equals_expanded(batch, num_queries, n, nope_heads, nope):
     """H=6, G=3: shared and per-head rotary keys, un-rotated keys per query head and per key/value head, or none."""
     torch.manual_seed(0)
     heads, groups, r, v, rank, cached = 6, 3, 4, 7, 11, 9
     shape = LatentShape(heads, groups, nope_heads, n, rank, nope, r, v)
-    entries = torch.randn(2, cached, rank + n * r)
+    entries = torch.randn(batch, 1, cached, rank + n * r)
     weight = torch.randn(nope_heads * nope + groups * v, rank)
-    q_nope, q_rope = torch.randn(2, heads, num_queries, nope), torch.randn(2, heads, num_queries, r)
+    q_nope, q_rope = torch.randn(batch, heads, num_queries, nope), torch.randn(batch, heads, num_queries, r)
     got, weights = absorbed_attention(q_nope, q_rope, entries, weight, shape, 0.3, None)
 
+    entries = entries.squeeze(1)
     k_rope = entries[..., rank:].unflatten(-1, (n, r)).transpose(1, 2)
     keys, values = expand_keys_values(entries[..., :rank] @ weight.T, k_rope, shape)
     keys = keys.repeat_interleave(heads // nope_heads, dim=1)
@@ -68,7 +71,7 @@ def test_absorbed_equals_expanded(num_queries, n, nope_heads, nope):
     causal = torch.ones(num_queries, cached).tril(cached - num_queries).bool()
     expected_weights = scores.masked_fill(~causal, float("-inf")).softmax(-1)
     torch.testing.assert_close(weights, expected_weights)
-    torch.testing.assert_close(got, (expected_weights @ values).transpose(1, 2))
+    torch.testing.assert_close(got, (expected_weights @ values).transpose(1, 2).flatten(2))
 
 
 def test_masks_of_all_implementations_mean_the_same():

@@ -75,7 +75,7 @@ def test_an_entry_is_a_linear_map_of_normalised_keys_and_values(form):
         else:
             keys, queries = attention.k_norm(keys.flatten()), attention.q_norm(queries.flatten()).view(heads, dim)
         entry = attention.kv_a_proj.weight @ torch.cat((keys, attention.v_proj(x[0, t])))
-        torch.testing.assert_close(torch.cat((latents[0, t], rope_keys[0, :, t].flatten())), entry)
+        torch.testing.assert_close(torch.cat((latents[0, 0, t], rope_keys[0, :, t].flatten())), entry)
         for h in range(heads):
             expected = attention.q_b_proj.weight[h] @ queries[h]
             torch.testing.assert_close(torch.cat((q_nope[0, h, t], q_rope[0, h, t])), expected)

@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 import mha2mla.serving
 from mha2mla.conversion.summary import PLUGIN, serve_as_it_is
 from mha2mla.modeling import FAMILIES, MLALlamaConfig, MLALlamaForCausalLM, MLAQwen3Config
-from mha2mla.modeling.latent_attention import rotate, select_frequencies
+from mha2mla.modeling.latent_attention import rotary_table, rotate, select_frequencies
 from mha2mla.serving import register
 from mha2mla.serving.padding import (
     grow,
@@ -164,7 +164,7 @@ def test_rotary_of_a_layer(rope):
     turned = rotary(positions, spread_pairs(x, 16, -1))
 
     tables = LlamaRotaryEmbedding(config)(x, positions[None])
-    expected = rotate(x.transpose(0, 1)[None], *select_frequencies(*tables, chosen))[0].transpose(0, 1)
+    expected = rotate(x.transpose(0, 1)[None], *select_frequencies(rotary_table(*tables), chosen))[0].transpose(0, 1)
     torch.testing.assert_close(turned, spread_pairs(expected, 16, -1))
 
 

@@ -100,7 +100,8 @@ def collect_statistics(
         q, inputs = source.queries(x), source.inputs(x)
         k = source.keys(inputs)
         angle = torch.arange(x.shape[0], device=x.device)[:, None] * frequencies
-        cos, sin = (table.repeat(1, 2)[None, None] for table in (angle.cos(), angle.sin()))  # [1, 1, T, d]
+        halves = ((angle.cos(), angle.cos()), (-angle.sin(), angle.sin()))
+        cos, sin = (torch.cat(pair, dim=1)[None, None] for pair in halves)  # [1, 1, T, d]
         rotated_q, rotated_k = (rotate(heads[None], cos, sin)[0] for heads in (q, k))
         return q, inputs, attention_probabilities(rotated_q * still_factors, rotated_k, scaling)
 
