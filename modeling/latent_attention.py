@@ -3,6 +3,8 @@
 The letters in shapes are those of `latent_shape.py`.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from .latent_shape import LatentShape, heads_last
@@ -219,11 +221,11 @@ def absorbed_attention(
     w_uk, w_uv = shape.split_up_projection(kv_b_weight)
     query = absorb_query(q_nope, q_rope, w_uk, shape)  # [B, H, T, W]
     # For 16 bits on a CPU a batched product takes up to four times as long as a plain one.
-    product, rows = torch.bmm, (batch, num_heads * num_queries)
-    if batch == 1:
-        product, rows = torch.mm, rows[1:]
-    entries = entries.view(*rows[:-1], *entries.shape[2:])
-    scores = product(query.view(*rows, shape.width), entries.transpose(-2, -1)).mul_(scaling)  # [B, H*T, S]
+    product: Callable[..., torch.Tensor] = torch.mm if batch == 1 else torch.bmm
+    leading = [] if batch == 1 else [batch]
+    query = query.view(*leading, num_heads * num_queries, shape.width)
+    entries = entries.view(*leading, *entries.shape[2:])
+    scores = product(query, entries.transpose(-2, -1)).mul_(scaling)  # [B, H*T, S]
     if attention_mask is not None or num_queries > 1:
         scores = add_mask(scores.view(batch, num_heads, num_queries, -1), attention_mask).view(scores.shape)
     weights = scores.softmax(dim=-1).to(q_nope.dtype)  # torch computes it in fp32

@@ -15,6 +15,7 @@ from mha2mla.modeling.latent_attention import (
     select_frequencies,
 )
 from mha2mla.modeling.latent_module import AttentionPath
+from mha2mla.modeling.latent_rotary import RotaryTableMixin
 from pico import LAYOUTS, make_mla, tokens
 
 
@@ -33,6 +34,14 @@ def test_rotate_turns_each_pair_by_its_frequency():
             z = z * torch.exp(1j * positions * inv_freq[frequencies[head // 2, pair]])
             torch.testing.assert_close(got[0, head, :, pair], z.real)
             torch.testing.assert_close(got[0, head, :, pair + 2], z.imag)
+
+
+def test_a_layer_takes_the_tables_of_transformers_too():
+    model, x, positions = make_mla(), torch.randn(1, 5, 48), torch.arange(3, 8)[None]
+    attention, rotary = model.model.layers[0].self_attn, model.model.rotary_emb
+    cos_and_sin = super(RotaryTableMixin, rotary).forward(x, positions)
+    got, _ = attention(x, cos_and_sin)
+    assert torch.equal(got, attention(x, rotary(x, positions))[0])
 
 
 def test_an_additive_mask_of_a_wider_type():
