@@ -46,6 +46,7 @@ CODE_FILES = [
     "latent_quantization.py",
     "latent_quantized_cache.py",
     "latent_quantized_entries.py",
+    "latent_rotary.py",
     "latent_shape.py",
     "latent_static_quantized_cache.py",
     "latent_store_kernel.py",
