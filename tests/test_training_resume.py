@@ -87,7 +87,7 @@ def test_other_settings_than_those_of_the_checkpoint_are_named(
         (("--seed", "7"), "seed=42, this run has seed=7"),
         (("--gradient_accumulation_steps", "2"), "rows_per_step=8, this run has rows_per_step=16"),
         (("--lookback_share", "0.5"), "this run has lookback_share=0.5"),
-        ((), ", this run has rows="),
+        ((), ", this run has text='"),
     ],
 )
 def test_rows_in_another_order_are_named(then, differs, train, inputs, tmp_path, capsys, monkeypatch):
@@ -103,6 +103,38 @@ def test_rows_in_another_order_are_named(then, differs, train, inputs, tmp_path,
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert differs in error and error.endswith("or --ignore_data_skip to begin this text at its first row.")
     assert train(*text, *then, *RESUME, "--max_steps", 3, "--ignore_data_skip") == 0
+
+
+@pytest.mark.parametrize("more", [(), ("--streaming",)])
+def test_the_same_rows_by_another_name_are_the_same(more, train, inputs, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "moved").mkdir()
+    shutil.copy(inputs / "texts.jsonl", "texts.jsonl")
+    (tmp_path / "mix.yaml").write_text("- {data: texts.jsonl}")
+    assert train("--data", "texts.jsonl", *more) == 0
+    shutil.move("texts.jsonl", "moved/texts.jsonl")
+    (tmp_path / "mix.yaml").write_text("- {data: moved/texts.jsonl}")
+    again = (*more, *RESUME, "--data")
+    assert train(*again, "moved/text*.jsonl", "--column", "text", "--max_steps", 3) == 0
+    assert train(*again, tmp_path / "moved" / "texts.jsonl", "--max_steps", 4) == 0
+    assert train(*again, "mix.yaml", "--max_steps", 5) == 0
+    (tmp_path / "mix.yaml").write_text(f"- {{data: moved/texts.jsonl}}\n- {{data: {inputs}/texts.jsonl}}")
+    assert train(*again, "mix.yaml", "--max_steps", 6) == 2
+    assert "this run has text='" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_another_number_of_processes_packs_other_rows(train, tmp_path, capsys):
+    assert train() == 0
+    shutil.rmtree(tmp_path / "cache")
+    assert train(*RESUME, "--num_proc", 2, "--max_steps", 3) == 2
+    assert "num_proc=None, this run has num_proc=2" in capsys.readouterr().err
+
+
+def test_an_adapter_goes_on_beside_a_model_that_was_moved(train, inputs, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(inputs / "mla", model)
+    assert train(*LORA, "--model", model) == 0
+    assert train(*LORA, "--model", model.rename(tmp_path / "moved"), *RESUME, "--max_steps", 3) == 0
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "config.json"])

@@ -4,7 +4,9 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
+from datasets import Dataset
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mha2mla.common.cards import CARD_NAME
@@ -12,12 +14,16 @@ from mha2mla.common.files import damage, read_json_object, shown
 from mha2mla.modeling import LatentConfigMixin
 
 from .arguments import DataArguments, ModelArguments
+from .data import Rows, data_sources
 from .parameters import LORA
 from .publish import RUN_SETTINGS
 from .trainer_arguments import RecoveryTrainingArguments
 
 TRAINER_STATE = "trainer_state.json"  # of a checkpoint, and of an output folder that is complete: written last in both
 MERGED = "merged"
+# Other values of these are other rows, or others in a step, whatever the text is.
+OF_ROWS = ("seed", "rows_per_step", "length", "short_lengths", "lookback_share", "streaming")
+FIRST = 8  # rows by which a text is known
 
 
 def wants_resume(arguments: RecoveryTrainingArguments) -> bool:
@@ -107,9 +113,22 @@ def describe_settings(
 
 def describe_order(data: DataArguments, arguments: RecoveryTrainingArguments) -> dict[str, Any]:
     """The settings by which rows come in one order and no other: a checkpoint is so many steps from the first."""
-    settings = {name: value for name, value in asdict(data).items() if name not in ("eval_data", "num_proc")}
     rows = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    return settings | {"seed": arguments.seed, "rows_per_step": rows}
+    settings = {"seed": arguments.seed, "rows_per_step": rows, **asdict(data)}
+    del settings["eval_data"]
+    return settings | {"data": settings.pop("data")}  # last: it may be spelled in many ways
+
+
+def describe_text(data: DataArguments, rows: Rows) -> str:
+    """What is the same wherever the text lies and however it is named. Of a stream no row is read for it."""
+    if isinstance(rows, Dataset):
+        return f"{len(rows)} rows, {crc32(str(rows[:FIRST]).encode()):08x}"
+    places = []
+    for source in data_sources(data)[0]:
+        files = [] if source.builder is None else map(Path, source.files())
+        names = ", ".join(f"{file.name} of {file.stat().st_size} bytes" for file in files)
+        places.append(f"{source.weight:g} of {names or f'{source}, {source.split}'}")
+    return f"{' and '.join(places)}, shuffled by {data.shuffle_buffer}"
 
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -117,16 +136,24 @@ def write_settings(folder: Path, settings: dict[str, Any]) -> None:
     (folder / RUN_SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
+def made_with(checkpoint: str) -> dict[str, Any]:
+    """The settings of the run that made a checkpoint, as far as its folder tells."""
+    path = Path(checkpoint).resolve().parent / RUN_SETTINGS
+    return read_json_object(path) if path.is_file() else {}
+
+
 def check_settings(checkpoint: str | None, settings: dict[str, Any], remedy: str = "") -> None:
-    """Raise a `ValueError` if the run that made a checkpoint had other settings, as far as its folder tells."""
+    """Raise a `ValueError` if the run that made a checkpoint had other settings."""
     if checkpoint is None:
         return
-    path = Path(checkpoint).resolve().parent / RUN_SETTINGS
-    before = read_json_object(path) if path.is_file() else {}
+    before = made_with(checkpoint)
     for name, value in settings.items():
         theirs = before.get(name)
         # A rate of its own makes attention a group of its own, whatever it is.
         same = (value is None) == (theirs is None) if name == "attention_learning_rate" else value == theirs
+        if name == "model":  # a folder that is there no more was moved
+            place = Path(str(theirs))
+            same = same or (place.is_absolute() and not place.exists())
         if name in before and not same:
             raise ValueError(
                 f"{checkpoint} was made with {name}={theirs!r}, this run has {name}={value!r}: it cannot go on from "
@@ -134,7 +161,12 @@ def check_settings(checkpoint: str | None, settings: dict[str, Any], remedy: str
             )
 
 
-def check_order(checkpoint: str | None, settings: dict[str, Any], arguments: RecoveryTrainingArguments) -> None:
-    """[`check_settings`] of what [`describe_order`] gives, which does not count where no rows are passed over."""
-    if not arguments.ignore_data_skip:
-        check_settings(checkpoint, settings, ", or --ignore_data_skip to begin this text at its first row")
+def check_order(checkpoint: str | None, order: dict[str, Any], arguments: RecoveryTrainingArguments) -> None:
+    """[`check_settings`] of what [`describe_order`] gives, which does not count where no rows are passed over. The
+    same `text` may be named in other words; where it differs, the first of them that does tells why."""
+    if checkpoint is None or arguments.ignore_data_skip:
+        return
+    before = made_with(checkpoint)
+    same_text = not {"text"} <= before.keys() & order.keys() or before["text"] == order["text"]
+    settings = {name: value for name, value in order.items() if name in OF_ROWS or not same_text}
+    check_settings(checkpoint, settings, ", or --ignore_data_skip to begin this text at its first row")

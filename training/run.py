@@ -32,6 +32,7 @@ from .resume import (
     check_whole,
     describe_order,
     describe_settings,
+    describe_text,
     find_checkpoint,
     is_finished,
     wants_resume,
@@ -87,8 +88,8 @@ def train(
         train_rows, eval_rows = load_rows(data, tokenizer, arguments.seed)
     if not data.streaming:
         check_tokens([rows for rows in (train_rows, eval_rows) if rows is not None], tokenizer, config)
-        order["rows"] = len(train_rows)  # other text by the same name has another number
-        check_order(checkpoint, order, arguments)
+    order["text"] = describe_text(data, train_rows)
+    check_order(checkpoint, order, arguments)
 
     set_seed(arguments.seed)
     student = load_weights(model.model, "model", model, model.dtype)
