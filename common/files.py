@@ -70,7 +70,8 @@ def check_output_file(path: Path) -> None:
         raise ValueError(f"{path.parent} cannot be a folder of results ({error}). Choose another --output.") from None
     if not os.access(path.parent, os.W_OK) or path.is_dir():
         raise ValueError(f"{path} cannot be written. Choose another --output.")
-    if (path.parent / "config.json").is_file():
+    weights = [*shown(path.parent, "*.safetensors"), *shown(path.parent, "pytorch_model*.bin")]
+    if weights and shown(path.parent, "*config.json"):  # either alone may be of anything; an adapter has a config, too
         raise ValueError(
             f"{path.parent} holds a model: results would go up with it, and no --overwrite would replace it any more. "
             "Choose another --output."

@@ -61,3 +61,19 @@ def test_results_do_not_go_into_a_models_folder(command, source, tmp_path, capsy
     assert main([command, str(source), "--output", str(source), *map(str, more)]) == 2
     assert f"{source} holds a model: results would go up with it" in capsys.readouterr().err
     assert sorted(source.iterdir()) == before
+
+
+def test_a_config_of_something_else_makes_no_model(source, tmp_path):
+    (tmp_path / "text.jsonl").write_text('{"text": "w5 w6 w7"}\n')
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "config.json").write_text('{"port": 8080}')
+    assert evaluate(source, "--data", tmp_path / "text.jsonl") == 0
+
+
+def test_results_do_not_go_beside_an_adapter(source, tmp_path, capsys):
+    (tmp_path / "text.jsonl").write_text('{"text": "w5 w6 w7"}\n')
+    (tmp_path / "results").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "results" / name).touch()
+    assert evaluate(source, "--data", tmp_path / "text.jsonl") == 2
+    assert "holds a model: results would go up with it" in capsys.readouterr().err
