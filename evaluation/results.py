@@ -58,6 +58,13 @@ class ModelResult:
         """Name in tables and pictures."""
         return self.name if self.cache == DYNAMIC.name else f"{self.name}, {self.cache}"
 
+    def is_of(self, path: str) -> bool:
+        """Whether it is of a folder or a name on the Hub. A folder that is not there any more was moved, or was named
+        from another one: its weights tell."""
+        if self.path == path or Path(self.path).resolve() == Path(path).resolve():
+            return True
+        return not Path(self.path).exists() and self.digest == checkpoint_digest(path)
+
 
 @dataclass
 class Results:
@@ -102,7 +109,7 @@ class Results:
         """Raise a `ValueError` if the rows would be compared with another original than a run's own, which is None
         where that has none."""
         for model in self.models:
-            if model.preset == ORIGINAL and (path is None or not same_checkpoint(model.path, path)):
+            if model.preset == ORIGINAL and (path is None or not model.is_of(path)):
                 raise ValueError(
                     f"The results in {folder} were measured against {model.path}, and now the original is "
                     f"{path or 'not named'}. Choose another --output, or name {model.path} first."
@@ -117,18 +124,13 @@ class Results:
     def row(self, fresh: ModelResult) -> ModelResult:
         """The row of a model: the one already there, with its tasks, unless the checkpoint has changed since."""
         for index, model in enumerate(self.models):
-            if same_checkpoint(model.path, fresh.path) and model.cache == fresh.cache:
+            if model.is_of(fresh.path) and model.cache == fresh.cache:
                 if (model.digest, model.dtype) == (fresh.digest, fresh.dtype):
                     fresh.tasks = model.tasks
                 self.models[index] = fresh
                 return fresh
         self.models.append(fresh)
         return fresh
-
-
-def same_checkpoint(first: str, second: str) -> bool:
-    """Whether two paths are one folder, or one name on the Hub."""
-    return first == second or Path(first).resolve() == Path(second).resolve()
 
 
 def is_done(row: ModelResult, task: Task, digest: str) -> bool:

@@ -30,7 +30,7 @@ from .measures.scoring import inference, prefix_token
 from .progress import Progress
 from .report.conversion import find_records
 from .report.page import write_page
-from .results import ModelResult, Results, describe_environment, describe_model, is_done, same_checkpoint
+from .results import ModelResult, Results, describe_environment, describe_model, is_done
 from .settings import EvaluationSettings
 from .tasks import Task, check_lengths, check_prompts, check_tokens, measure_task
 
@@ -184,7 +184,7 @@ def evaluate_models(
     results = Results.open(output, settings)
     results.check_original(output, original_path)
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    others = [row.path for row in results.models if not any(same_checkpoint(row.path, path) for path in paths)]
+    others = [row.path for row in results.models if not any(map(row.is_of, paths))]
     names = distinct_names([*paths, *others])
     results.runs.append({"command": command, "started": started, "environment": describe_environment(device)})
     set_seed(settings.seed)

@@ -27,6 +27,18 @@ def test_results_of_another_original_are_not_continued(models, sets, tmp_path, c
     assert [(row["name"], row["path"]) for row in rows] == [("original", spelled[0]), ("half", spelled[1])]
 
 
+def test_results_are_continued_from_another_folder(models, sets, tmp_path, monkeypatch):  # noqa: F811
+    folder, names = Path(models[0]).parent, [Path(path).name for path in models]
+    monkeypatch.chdir(folder)
+    assert main(arguments(names, sets, tmp_path, tasks="choices")) == 0
+    (folder / "elsewhere").mkdir()
+    monkeypatch.chdir(folder / "elsewhere")
+    monkeypatch.setattr(run, "measure_task", None)  # all is done
+    assert main(arguments([f"../{name}" for name in names], sets, tmp_path, tasks="choices")) == 0
+    rows = json.loads((tmp_path / "results" / "results.json").read_text())["models"]
+    assert [row["path"] for row in rows] == [f"../{name}" for name in names]
+
+
 def test_agreement_is_measured_again_when_the_original_changed(models, sets, tmp_path, monkeypatch):  # noqa: F811
     measured = []
     measure_task = run.measure_task
