@@ -286,7 +286,7 @@ def test_adapters_and_exports_are_named(save, tmp_path):
     peft = add_lora(exportable([0, 1]), 2, 4, 0.0, ["q_proj"])
     peft.peft_config["default"].base_model_name_or_path = "base"
     peft.save_pretrained(folder)
-    with pytest.raises(ValueError, match=r"is an adapter of base.*--resume_from_checkpoint true --merge"):
+    with pytest.raises(ValueError, match=r"is an adapter of base.*Merge it first \(peft"):
         export(folder, tmp_path / "out")
     export(save(exportable([0, 1])), tmp_path / "out")
     with pytest.raises(ValueError, match=r"is a DeepSeek checkpoint already.*--format mla-llama"):

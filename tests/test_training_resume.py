@@ -163,6 +163,8 @@ def test_a_finished_adapter_is_merged_afterwards(train, tmp_path, capsys):
     adapter = load_file(out / "adapter_model.safetensors")
     assert train(*LORA, "--merge") == 2
     assert "Add that by --resume_from_checkpoint true --merge" in capsys.readouterr().err
+    assert main(["export", str(out), str(tmp_path / "x")]) == 2
+    assert f"trained it with `--resume_from_checkpoint true --merge` writes {out}/merged" in capsys.readouterr().err
     assert train(*LORA, *RESUME, "--merge") == 0
     assert all(
         torch.equal(tensor, adapter[name]) for name, tensor in load_file(out / "adapter_model.safetensors").items()
@@ -173,6 +175,10 @@ def test_a_finished_adapter_is_merged_afterwards(train, tmp_path, capsys):
         adapted = AutoPeftModelForCausalLM.from_pretrained(out)(tokens(1, 6)).logits
     torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-4)
     before = contents(out)
+    for command in (["export", out, tmp_path / "x"], ["eval", out, "--tasks", "long:counting", "--output", "y"]):
+        for folder, remedy in ((out, f"Give {out}/merged"), (out / "checkpoint-2", "Merge it first (peft's")):
+            assert main([str(folder if part is out else part) for part in command]) == 2
+            assert remedy in capsys.readouterr().err
     assert train(*LORA, *RESUME, "--merge") == 0  # nothing is left to do
     assert contents(out) == before
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 from mha2mla.common.extras import installing
 from mha2mla.common.files import read_json_object
 from mha2mla.common.kernel_sizes import KERNEL_HEAD_DIM, KERNEL_ROPE_DIM
-from mha2mla.common.loading import keys_values_width, load_config
+from mha2mla.common.loading import keys_values_width, load_config, merge_first
 from mha2mla.common.records import RECORD_NAME, read_record
 from mha2mla.conversion.cache_plan import SERVED_BYTES
 from mha2mla.conversion.checkpoint import CheckpointReader
@@ -85,11 +85,7 @@ def load_model_config(folder: Path, model: str) -> OurConfig:
     """
     if (folder / "adapter_config.json").is_file():
         base = read_json_object(folder / "adapter_config.json").get("base_model_name_or_path")
-        raise ValueError(
-            f"{model} is an adapter of {base}, and an export holds a whole model. Merge it first: the command "
-            f"that trained it with `--resume_from_checkpoint true --merge` writes {model}/merged (peft's "
-            "merge_and_unload makes the same), and that can be exported."
-        )
+        raise ValueError(f"{model} is an adapter of {base}, and an export holds a whole model. {merge_first(folder)}")
     config = load_config(str(folder))
     if config.model_type in ("deepseek_v2", "deepseek_v3"):
         raise ValueError(
