@@ -41,6 +41,6 @@ def main(argv: list[str]) -> None:
     uploads = plan_upload(given.folder, options.base_model, given.repo)
     print(describe_upload(uploads))
     if absent := missing_companions(uploads):
-        print(f"Without {' and without '.join(absent)}: save them in {given.folder} first if there are any.")
+        print(f"Without {' and without '.join(absent)}, which users look for: save what there is in {given.folder}.")
     if not options.dry_run:
         print(push_folder(given.folder, given.repo, options.private, options.base_model))
