@@ -67,8 +67,8 @@ def check_whole(checkpoint: str) -> None:
     fault = next(filter(None, map(damage, shown(Path(checkpoint), "**/*"))), None)
     if fault is not None:
         raise ValueError(
-            f"{fault}, so that no run goes on from {checkpoint}. Remove that folder: the same command then takes the "
-            "checkpoint before it."
+            f"{fault}, so that no run goes on from {checkpoint}. Remove that folder: --resume_from_checkpoint true "
+            "then takes the checkpoint before it."
         )
 
 
