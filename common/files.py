@@ -36,6 +36,18 @@ def shown(folder: Path, pattern: str = "*") -> list[Path]:
     return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
 
 
+def open_weights(folder: Path) -> None:
+    """Give files of weights the mode of any new file. safetensors 0.8 leaves them to their owner alone, and another
+    user's server could not read them (safetensors issue 782)."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for path in folder.glob("*.safetensors"):
+        if path.stat().st_mode != mode:  # a disk without modes refuses to change them
+            path.chmod(mode)
+
+
 def check_readable(folder: Path) -> None:
     """Raise a `ValueError` for a file of a checkpoint that may not be read: libraries say that it is not there. A
     folder that there is not, as of a name on the Hub, has none."""

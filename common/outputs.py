@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
 
-from .files import read_json_object
+from .files import open_weights, read_json_object
 from .records import FILES, RECORD_NAME
 from .scratch import scratch_folder
 
@@ -98,6 +98,7 @@ def atomic_folder(output: Path, overwrite: bool, record: str = RECORD_NAME) -> I
     real = real_path(output)
     with scratch_folder(f".{real.name}.partial-", real.parent) as partial:
         yield partial
+        open_weights(partial)
         content = read_json_object(partial / record) | {FILES: files_in(partial)}
         (partial / record).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         check_output(output, overwrite, record)

@@ -1,6 +1,7 @@
 """What may go on from an output folder, and what is refused in a sentence rather than overwritten."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -155,6 +156,21 @@ def test_a_run_of_an_earlier_version_told_less(train, tmp_path):
     assert train() == 0
     (tmp_path / "out" / "run_settings.json").write_text('{"trainable": "all"}')
     assert train(*RESUME, "--max_steps", 3) == 0
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_weights_can_be_read_by_whom_the_rest_can(umask, mode, train, tmp_path):
+    make_source().save_pretrained(tmp_path / "source")
+    pico_tokenizer().save_pretrained(tmp_path / "source")
+    before = os.umask(umask)
+    try:
+        assert train(*LORA, "--merge") == 0
+        how = ("--preset", "paper", "--rope-selection", "uniform", "--cache-ratio", "0.3125")
+        assert main(["convert", str(tmp_path / "source"), str(tmp_path / "mla"), *how]) == 0
+    finally:
+        os.umask(before)
+    for folder in (tmp_path / "out", tmp_path / "out" / "merged", tmp_path / "mla"):
+        assert [path.stat().st_mode & 0o777 for path in folder.glob("*.safetensors")] == [mode]
 
 
 def test_a_finished_adapter_is_merged_afterwards(train, tmp_path, capsys):

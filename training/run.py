@@ -12,6 +12,7 @@ from torch import distributed
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, SchedulerType, set_seed
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
+from mha2mla.common.files import open_weights
 from mha2mla.common.loading import copy_notices, load_model, load_tokenizer
 from mha2mla.common.records import copy_record
 from mha2mla.common.text_sources import hub_datasets
@@ -179,6 +180,7 @@ def finish(
     write_model_card(folder, title, record, config, adapter)
     copy_record(model.model, folder)
     copy_notices(model.model, folder)
+    open_weights(folder)
 
 
 @contextmanager

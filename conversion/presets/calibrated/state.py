@@ -14,7 +14,7 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig
 
-from mha2mla.common.files import damage, read_json_object
+from mha2mla.common.files import damage, open_weights, read_json_object
 from mha2mla.common.scratch import scratch_folder
 
 from .closed_form import LayerStatistics
@@ -74,6 +74,7 @@ class CalibrationState:
         """A file of the folder, to be written under another name until it is whole."""
         with scratch_folder(SCRATCH, self.folder) as scratch:
             yield scratch / path.name
+            open_weights(scratch)
             os.replace(scratch / path.name, path)
 
     def _path(self, index: int) -> Path:
