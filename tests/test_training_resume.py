@@ -103,6 +103,7 @@ def test_rows_in_another_order_are_named(then, differs, train, inputs, tmp_path,
     assert train(*text, *then, *RESUME, "--max_steps", 3) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert differs in error and error.endswith("or --ignore_data_skip to begin this text at its first row.")
+    assert ("--gradient_accumulation_steps and processes" in error) == ("rows_per_step" in differs)
     assert train(*text, *then, *RESUME, "--max_steps", 3, "--ignore_data_skip") == 0
 
 

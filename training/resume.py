@@ -23,6 +23,7 @@ TRAINER_STATE = "trainer_state.json"  # of a checkpoint, and of an output folder
 MERGED = "merged"
 # Other values of these are other rows, or others in a step, whatever the text is.
 OF_ROWS = ("seed", "rows_per_step", "length", "short_lengths", "lookback_share", "streaming")
+FACTORS = {"rows_per_step": " product of --per_device_train_batch_size, --gradient_accumulation_steps and processes"}
 FIRST = 8  # rows by which a text is known
 
 
@@ -157,7 +158,7 @@ def check_settings(checkpoint: str | None, settings: dict[str, Any], remedy: str
         if name in before and not same:
             raise ValueError(
                 f"{checkpoint} was made with {name}={theirs!r}, this run has {name}={value!r}: it cannot go on from "
-                f"there. Give the same, or another --output for a new run{remedy}."
+                f"there. Give the same{FACTORS.get(name, '')}, or another --output for a new run{remedy}."
             )
 
 
