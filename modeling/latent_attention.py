@@ -227,7 +227,7 @@ def absorbed_attention(
     entries = entries.view(*leading, *entries.shape[2:])
     scores = product(query, entries.transpose(-2, -1)).mul_(scaling)  # [B, H*T, S]
     if attention_mask is not None or num_queries > 1:
-        scores = add_mask(scores.view(batch, num_heads, num_queries, -1), attention_mask).view(scores.shape)
+        scores = add_mask(scores.view(batch, num_heads, num_queries, -1), attention_mask).reshape(scores.shape)
     weights = scores.softmax(dim=-1).to(q_nope.dtype)  # torch computes it in fp32
     context = product(weights, entries[..., : shape.kv_lora_rank]).view(batch, num_heads, num_queries, -1)
     return expand_output(context, w_uv), weights.view(batch, num_heads, num_queries, -1)

@@ -58,6 +58,17 @@ def test_an_additive_mask_of_a_wider_type():
 
 
 @pytest.mark.parametrize("batch", [1, 2])
+def test_a_mask_whose_memory_is_in_another_order(batch):
+    """A boolean mask hands its strides on to the scores."""
+    torch.manual_seed(0)
+    shape = LatentShape(4, 2, 4, 1, 8, 4, 4, 4)
+    sizes = ((batch, 4, 3, 4), (batch, 4, 3, 4), (batch, 1, 7, 12), (shape.expanded_width, 8))
+    parts, mask = [torch.randn(size) for size in sizes], torch.rand(batch, 1, 3, 7) < 0.6
+    got = absorbed_attention(*parts, shape, 0.3, mask.mT.contiguous().mT)
+    torch.testing.assert_close(got, absorbed_attention(*parts, shape, 0.3, mask))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("num_queries", [1, 3])
 @pytest.mark.parametrize("n, nope_heads", [(1, 6), (1, 3), (3, 3), (3, 6)])
 @pytest.mark.parametrize("nope", [0, 5])
