@@ -184,3 +184,6 @@ def test_links_lead_somewhere(page):
         if fragment and target.suffix == ".md":
             headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
             assert fragment in map(anchor, headings), link
+            assert "--" not in fragment, (
+                f"{link}: the site has one dash where GitHub has two. Name the heading otherwise."
+            )
