@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .adapters import refuse_adapter
 from .companions import NOTICES, find_notices, has_tokenizer
 from .errors import raised_in_package
 from .exports import EXPORT_RECORD_NAME, without_warning_of_factor
@@ -128,25 +129,6 @@ def loading(name: str, role: str, part: str, revision: str | None) -> Iterator[N
         if part == "config":
             raise ValueError(f"{role}: the config.json of {name} is not valid ({reason}). Mend it.") from error
         raise ValueError(f"{role}: the {part} of {name} cannot be loaded ({reason}).") from error
-
-
-def refuse_adapter(folder: Path, name: str, role: str) -> None:
-    """Raise a `ValueError` if a folder, which `name` stands for, holds an adapter."""
-    if (folder / "adapter_config.json").is_file():
-        raise ValueError(
-            f"{role}: {name} holds an adapter (adapter_config.json), which is no whole model. {merge_first(folder)}"
-        )
-
-
-def merge_first(folder: Path) -> str:
-    """For a person: how an adapter becomes a whole model. `mha2mla train --merge` writes it into its output folder."""
-    merged = folder / "merged"
-    if (merged / "config.json").is_file():
-        return f"Give {merged}, with which it was merged."
-    if (folder / "run_settings.json").is_file():
-        command = "the command that trained it with `--resume_from_checkpoint true --merge`"
-        return f"Merge it first: {command} writes {merged} (peft's merge_and_unload makes the same)."
-    return "Merge it first (peft's merge_and_unload) and give what that saves."
 
 
 def load_config(

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
+from mha2mla.common.adapters import refuse_adapter
 from mha2mla.common.device import check_device
 from mha2mla.common.kernel_sizes import ENGINES, Engine
-from mha2mla.common.loading import keys_values_width, load_config, refuse_adapter
+from mha2mla.common.loading import keys_values_width, load_config
 from mha2mla.common.options import shard_bytes
 from mha2mla.common.outputs import atomic_folder, check_output
 from mha2mla.common.records import RECORD_NAME

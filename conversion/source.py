@@ -7,6 +7,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedConfig
 
+from mha2mla.common.adapters import ADAPTER_CONFIG
 from mha2mla.common.companions import COMPANION_PATTERNS
 from mha2mla.common.exports import EXPORT_RECORD_NAME
 from mha2mla.common.hub import check_on_hub, on_hub
@@ -47,7 +48,7 @@ def download(source: str, revision: str | None) -> Path:
     the form of their makers, too."""
     index = Path(snapshot_download(source, revision=revision, allow_patterns=[INDEX_NAME])) / INDEX_NAME
     shards = sorted(set(read_index(index).values())) if index.is_file() else []
-    patterns = ["config.json", "adapter_config.json", "README.md", WEIGHTS_NAME, INDEX_NAME, *shards]
+    patterns = ["config.json", ADAPTER_CONFIG, "README.md", WEIGHTS_NAME, INDEX_NAME, *shards]
     patterns += [EXPORT_RECORD_NAME, *COMPANION_PATTERNS]
     return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
 

@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_peft_available
 
+from mha2mla.common.adapters import ADAPTER_CONFIG, MERGED, RUN_SETTINGS
 from mha2mla.common.exports import EXPORT_RECORD_NAME
 from mha2mla.common.extras import installing
 from mha2mla.common.files import shown
@@ -17,9 +18,7 @@ from mha2mla.modeling import LatentConfigMixin
 from .arguments import DataArguments, LossArguments, ModelArguments
 from .losses import Setting
 from .parameters import LORA, check_lora_targets, freeze_except, meta_model
-from .publish import ADAPTER_CONFIG, RUN_SETTINGS
 from .resume import (
-    MERGED,
     checkpoints,
     find_checkpoint,
     is_finished,

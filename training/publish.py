@@ -9,6 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 
+from mha2mla.common.adapters import ADAPTER_CONFIG, RUN_SETTINGS
 from mha2mla.common.cards import CARD_NAME, RESULTS_FOLDER
 from mha2mla.common.companions import COMPANION_PATTERNS, name_tokenizer
 from mha2mla.common.exports import EXPORT_RECORD_NAME
@@ -29,10 +30,7 @@ PUBLISHED = [
     *COMPANION_PATTERNS,
 ]
 IN_FOLDERS = [f"{RESULTS_FOLDER}/*.yaml", *(pattern for pattern in COMPANION_PATTERNS if "/" in pattern)]
-RUN_SETTINGS = "run_settings.json"  # in an output folder: what the run whose checkpoints lie there trains
 LEFT_OUT = ["trainer_state.json", "*_results.json", RUN_SETTINGS]
-
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from zlib import crc32
 from datasets import Dataset
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from mha2mla.common.adapters import MERGED, RUN_SETTINGS
 from mha2mla.common.cards import CARD_NAME
 from mha2mla.common.files import damage, read_json_object, shown
 from mha2mla.modeling import LatentConfigMixin
@@ -16,11 +17,9 @@ from mha2mla.modeling import LatentConfigMixin
 from .arguments import DataArguments, ModelArguments
 from .data import Rows, data_sources
 from .parameters import LORA
-from .publish import RUN_SETTINGS
 from .trainer_arguments import RecoveryTrainingArguments
 
 TRAINER_STATE = "trainer_state.json"  # of a checkpoint, and of an output folder that is complete: written last in both
-MERGED = "merged"
 # Other values of these are other rows, or others in a step, whatever the text is.
 OF_ROWS = ("seed", "rows_per_step", "length", "short_lengths", "lookback_share", "streaming")
 FACTORS = {"rows_per_step": " product of --per_device_train_batch_size, --gradient_accumulation_steps and processes"}

@@ -12,6 +12,7 @@ from torch import distributed
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, SchedulerType, set_seed
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
+from mha2mla.common.adapters import MERGED
 from mha2mla.common.files import open_weights
 from mha2mla.common.loading import copy_notices, load_model, load_tokenizer
 from mha2mla.common.records import copy_record
@@ -26,7 +27,6 @@ from .model_card import TrainingRecord, write_model_card
 from .parameters import LORA, describe_trainable
 from .publish import push_folder
 from .resume import (
-    MERGED,
     all_steps_taken,
     check_order,
     check_settings,

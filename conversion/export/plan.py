@@ -6,10 +6,11 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
+from mha2mla.common.adapters import ADAPTER_CONFIG, merge_first
 from mha2mla.common.extras import installing
 from mha2mla.common.files import read_json_object
 from mha2mla.common.kernel_sizes import KERNEL_HEAD_DIM, KERNEL_ROPE_DIM
-from mha2mla.common.loading import keys_values_width, load_config, merge_first
+from mha2mla.common.loading import keys_values_width, load_config
 from mha2mla.common.records import RECORD_NAME, read_record
 from mha2mla.conversion.cache_plan import SERVED_BYTES
 from mha2mla.conversion.checkpoint import CheckpointReader
@@ -83,8 +84,8 @@ def load_model_config(folder: Path, model: str) -> OurConfig:
     Raises:
         ValueError: If it is something else: an adapter, a model that is not converted, an earlier export.
     """
-    if (folder / "adapter_config.json").is_file():
-        base = read_json_object(folder / "adapter_config.json").get("base_model_name_or_path")
+    if (folder / ADAPTER_CONFIG).is_file():
+        base = read_json_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
         raise ValueError(f"{model} is an adapter of {base}, and an export holds a whole model. {merge_first(folder)}")
     config = load_config(str(folder))
     if config.model_type in ("deepseek_v2", "deepseek_v3"):

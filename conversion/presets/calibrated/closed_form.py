@@ -17,7 +17,7 @@ import torch
 
 from mha2mla.conversion.attention_weights import LatentAttention, SourceAttention
 from mha2mla.conversion.rotary import Rotation, pair_norms
-from mha2mla.modeling.latent_attention import rotate
+from mha2mla.modeling.latent_attention import rotary_table, rotate, select_frequencies
 
 from .frequency_lists import select_listed
 from .pair_scores import (
@@ -99,9 +99,9 @@ def collect_statistics(
         [H, T, T]."""
         q, inputs = source.queries(x), source.inputs(x)
         k = source.keys(inputs)
-        angle = torch.arange(x.shape[0], device=x.device)[:, None] * frequencies
-        halves = ((angle.cos(), angle.cos()), (-angle.sin(), angle.sin()))
-        cos, sin = (torch.cat(pair, dim=1)[None, None] for pair in halves)  # [1, 1, T, d]
+        angle = (torch.arange(x.shape[0], device=x.device)[:, None] * frequencies).repeat(1, 2)[None]  # [1, T, d]
+        pairs = torch.arange(len(frequencies), device=x.device)[None]  # all
+        cos, sin = select_frequencies(rotary_table(angle.cos(), angle.sin()), pairs)  # [1, 1, T, d]
         rotated_q, rotated_k = (rotate(heads[None], cos, sin)[0] for heads in (q, k))
         return q, inputs, attention_probabilities(rotated_q * still_factors, rotated_k, scaling)
 
