@@ -4,6 +4,7 @@ The letters in shapes are those of `latent_shape.py`.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -151,6 +152,33 @@ def add_mask(scores: torch.Tensor, attention_mask: torch.Tensor | None) -> torch
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask[:, None, None, -num_cached:].bool(), hidden)
     return scores
+
+
+def first_visible(attention_mask: Any, num_tokens: int) -> torch.Tensor | None:
+    """
+    Where the text of each row begins, behind padding on the left: the first entry that the last query sees.
+
+    Args:
+        attention_mask (*optional*): Of a prompt, in any form that [`add_mask`] knows, or flex attention's.
+        num_tokens (`int`): T, of the prompt.
+
+    Returns:
+        Positions [B] (or [1], of a mask for all rows), or None where every text begins at 0, or while a step is being
+        compiled, which cannot ask.
+    """
+    if attention_mask is None or torch.compiler.is_compiling():
+        return None
+    if not isinstance(attention_mask, torch.Tensor):
+        rows = torch.arange(attention_mask.shape[0], device=attention_mask.kv_num_blocks.device)[:, None]
+        tokens = torch.arange(num_tokens, device=rows.device)
+        seen = attention_mask.mask_mod(rows, torch.zeros_like(rows), tokens[-1:], tokens).expand(len(rows), -1)
+    elif attention_mask.dim() == 4:
+        seen = attention_mask[:, 0, -1, :num_tokens]
+        seen = seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2
+    else:
+        seen = attention_mask[:, -num_tokens:].bool()
+    positions = seen.int().argmax(-1)
+    return positions if positions.any() else None
 
 
 def multiply_heads(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -125,6 +125,8 @@ class MultiHeadLatentAttention(nn.Module):
         if cache is not None:
             layer = latent_layer(cache, self.layer_idx, self.shape.width)
             entries = self.shape.join(latents, rope_keys)  # [B, 1, T, W]
+            if hasattr(layer, "place_sinks"):
+                layer.place_sinks(cache, attention_mask, entries)
             path, _ = self.choose_path(cache, layer, entries, attention_mask, kwargs.get("output_attentions"))
             if path is AttentionPath.KERNEL:
                 layer.append(entries)

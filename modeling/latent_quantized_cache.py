@@ -8,8 +8,8 @@ What is quantised is the entry (latent and rotary keys) of a token, never an exp
 - Backends "quanto" and "hqq": transformers' own, applied to the same entries. They quantise the whole history anew
   whenever their window is full.
 
-The first token, on which attention rests wherever it has nothing to look at, stays in full precision, as does a window
-of recent tokens. The codes are told of in `latent_quantized_entries.py`.
+The first token of a text, on which attention rests wherever it has nothing to look at, stays in full precision (behind
+padding on the left, too), as does a window of recent tokens. The codes are told of in `latent_quantized_entries.py`.
 """
 
 from collections.abc import Callable
@@ -49,6 +49,7 @@ class LatentQuantizedLayer(QuantizedEntries, DynamicLayer):
         self.is_initialized = False
         self.codes, self.scales = GrowingBuffer(), GrowingBuffer()
         self.mean = None  # type: ignore[assignment]
+        self.is_new, self.sinks = True, None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -61,7 +62,8 @@ class LatentQuantizedLayer(QuantizedEntries, DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(entries, entries)
         rotated = self.rotate(entries.detach())
-        if self.first.shape[2] == 0:
+        if self.is_new:
+            self.is_new, rotated = False, self.change_places(rotated, dim=2)
             self.first, rotated = rotated[:, :, :1], rotated[:, :, 1:]
         self.recent = torch.cat((self.recent, rotated), dim=2)
         if self.recent.shape[2] > max(self.residual_length, 0 if self.mean is not None else MEAN_TOKENS):
@@ -73,8 +75,10 @@ class LatentQuantizedLayer(QuantizedEntries, DynamicLayer):
         if self.mean is None:
             # Some rotary keys are the same for all tokens but for little: the little is what has to be told apart. It
             # makes no difference to latents, whose mean would have to be given back to every output.
-            mean = leaving[:, :, -MEAN_TOKENS:].float().mean(dim=2, keepdim=True)
-            self.mean = torch.nn.functional.pad(mean[..., self.sizes[0] :], (self.sizes[0], 0)).to(self.dtype)
+            newest = leaving[:, 0, -MEAN_TOKENS:, self.sizes[0] :]
+            positions = torch.arange(cut + 1 - newest.shape[1], cut + 1, device=newest.device)
+            mean = self.text_mean(newest, positions).unsqueeze(1)
+            self.mean = torch.nn.functional.pad(mean, (self.sizes[0], 0)).to(self.dtype)
         codes, scales = self.encode(leaving - self.mean)
         self.codes.append(codes)
         self.scales.append(scales)
@@ -82,6 +86,7 @@ class LatentQuantizedLayer(QuantizedEntries, DynamicLayer):
     def parts(self, mask: torch.Tensor | None) -> list[Part]:
         """All without the mean: that adds the same to all scores of a query, which the softmax does not feel."""
         window = torch.cat((self.first, self.recent), dim=2)
+        mask = None if mask is None else self.change_places(mask, dim=-1)
         cut = 1 + self.codes.length
         if self.codes.length == 0:
             return [Part(window.squeeze(1), mask)]
@@ -102,7 +107,7 @@ class LatentQuantizedLayer(QuantizedEntries, DynamicLayer):
         pieces = [self.first, self.recent]
         if self.codes.length > 0:
             pieces.insert(1, self.decode(self.codes.view(), self.scales.view()).to(self.dtype) + self.mean)
-        return self.unrotate(torch.cat(pieces, dim=2))
+        return self.unrotate(self.change_places(torch.cat(pieces, dim=2), dim=2))
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
@@ -123,6 +128,7 @@ class LatentQuantizedLayer(QuantizedEntries, DynamicLayer):
         if self.is_initialized:
             self.first, self.recent = change(self.first), change(self.recent)
             self.mean = None if self.mean is None else change(self.mean)
+            self.sinks = None if self.sinks is None else change(self.sinks)
             self.codes.change(change)
             self.scales.change(change)
 
@@ -148,7 +154,10 @@ class LatentQuantizedLayer(QuantizedEntries, DynamicLayer):
         if not self.is_initialized or tokens_to_remove == 0:
             return
         keep = max(0, self.get_seq_length() + tokens_to_remove)
+        self.is_new = keep == 0
         self.first = self.first[:, :, :keep]
+        if self.sinks is not None:  # of a row whose text is forgotten only padding is left
+            self.sinks = self.sinks.where(self.sinks < keep, 0)
         self.codes.length = self.scales.length = min(self.codes.length, max(0, keep - 1))
         self.recent = self.recent[:, :, : max(0, keep - 1 - self.codes.length)]
 

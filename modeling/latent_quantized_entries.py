@@ -5,8 +5,12 @@ error in them does to the output and how loud they are weigh the same (see [`imp
 matrix, after which all are alike. Queries and outputs go through the same matrices instead of the entries.
 """
 
-import torch
+from typing import Any
 
+import torch
+from transformers.cache_utils import Cache
+
+from .latent_attention import first_visible
 from .latent_cache import LatentLayer
 from .latent_decode import Part
 from .latent_quantization import CODE_BITS, dequantize, pack, quantize, random_rotation, unpack
@@ -16,6 +20,16 @@ from .latent_quantization import CODE_BITS, dequantize, pack, quantize, random_r
 MEAN_TOKENS = 128
 # Numbers quantised at once: a long prompt takes a few buffers of 64 MB, whatever its length.
 MAX_NUMBERS = 2**24
+
+
+def swap_first(x: torch.Tensor, positions: torch.Tensor, dim: int) -> torch.Tensor:
+    """A copy [B, ...] of x [B or 1, ...] in which each row's element at `positions` [B] of `dim` and that at 0 have
+    changed places."""
+    x = x.expand(positions.shape[0], *x.shape[1:]).clone()
+    first = x.narrow(dim, 0, 1).clone()
+    at = positions.view(-1, *[1] * (x.dim() - 1)).expand(first.shape)
+    x.narrow(dim, 0, 1).copy_(x.gather(dim, at))
+    return x.scatter_(dim, at, first)
 
 
 class QuantizedEntries(LatentLayer):
@@ -32,6 +46,10 @@ class QuantizedEntries(LatentLayer):
     """
 
     packed = True
+    is_new = True  # as far as the host knows: nothing was taken in yet
+    # Where each row's text begins, [B]; None where all begin at 0. That entry and the one at 0 change places, so that
+    # what stays in full precision is a token that attention rests on, and not padding.
+    sinks: torch.Tensor | None = None
 
     def __init__(
         self,
@@ -61,6 +79,29 @@ class QuantizedEntries(LatentLayer):
         rotation = torch.block_diag(*rotations)
         self.to_rotated = (factors[:, None] * rotation).to(dtype)
         self.from_rotated = (rotation.T / factors).to(dtype)
+
+    def place_sinks(self, cache: Cache, attention_mask: Any, entries: torch.Tensor) -> None:
+        """Learn from a prompt's mask where its texts begin, before its entries [B, 1, T, W] are taken in. The first
+        layer asks, which costs a wait for the device; the others do as it does."""
+        if not self.is_new:
+            return
+        first = cache.layers[0]
+        if self is first or not hasattr(first, "sinks"):
+            sinks = first_visible(attention_mask, entries.shape[2])
+            self.sinks = None if sinks is None else sinks.expand(entries.shape[0])
+        else:
+            self.sinks = None if first.sinks is None else first.sinks.to(entries.device)
+
+    def change_places(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """x [B or 1, ...], of which `dim` counts tokens, with the first of each text and the one at 0 exchanged."""
+        return x if self.sinks is None else swap_first(x, self.sinks, dim)
+
+    def text_mean(self, entries: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Mean [B, 1, width] of entries [B, N, width] of these positions [N], in fp32, padding and each text's first
+        not counted."""
+        begins = 0 if self.sinks is None else self.sinks[:, None]
+        counted = (positions > begins).float().view(-1, len(positions), 1)  # [B or 1, N, 1]
+        return (entries.float() * counted).sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp(min=1)
 
     def rotate(self, entries: torch.Tensor) -> torch.Tensor:
         """Entries in the basis in which they are quantised; latents and rotary keys each by themselves."""

@@ -37,7 +37,6 @@ class LatentStaticQuantizedLayer(QuantizedEntries, StaticLayer):
     def __init__(self, latent_factors: torch.Tensor, rope_factors: torch.Tensor, max_cache_len: int, **settings):
         super().__init__(latent_factors, rope_factors, max_cache_len=round_up(max_cache_len), **settings)
         self.keys = self.values = None
-        self.is_empty = True  # as far as the host knows
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -68,8 +67,9 @@ class LatentStaticQuantizedLayer(QuantizedEntries, StaticLayer):
         """Take in new entries, [batch, 1, new tokens, W]."""
         if not self.is_initialized:
             self.lazy_initialization(entries, entries)
-        self.is_empty = False
         rotated = self.rotate(entries.detach()).squeeze(1)
+        if self.is_new:
+            self.is_new, rotated = False, self.change_places(rotated, dim=1)
         one_scale = all(group >= size for group, size in zip(self.group_sizes, self.sizes, strict=True))
         if rotated.shape[1] == 1 and one_scale and store_kernel_can_run(self.device):
             store_entry_op(rotated, *self._buffers(), self.cumulative_length, *self.sizes, self.form)
@@ -90,9 +90,7 @@ class LatentStaticQuantizedLayer(QuantizedEntries, StaticLayer):
 
         begins = (count <= size + 1) & (count + num_new > size + 1)
         num_counted = max(MEAN_TOKENS, size + 1)
-        counted = (positions[-num_counted:] > 0)[None, :, None].float()
-        recent = ordered[:, -num_counted:, rank:].float()
-        average = ((recent * counted).sum(1, keepdim=True) / counted.sum().clamp(min=1)).to(self.dtype)
+        average = self.text_mean(ordered[:, -num_counted:, rank:], positions[-num_counted:]).to(self.dtype)
         first = self.window[:, :1] + mean
         self.mean.copy_(torch.where(begins, average, self.mean))
         mean = torch.nn.functional.pad(self.mean, (rank, 0))
@@ -113,6 +111,7 @@ class LatentStaticQuantizedLayer(QuantizedEntries, StaticLayer):
 
     def parts(self, mask: torch.Tensor | None) -> list[Part]:
         """All without the mean: that adds the same to all scores of a query, which the softmax does not feel."""
+        mask = None if mask is None else self.change_places(mask, dim=-1)
         packed_mask = None if mask is None else mask[..., 1:]
         packed = self.packed_part(self.codes, self.scales, packed_mask, self.num_packed)
         return [packed, Part(self.window, mask, self.cumulative_length, ring=True)]
@@ -127,14 +126,15 @@ class LatentStaticQuantizedLayer(QuantizedEntries, StaticLayer):
             1, torch.where(positions > 0, positions, length), self.window[:, 1:][:, self._slots(positions) - 1]
         )
         room[:, :1] = self.window[:, :1]
-        return self.unrotate(room[:, :length] + torch.nn.functional.pad(self.mean, (self.sizes[0], 0))).unsqueeze(1)
+        room = self.change_places(room[:, :length], dim=1)
+        return self.unrotate(room + torch.nn.functional.pad(self.mean, (self.sizes[0], 0))).unsqueeze(1)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Shapes as in [`OneBufferLayer.update`]. What is returned holds the new entries as they were given, so that a
         prompt attends to itself in full precision."""
-        num_new, is_prompt = key_states.shape[2], self.is_empty
+        num_new, is_prompt = key_states.shape[2], self.is_new
         self.append(key_states)
         if is_prompt:
             entries = torch.nn.functional.pad(key_states, (0, 0, 0, self.max_cache_len - num_new))
@@ -145,7 +145,7 @@ class LatentStaticQuantizedLayer(QuantizedEntries, StaticLayer):
         return entries, entries[..., : self.sizes[0]]
 
     def reset(self) -> None:
-        self.is_empty = True
+        self.is_new, self.sinks = True, None
         if self.is_initialized:
             for tensor in (*self._buffers(), self.cumulative_length, self.num_packed):
                 tensor.zero_()
@@ -154,10 +154,13 @@ class LatentStaticQuantizedLayer(QuantizedEntries, StaticLayer):
         if self.is_initialized:
             for tensor in self._buffers():  # in place: their addresses are part of a compiled graph
                 tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
+            if self.sinks is not None:  # not in place: layers share it
+                self.sinks = self.sinks.index_select(0, beam_idx.to(self.sinks.device))
 
     def _change_rows(self, change) -> None:
         if self.is_initialized:
             self.window, self.mean, self.codes, self.scales = map(change, self._buffers())
+            self.sinks = None if self.sinks is None else change(self.sinks)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._change_rows(lambda x: x.repeat_interleave(repeats, dim=0))
