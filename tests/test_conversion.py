@@ -1,5 +1,6 @@
 """Conversion from folder to folder, through the command as users call it."""
 
+import inspect
 import json
 import os
 import re
@@ -630,6 +631,20 @@ def test_options_of_a_preset_are_its_own():
         ConversionConfig.from_dict({"preset": "best"})
     with pytest.raises(ValueError, match="no option 'svg'"):
         ConversionConfig.from_dict({"preset": "paper", "svg": "split"})
+
+
+def test_an_option_of_a_preset_is_told_where_it_goes():
+    sizes = dict(cache_ratio=0.25, data="x.jsonl")
+    message = (
+        r"refine_steps=24 is an option .* 'calibrated': give preset=Calibrated\(refine_steps=24, score_samples=2\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        ConversionConfig(refine_steps=24, score_samples=2, **sizes)
+    with pytest.raises(ValueError, match=r"svd='split' is an option .* give preset=Paper\(svd='split'\)"):
+        ConversionConfig(svd="split", **sizes)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'refine_step'"):
+        ConversionConfig(refine_step=24, **sizes)
+    assert "cache_ratio" in inspect.signature(ConversionConfig).parameters  # for help()
 
 
 def test_calibrated_needs_text(save_source, tmp_path, capsys):
