@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mha2mla.common.kernel_sizes import ENGINES
-from mha2mla.conversion.recovered import MODEL, POINTS_LOST, SMALL, TOKENS, is_small
+from mha2mla.conversion.recovered import LOST, MODEL, SMALL, TOKENS, is_small
 
 from .parsing import Positionals, parse
 
@@ -34,7 +34,6 @@ GPU_MEMORY = {
     "rtx-4090": 24564,
 }
 DEFAULT_GPU = "h100"
-LOST = {size: f"{points:.2f} ± {error:.2f}" for size, (points, error) in POINTS_LOST.items()}
 QUALITY = (
     f"Quality: {MODEL} lost, after recovery on {TOKENS}M tokens, over seven multiple-choice sets {LOST[31.25]} points "
     f"at 31.25 %, {LOST[18.75]} at 18.75 % and {LOST[12.5]} at 12.5 % (docs/dev/results.md). Yours is not "

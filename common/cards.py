@@ -1,5 +1,6 @@
 """Model cards: what the README.md of a converted and of a trained checkpoint have in common."""
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +35,17 @@ model = {model_class}.from_pretrained("{name}", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 inputs = tokenizer("The capital of France is", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
+```"""
+
+FINE_TUNING = """## Fine-tuning
+
+LoRA needs the names of this model's attention layers. peft has them only where the package mha2mla is imported.
+
+```python
+from peft import LoraConfig, get_peft_model
+
+targets = {targets}
+model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=targets))
 ```"""
 
 
@@ -95,6 +107,16 @@ def usage(name: str, adapter: bool = False) -> str:
         model_class = "AutoPeftModelForCausalLM"
         imports = f"from peft import {model_class}\nfrom transformers import AutoTokenizer"
     return USAGE.format(name=name, imports=imports, model_class=model_class)
+
+
+def fine_tuning(targets: Iterable[str]) -> str:
+    """A section on adapters of a model whose attention has these linear layers; its code follows that of [`usage`]."""
+    targets = list(targets)
+    section = FINE_TUNING.format(targets=json.dumps(targets))
+    absent = [f"`{name}`" for name in ("k_proj", "v_proj") if name not in targets]
+    if absent:
+        section += f"\n\nThere is no {' and no '.join(absent)}: peft passes over such names without a word."
+    return section
 
 
 def table(rows: Mapping[str, Any]) -> str:

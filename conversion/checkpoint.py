@@ -17,6 +17,9 @@ WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 # Tables that older versions of transformers saved (Llama 2's checkpoints have them) and every version computes.
 COMPUTED = ".rotary_emb.inv_freq"
+SAVE_AGAIN = (
+    "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder), and the same with AutoTokenizer."
+)
 
 
 class TensorSource(Protocol):
@@ -57,8 +60,7 @@ class CheckpointReader:
         elif any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
             raise ValueError(
                 f"{folder} holds pickled weights only, which can run code when loaded. Save it as safetensors first: "
-                "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder), and the same with "
-                "AutoTokenizer."
+                + SAVE_AGAIN
             )
         else:
             raise ValueError(f"No {WEIGHTS_NAME} or {INDEX_NAME} in {folder}.")

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
+from functools import wraps
 from typing import Any, Literal
 
 from mha2mla.common.kernel_sizes import ENGINES
@@ -78,6 +79,44 @@ class OutputOptions:
     overwrite: bool = field(default=False, metadata={"help": "Replace OUTPUT if an earlier conversion made it."})
 
 
+def presets_with(option: str) -> list[type[Preset]]:
+    """The presets that have an option of this name."""
+    return [preset for preset in preset_classes().values() if option in {f.name for f in fields(preset)}]
+
+
+def refuse_foreign_options(names: Iterable[str], chosen: str) -> None:
+    """Raise a `ValueError` if one of the names is an option that only another preset than the chosen one has."""
+    for name in names:
+        owners = [preset.name for preset in presets_with(name)]
+        if owners and chosen not in owners:
+            raise ValueError(
+                f"{name} is an option of the preset {owners[0]!r}, and {chosen!r} is chosen. Leave it out, or add "
+                f"--preset {owners[0]}."
+            )
+
+
+def refuses_options_of_presets(config: type[Any]) -> type[Any]:
+    """A config whose constructor says where an option of a preset belongs, which the command line takes beside all
+    others. Without this it would say that there is no such argument."""
+    make = config.__init__  # type: ignore[misc]
+
+    @wraps(make)
+    def __init__(self, *args: Any, **values: Any) -> None:
+        for name in values:
+            for owner in presets_with(name)[:1]:
+                own = {f.name for f in fields(owner)} & values.keys()
+                given = ", ".join(f"{each}={value!r}" for each, value in values.items() if each in own)
+                raise ValueError(
+                    f"{name}={values[name]!r} is an option of the preset {owner.name!r}: give "
+                    f"preset={owner.__name__}({given})."
+                )
+        make(self, *args, **values)
+
+    config.__init__ = __init__  # type: ignore[misc]
+    return config
+
+
+@refuses_options_of_presets
 @dataclass(kw_only=True)
 class ConversionConfig(CacheSizes, ServingOptions, CalibrationText, OutputOptions):
     """
@@ -96,7 +135,7 @@ class ConversionConfig(CacheSizes, ServingOptions, CalibrationText, OutputOption
     Example:
 
     ```python
-    >>> ConversionConfig(cache_ratio=0.3125, data="texts.jsonl")
+    >>> ConversionConfig(preset=Calibrated(refine_steps=640), cache_ratio=0.3125, data="texts.jsonl")
     >>> ConversionConfig(preset=Paper(svd="split", rope_selection="uniform"), cache_ratio=0.3125)
     ```
     """
@@ -147,16 +186,3 @@ class ConversionConfig(CacheSizes, ServingOptions, CalibrationText, OutputOption
         for name in values.keys() - {f.name for f in fields(cls)}:
             raise ValueError(f"There is no option {name!r}.")
         return cls(preset=presets[chosen](**own), **values)
-
-
-def refuse_foreign_options(names: Iterable[str], chosen: str) -> None:
-    """Raise a `ValueError` if one of the names is an option that only another preset than the chosen one has."""
-    presets = preset_classes()
-    own = {f.name for f in fields(presets[chosen])}
-    for name in names:
-        for other, preset in presets.items():
-            if name not in own and name in {f.name for f in fields(preset)}:
-                raise ValueError(
-                    f"{name} is an option of the preset {other!r}, and {chosen!r} is chosen. Leave it out, or add "
-                    f"--preset {other}."
-                )

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from mha2mla.common.cards import card_metadata, table, usage, write_card
+from mha2mla.common.cards import card_metadata, fine_tuning, table, usage, write_card
 from mha2mla.common.text_sources import hub_datasets
 from mha2mla.common.versions import made_with
+from mha2mla.modeling.latent_config import LatentConfigMixin
 
 from .cache_plan import CachePlan
 from .config import ConversionConfig
@@ -18,6 +19,8 @@ BODY = """{source_sentence} whose attention has been converted to Multi-head Lat
 {usage}
 
 It needs transformers >= 5.17 and nothing else; `generate` picks the latent cache by itself.
+
+{fine_tuning}
 
 ## Recipe
 
@@ -33,9 +36,10 @@ def write_model_card(
     repo: str,
     options: ConversionConfig,
     plan: CachePlan,
+    config: LatentConfigMixin,
     revision: str | None = None,
 ) -> None:
-    """Write the card; `source` is named as the base model only if it is a repository on the Hub."""
+    """Write the card of a model of this config; `source` is its base model only if it is a repository on the Hub."""
     rows = {
         "Source": source,
         "Preset": options.preset.name,
@@ -57,6 +61,7 @@ def write_model_card(
         percent=100 * (plan.ratio - 1),
         note=options.preset.card_note,
         usage=usage(repo),
+        fine_tuning=fine_tuning(config.attention_projections),
         recipe=table(rows),
     )
     write_card(path, repo, card_metadata(source, datasets=datasets, revision=revision), body)

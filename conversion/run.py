@@ -167,7 +167,7 @@ def convert(
             }
             (partial / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n")
             is_repo = not Path(source).exists()
-            write_model_card(partial / "README.md", source, is_repo, output.name, options, plan, revision)
+            write_model_card(partial / "README.md", source, is_repo, output.name, options, plan, mla_config, revision)
     original = None if gguf_file is not None or source.endswith(".gguf") else source
     logger.info(summary(original, output, options, plan, mla_config, job.losses, served_dtype(dtype)))
     return output

@@ -11,12 +11,8 @@ from mha2mla.modeling.latent_config import LatentConfigMixin
 from .cache_plan import CachePlan
 from .config import ConversionConfig
 from .export.engines import engines_for_frequencies
-from .recovered import MODEL, POINTS_LOST, TOKENS
+from .recovered import expectation
 
-RECOVERY = (
-    f"Recovery: {MODEL}, at 18.75 % of its cache, was {POINTS_LOST[18.75][0]:.2f} points of accuracy below "
-    f"the original after {TOKENS} million tokens of training (docs/recovery.md)"
-)
 RECIPE = "docs/examples/recovery.yaml"
 RECIPE_ROWS = 8192, 2  # its length and gradient_accumulation_steps
 PLUGIN = f"  # after {installing('vllm')}"
@@ -51,7 +47,7 @@ def summary(
     found, engines = engines_for_frequencies(config, plan.frequencies, plan.source_width)
     lines.append(f"Engines for an export: {engines}")
     if options.data is not None:
-        lines.append(RECOVERY)
+        lines.append(f"Recovery: {expectation(plan.ratio)}")
     context = config.max_position_embeddings
     commands = [*compare_and_recover(original, output, options, context), *serve(output, found, plan, config)]
     return "\n".join([*lines, f"Wrote {output}", "Next:", *(f"  {command}" for command in commands)])

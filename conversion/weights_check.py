@@ -2,14 +2,19 @@
 
 import math
 from collections import Counter
+from collections.abc import Collection, Container, Iterable
+from pathlib import Path
 from textwrap import shorten
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from .checkpoint import CheckpointReader
+from .architectures.base import HEAD
+from .checkpoint import SAVE_AGAIN, CheckpointReader
 from .fused import FusedReader
 
+BASE_PREFIX = "model."
+CLASSIFIER = "score."  # the head of transformers' classes for classification
 # As safetensors names them.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -34,6 +39,7 @@ def check_weights(reader: CheckpointReader | FusedReader, config: PreTrainedConf
     """
     expected, tied = expected_tensors(config)
     found = reader.headers()
+    check_class(reader.folder, expected, tied, found)
     missing = [name for name in expected if name not in found and name not in tied]
     if missing:
         raise ValueError(
@@ -59,6 +65,25 @@ def check_weights(reader: CheckpointReader | FusedReader, config: PreTrainedConf
                 f"{reader.folder}: {name} holds {found[name][1]}: the weights are quantised. Give the original, or "
                 "de-quantise and save it first, with its tokenizer."
             )
+
+
+def check_class(folder: Path, expected: Iterable[str], tied: Container[str], found: Collection[str]) -> None:
+    """Raise a `ValueError` for a complete decoder that another class than a causal language model's has saved."""
+    decoder = [name for name in expected if name != HEAD and name not in tied]
+    renamed = [name for name in decoder if name not in found]
+    scores = [name for name in found if name.startswith(CLASSIFIER)]
+    if any(name.removeprefix(BASE_PREFIX) not in found for name in renamed) or not (renamed or scores):
+        return
+    if scores:
+        saved = f"{scores[0]}, the head of a classifier"
+    else:
+        saved = f"{renamed[0].removeprefix(BASE_PREFIX)} without {BASE_PREFIX!r} before it, as AutoModel saves it"
+    if HEAD in found or HEAD in tied:
+        raise ValueError(f"{folder} holds {saved}. Save it as a causal language model first: {SAVE_AGAIN}")
+    raise ValueError(
+        f"{folder} holds {saved}, and no {HEAD}, which AutoModelForCausalLM would draw at random. Give the causal "
+        "language model that it was made of."
+    )
 
 
 def stored_dtype(reader: CheckpointReader | FusedReader) -> torch.dtype:

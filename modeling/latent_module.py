@@ -326,23 +326,3 @@ class LatentModelMixin:
             position_ids=position_ids,
             **{CACHE_ARGUMENT: kwargs[CACHE_ARGUMENT]},
         )
-
-
-class LatentGenerationMixin:
-    """What `generate` asks of a family's causal language model. Goes before all other bases."""
-
-    config: Any
-
-    def prepare_inputs_for_generation(
-        self, input_ids: torch.Tensor, *args, inputs_embeds: torch.Tensor | None = None, **kwargs
-    ):  # `generate` looks here for the names of what it may be given
-        """Beyond the length that the model was made for, longrope turns keys by another table, and those in the cache
-        are of no use any more: the step that crosses it reads the whole text again, as transformers' Phi-3 does."""
-        rope, cache = self.config.rope_parameters, kwargs.get(CACHE_ARGUMENT)
-        if rope["rope_type"] == "longrope" and cache is not None:
-            if 0 < cache.get_seq_length() <= rope["original_max_position_embeddings"] < input_ids.shape[1]:
-                cache.reset()
-                kwargs["next_sequence_length"] = None
-        return super().prepare_inputs_for_generation(  # type: ignore[misc]
-            input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
-        )

@@ -30,7 +30,8 @@ from transformers.models.llama.modeling_llama import (
 
 from .configuration_mla_llama import MLALlamaConfig
 from .latent_config import register_auto_classes
-from .latent_module import LatentGenerationMixin, LatentModelMixin, MultiHeadLatentAttention
+from .latent_generation import LatentGenerationMixin
+from .latent_module import LatentModelMixin, MultiHeadLatentAttention
 from .latent_norm import FusedNormMixin
 from .latent_rotary import RotaryTableMixin
 

@@ -21,7 +21,8 @@ from transformers.models.mixtral.modeling_mixtral import (
 
 from .configuration_mla_mixtral import MLAMixtralConfig
 from .latent_config import register_auto_classes
-from .latent_module import LatentGenerationMixin, LatentModelMixin, MultiHeadLatentAttention
+from .latent_generation import LatentGenerationMixin
+from .latent_module import LatentModelMixin, MultiHeadLatentAttention
 from .latent_norm import FusedNormMixin
 from .latent_rotary import RotaryTableMixin
 

@@ -23,7 +23,8 @@ from transformers.models.qwen3.modeling_qwen3 import (
 
 from .configuration_mla_qwen3 import MLAQwen3Config
 from .latent_config import register_auto_classes
-from .latent_module import LatentGenerationMixin, LatentModelMixin
+from .latent_generation import LatentGenerationMixin
+from .latent_module import LatentModelMixin
 from .latent_norm import FusedNormMixin
 from .latent_qk_norm import NormalisedLatentAttention
 from .latent_rotary import RotaryTableMixin

@@ -38,6 +38,7 @@ CODE_FILES = [
     "latent_cache.py",
     "latent_config.py",
     "latent_decode.py",
+    "latent_generation.py",
     "latent_kernels.py",
     "latent_module.py",
     "latent_norm.py",

@@ -10,7 +10,7 @@ from conftest import pico_tokenizer
 from huggingface_hub import metadata_load
 
 from mha2mla.cli.main import main
-from mha2mla.common.cards import card_metadata, usage, write_card
+from mha2mla.common.cards import card_metadata, fine_tuning, usage, write_card
 from mha2mla.training import add_lora
 from mha2mla.training.publish import plan_upload
 from pico import BLOCK_PACKAGE, make_mla
@@ -45,6 +45,24 @@ def test_the_snippet_runs_as_it_stands_without_this_package(adapter, tmp_path):
     done = subprocess.run(run, env=environment, cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+@pytest.mark.parametrize("form", ["shared", "mla_qwen3"])
+def test_the_targets_of_lora_are_those_of_the_model(form, tmp_path):
+    """A checkpoint's own code does not tell peft of its default targets, and the usual four are not here."""
+    model = make_mla(form)
+    model.save_pretrained(tmp_path / "model")
+    pico_tokenizer().save_pretrained(tmp_path / "model")
+    section = fine_tuning(model.config.attention_projections)
+    assert ("There is no `k_proj` and no `v_proj`" in section) == (form == "shared")
+    write_card(tmp_path / "README.md", "model", card_metadata("owner/base"), f"{usage('model')}\n\n{section}")
+    code = "".join(re.findall(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(), re.DOTALL))
+    tell = "print(*sorted({name.split('.')[-1] for name in model.targeted_module_names}))"
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    run = [sys.executable, "-c", BLOCK_PACKAGE + code + tell]
+    done = subprocess.run(run, env=environment, cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].split() == sorted(model.config.attention_projections)
 
 
 def test_licence_languages_and_data_sets_are_taken_over(tmp_path):
@@ -83,5 +101,6 @@ def test_the_cards_of_a_conversion_carry_the_licence_of_its_source(save_source, 
     (out / "NOTICE").write_text("Built with Llama")
     uploads = {upload.name: upload.content for upload in plan_upload(out, repo="me/mla")}
     assert {"NOTICE", "additional_chat_templates/tools.jinja", "conversion.json"} <= set(uploads)
+    assert 'targets = ["q_proj", "kv_a_proj", "kv_b_proj", "o_proj"]' in text
     assert text.count('from_pretrained("out", trust_remote_code=True)') == 2
     assert uploads["README.md"].decode() == text.replace('from_pretrained("out"', 'from_pretrained("me/mla"')

@@ -1,5 +1,6 @@
 """Conversion from folder to folder, through the command as users call it."""
 
+import inspect
 import json
 import os
 import re
@@ -26,10 +27,9 @@ from mha2mla.conversion.architectures import architecture_of
 from mha2mla.conversion.cache_plan import unrotated_rows
 from mha2mla.conversion.cache_sizes import CacheSizes
 from mha2mla.conversion.export import ExportConfig, export
-from mha2mla.conversion.recovered import SMALL
+from mha2mla.conversion.recovered import LOST, POINTS_LOST, SMALL, expectation
 from mha2mla.conversion.rotary import head_dim, num_rotary_pairs
 from mha2mla.conversion.search import TIE
-from mha2mla.conversion.summary import RECOVERY
 from mha2mla.modeling import MLALlamaForCausalLM
 from pico import SOURCES, make_source, tokens
 
@@ -148,6 +148,14 @@ def test_a_cache_smaller_than_any_measured_is_warned_of(sizes, told, save_source
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     remedy = "Take --cache-ratio 0.3125, or at least 0.125"
     assert warnings == ([] if told is None else [f"{told}, {SMALL}. {remedy}."])
+
+
+def test_the_nearest_size_measured_is_quoted():
+    told = {0.9: 31.25, 0.3: 31.25, 0.25: 31.25, 0.23: 18.75, 0.1875: 18.75, 0.15: 12.5, 0.1248: 12.5}
+    for ratio, size in told.items():
+        assert f" at {size:g} % of its cache" in expectation(ratio) and LOST[size] in expectation(ratio)
+    assert set(told.values()) == set(POINTS_LOST)
+    assert expectation(0.0625) == f"6.25 % is {SMALL}"
 
 
 def test_impossible_ratios_are_refused_before_anything_is_read(tmp_path, capsys):
@@ -625,6 +633,20 @@ def test_options_of_a_preset_are_its_own():
         ConversionConfig.from_dict({"preset": "paper", "svg": "split"})
 
 
+def test_an_option_of_a_preset_is_told_where_it_goes():
+    sizes = dict(cache_ratio=0.25, data="x.jsonl")
+    message = (
+        r"refine_steps=24 is an option .* 'calibrated': give preset=Calibrated\(refine_steps=24, score_samples=2\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        ConversionConfig(refine_steps=24, score_samples=2, **sizes)
+    with pytest.raises(ValueError, match=r"svd='split' is an option .* give preset=Paper\(svd='split'\)"):
+        ConversionConfig(svd="split", **sizes)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'refine_step'"):
+        ConversionConfig(refine_step=24, **sizes)
+    assert "cache_ratio" in inspect.signature(ConversionConfig).parameters  # for help()
+
+
 def test_calibrated_needs_text(save_source, tmp_path, capsys):
     assert run(save_source(), tmp_path / "out", "--cache-ratio", 0.5, preset="calibrated") == 2
     assert "give --data" in capsys.readouterr().err
@@ -637,7 +659,10 @@ def test_it_ends_with_what_it_did_and_what_comes_next(save_source, calibration_f
         assert main(["convert", *map(str, (source, out, *options))]) == 0
     cache, loss, engines, recovery, wrote, following, *commands = caplog.records[-1].getMessage().splitlines()
     assert cache.startswith("Cache: 48 -> 14 values") and engines.startswith("Engines for an export: transformers")
-    assert recovery == RECOVERY
+    assert (
+        recovery.startswith("Recovery: ")
+        and f"at 31.25 % of its cache (the nearest size measured), was {LOST[31.25]}" in recovery
+    )
     assert (wrote, following) == (f"Wrote {out}", "Next:")
     assert [shlex.split(command)[:2] for command in commands] == [
         ["mha2mla", "chat"],

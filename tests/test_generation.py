@@ -211,3 +211,17 @@ def test_autocast_to_the_other_16_bits(form):
         with torch.autocast("cpu", dtype=torch.float16):
             error = model(ids).logits.float() - expected
     assert error.norm() < 0.03 * expected.norm()
+
+
+def test_continuous_batching_is_refused_with_what_to_do_instead(model):
+    """Its cache has pages of keys and values."""
+    message = (
+        f"model_type='{model.config.model_type}': continuous batching .* generate\\(\\) as one padded batch, or serve"
+    )
+    for start in (
+        lambda: model.generate_batch(tokens(2, 4).tolist(), model.generation_config),
+        lambda: model.generate(tokens(2, 4), cache_implementation="paged", max_new_tokens=2),
+        model.init_continuous_batching,
+    ):
+        with pytest.raises(ValueError, match=message):
+            start()

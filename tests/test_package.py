@@ -29,6 +29,7 @@ def test_names():
     from mha2mla import conversion, modeling
 
     assert mha2mla.convert is conversion.convert and mha2mla.ConversionConfig is conversion.ConversionConfig
+    assert mha2mla.Calibrated is conversion.Calibrated and mha2mla.Paper is conversion.Paper
     for name in ("MLALlamaConfig", "MLALlamaModel", "MLALlamaForCausalLM"):
         assert getattr(mha2mla, name) is getattr(modeling, name)
     assert set(mha2mla.__all__) <= set(dir(mha2mla))

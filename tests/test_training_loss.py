@@ -28,7 +28,7 @@ from mha2mla.training.losses.distillation import Distillation, forward_kl
 from mha2mla.training.losses.hidden import hidden_errors
 from mha2mla.training.losses.language import Language
 from mha2mla.training.trainer import token_perplexity
-from pico import make_mla, make_source, tokens
+from pico import SOURCES, exact_model, make_mla, make_source, tokens
 
 ROWS = [
     {"input_ids": ids, "lengths": lengths}
@@ -270,6 +270,24 @@ def test_attention_error_against_running_each_layer_by_hand():
     use_losses(model, make_losses(objective="attention"), teacher)
     model(**batch).loss.backward()
     assert all((p.grad is not None) == (".self_attn." in name) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_an_exact_conversion_is_at_no_distance(kind):
+    """Also of Granite, which multiplies what its attention and its head give."""
+    teacher = make_source(kind).requires_grad_(False)
+    model = exact_model(teacher, "shared")
+    ids, positions = tokens(2, 12), torch.arange(12).expand(2, 12)
+    assert attention_error(model, teacher, ids, positions) < 1e-6
+    model.train()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.0  # Seed-OSS has some
+    cross_entropy, both = [], dict(distillation_weight=0.5, hidden_weight=1.0)
+    for losses, divisor in ((make_losses(distillation_weight=0.0), 1), (make_losses(**both), 2)):
+        use_losses(model, losses, teacher)
+        cross_entropy.append(divisor * model(input_ids=ids, position_ids=positions, labels=ids).loss)
+        del model.forward
+    torch.testing.assert_close(*cross_entropy)
 
 
 def test_matching_attention_brings_it_nearer(tmp_path):

@@ -130,6 +130,7 @@ def test_full_run_with_teacher_leaves_complete_checkpoints(folder):
         "instead of 48",
         "0.01 (attention 0.02)",
         "entries rounded to fp8",
+        'targets = ["q_proj", "kv_a_proj", "kv_b_proj", "o_proj"]',
     ):
         assert part in card, part
 

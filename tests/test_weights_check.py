@@ -6,7 +6,13 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
 
 from mha2mla.cli.main import main
 from pico import tokens
@@ -54,6 +60,44 @@ def test_weights_and_config_that_disagree_are_refused(case, save_source, tmp_pat
     assert re.search(message, error), error
     assert not (tmp_path / "out").exists()
     assert list(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.parametrize("kind", ["gqa", "mqa", "qwen3_moe"])  # "mqa" ties its embeddings
+@pytest.mark.parametrize(
+    "saved, held",
+    [
+        (AutoModel, "embed_tokens.weight without 'model.' before it"),
+        (AutoModelForSequenceClassification, "score.weight, the head"),
+        (AutoModelForTokenClassification, "score."),
+    ],
+)
+def test_what_another_class_has_saved_is_named(saved, held, kind, save_source, tmp_path, capsys):
+    source = save_source(kind)
+    other = tmp_path / "other"
+    saved.from_pretrained(source).save_pretrained(other)
+    assert convert(other, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert f"{other} holds {held}" in error
+    if kind != "mqa":
+        assert "and no lm_head.weight" in error and "Give the causal language model" in error
+        return
+    assert "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)" in error
+    AutoModelForCausalLM.from_pretrained(other).save_pretrained(tmp_path / "again")
+    AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "again")
+    wanted, again = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "again"))
+    assert wanted.keys() == again.keys() and all(torch.equal(again[name], wanted[name]) for name in wanted)
+    assert convert(tmp_path / "again", tmp_path / "out") == 0
+
+
+def test_an_incomplete_decoder_is_never_saved_again(save_source, tmp_path, capsys):
+    """transformers would draw the rest at random."""
+    source = save_source("mqa")
+    AutoModel.from_pretrained(source).save_pretrained(source)
+    weights = load_file(source / "model.safetensors")
+    del weights["layers.1.mlp.up_proj.weight"]
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    assert convert(source, tmp_path / "out") == 2
+    assert "lacks model.embed_tokens.weight" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("preset", ["paper", "calibrated"])

@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput
 from .losses import Batch, BatchLoss, LogitsLoss, Loss, weigh
 from .losses.language import Language
 from .packing import IGNORED
+from .teacher import logits_factor
 
 # Logits in memory at a time. Fused, they are held in 16 bits and few copies, and larger pieces are faster: weights are
 # cast, and their gradients added up, once a piece.
@@ -183,7 +184,8 @@ def logits_losses(losses: Sequence[LogitsLoss], batch: Batch) -> list[torch.Tens
     teacher_head = teacher_hidden = None
     if any(loss.needs_teacher for loss in losses):
         assert batch.teacher is not None
-        teacher_head, teacher_hidden = batch.teacher.lm_head, batch.teacher_hidden
+        teacher_head = batch.teacher.lm_head  # without a bias in every source: what it reads may have its factor
+        teacher_hidden = logits_factor(batch.teacher.config) * batch.teacher_hidden
     return token_losses(
         losses, batch.student.lm_head, hidden, batch.targets, teacher_head, teacher_hidden, compiled=batch.compiled
     )

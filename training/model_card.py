@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from mha2mla.common.cards import CARD_NAME, card_metadata, table, usage, write_card
+from mha2mla.common.cards import CARD_NAME, card_metadata, fine_tuning, table, usage, write_card
 from mha2mla.common.loading import keys_values_width
 from mha2mla.common.versions import made_with
 from mha2mla.modeling import LatentConfigMixin
@@ -83,5 +83,8 @@ def write_model_card(
         metadata = card_metadata(record.base, "adapter", record.datasets, ("lora",), "peft")
     else:
         metadata = card_metadata(record.base, "finetune", record.datasets)
-    body = BODY.format(cache=describe_cache(config), usage=usage(title, adapter), training=table(record.rows()))
+    how = usage(title, adapter)
+    if not adapter and isinstance(config, LatentConfigMixin):
+        how += "\n\n" + fine_tuning(config.attention_projections)
+    body = BODY.format(cache=describe_cache(config), usage=how, training=table(record.rows()))
     write_card(folder / CARD_NAME, title, metadata, body)

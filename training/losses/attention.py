@@ -21,8 +21,8 @@ def attention_error(
     position_ids: torch.Tensor | None,
 ) -> torch.Tensor:
     """
-    Mean over layers of the relative error of the attention output, each of the student's attention layers reading what
-    the teacher's reads (see [`robust_error`]).
+    Mean over layers of the relative error of what attention adds to the residual stream, each of the student's
+    attention layers reading what the teacher's reads (see [`robust_error`]).
 
     Args:
         student, teacher (`PreTrainedModel`): Of equal depth, width, rotary table and attention implementation.
@@ -36,11 +36,13 @@ def attention_error(
     from mha2mla.common.robust_error import robust_error
 
     from ..packing import packed_inputs
+    from ..teacher import attention_factor
 
+    factor = attention_factor(teacher.config)
     with torch.no_grad(), recorded_calls(layer.self_attn for layer in teacher.model.layers) as calls:
         teacher.model(**packed_inputs(teacher, input_ids, position_ids))
     errors = [
-        robust_error(layer.self_attn(**kwargs)[0].float(), wanted[0].float())
+        robust_error(layer.self_attn(**kwargs)[0].float(), factor * wanted[0].float())
         for layer, (kwargs, wanted) in zip(student.model.layers, calls, strict=True)
     ]
     return torch.stack(errors).mean()
