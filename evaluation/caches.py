@@ -9,6 +9,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel,
 from transformers.cache_utils import QuantizedCache
 
 from mha2mla.modeling import CACHE_ARGUMENT, LatentConfigMixin, quantized_cache
+from mha2mla.modeling.latent_quantized_entries import MEAN_TOKENS
 
 from .engine_cache import engine_fp8_cache
 
@@ -122,6 +123,17 @@ class CacheKind:
     def has_window(self) -> bool:
         """Whether the newest tokens are held in full precision and the others are not."""
         return self.nbits is not None and self.backend != VLLM
+
+    def exact_tokens(self, config: PreTrainedConfig) -> int:
+        """Tokens up to which a text reads nothing rounded; 0 where there is no window. More are read rounded if the
+        last of them, or a piece, goes through the model behind the others."""
+        if not self.has_window:
+            return 0
+        if not isinstance(config, LatentConfigMixin):
+            return 1  # transformers' caches round whatever is the first to be written
+        if self.backend_for(config) in BACKEND_MODULES:
+            return RESIDUAL_LENGTH
+        return 1 + max(RESIDUAL_LENGTH, MEAN_TOKENS)
 
     def piece(self, chunk: int) -> int:
         """Tokens of a text that go through a model at a time, where they would be `chunk` in full precision."""

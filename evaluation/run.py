@@ -21,8 +21,7 @@ from mha2mla.common.loading import (
     plain_path,
 )
 from mha2mla.common.records import RECORD_NAME, read_record, recorded_preset
-from mha2mla.modeling import CACHE_ARGUMENT, LatentConfigMixin, cache_nbytes
-from mha2mla.modeling.latent_quantized_entries import MEAN_TOKENS
+from mha2mla.modeling import CACHE_ARGUMENT, cache_nbytes
 
 from .caches import DYNAMIC, VLLM, CacheKind, check_suited
 from .engine_cache import engine_fp8_nbytes
@@ -33,6 +32,7 @@ from .report.page import write_page
 from .results import ModelResult, Results, describe_environment, describe_model, is_done
 from .settings import EvaluationSettings
 from .tasks import Task, check_lengths, check_prompts, check_tokens, measure_task
+from .windows import count_read, only_read
 
 logger = logging.getLogger(__name__)
 
@@ -62,18 +62,6 @@ def suited_caches(path: str, config: PreTrainedConfig, caches: Sequence[CacheKin
         if kind not in suited:
             logger.info("%s: a cache of a %s model cannot be %s, row left out", path, config.model_type, kind.name)
     return suited
-
-
-def tell_windows(kinds: Sequence[CacheKind], tasks: Sequence[Task]) -> None:
-    """Warn of the rows of converted models in which short items are not quantised at all."""
-    names = dict.fromkeys(kind.name for kind in kinds if kind.has_window)
-    if names and any(task.kind == "choice" for task in tasks):
-        logger.warning(
-            "%s: of a converted model's text the first %d tokens stay in full precision until there are more, so that "
-            "shorter items tell nothing of such a cache. Its perplexity on longer texts does.",
-            ", ".join(names),
-            MEAN_TOKENS,
-        )
 
 
 def find_original(paths: Sequence[str]) -> str | None:
@@ -172,8 +160,6 @@ def evaluate_models(
             f"{compares[0]} compares with the original, and --caches {','.join(kind.name for kind in caches)} leaves "
             "that out: its cache cannot be held so. Add dynamic."
         )
-    latent = [path for path in paths if isinstance(configs[path], LatentConfigMixin)]
-    tell_windows([kind for path in latent for kind in suited[path]], tasks)
     for path, config in configs.items():
         check_lengths(path, config.max_position_embeddings, tasks, settings)
     # Before anything is measured, too.
@@ -216,7 +202,10 @@ def evaluate_models(
                     continue
                 logger.info("%s, %s (%s)", row.label, task.name, progress.describe())
                 start = time.perf_counter()
-                numbers = measure_task(task, model, tokenizer, original or model, settings, batch_size, kind)
+                numbers = count_read(task, tokenizer, settings, kind, configs[path])
+                if numbers.get("num_read") != 0:  # or what would be measured is a cache in full precision
+                    numbers |= measure_task(task, model, tokenizer, original or model, settings, batch_size, kind)
+                    numbers = only_read(numbers, task, settings)
                 seconds = round(time.perf_counter() - start, 2)
                 row.tasks[task.name] = {"kind": task.kind, "digest": digest, "numbers": numbers, "seconds": seconds}
                 progress.done(task.name, seconds)

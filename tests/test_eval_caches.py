@@ -1,6 +1,7 @@
 """Evaluation over quantised caches, against loops written out here."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig
 from mha2mla.cli.main import main
 from mha2mla.evaluation import caches
 from mha2mla.evaluation.caches import DYNAMIC, CacheKind
+from mha2mla.evaluation.measures.generated import continue_greedily
 from mha2mla.evaluation.measures.perplexity import measure_text_perplexity, text_tokens
-from mha2mla.evaluation.measures.scoring import Request, score_requests
+from mha2mla.evaluation.measures.scoring import Request, pad_contexts, score_requests
 from mha2mla.evaluation.run import measure_cache
-from mha2mla.modeling import CACHE_ARGUMENT, quantized_cache
+from mha2mla.modeling import CACHE_ARGUMENT, latent_quantized_cache, quantized_cache
 from pico import BASE, make_mla, make_source, tokens
 
 TOKENIZER = pico_tokenizer()
@@ -30,7 +32,8 @@ def small_window(monkeypatch):
     """The pico models' context is no longer than the usual window."""
     monkeypatch.setattr(caches, "RESIDUAL_LENGTH", 4)
     monkeypatch.setattr(caches, "PIECE", 2)
-    monkeypatch.setattr("mha2mla.modeling.latent_quantized_cache.MEAN_TOKENS", 4)
+    for module in (caches, latent_quantized_cache):
+        monkeypatch.setattr(module, "MEAN_TOKENS", 4)
 
 
 def test_names():
@@ -110,6 +113,47 @@ def test_choices_find_their_context_in_the_quantised_cache():
     assert flat[2] != pytest.approx(flat[0], abs=1e-4)
 
 
+@torch.no_grad()
+def test_all_tokens_of_a_choice_read_the_rounded_context():
+    """Against a loop over single contexts without padding, the last token of each behind the others."""
+    model = make_mla()
+    requests = [*REQUESTS, Request("padded", tokens(1, 8, seed=3)[0].tolist(), [[5], [6, 7, 8]])]
+    for request, scored in zip(requests, score_requests(model, requests, 2, "test", KINDS["int4"]), strict=True):
+        for ids, score in zip(request.continuations, scored, strict=True):
+            cache = quantized_cache(model, nbits=4, residual_length=4)
+            model(torch.tensor([request.context[:-1]]), **{CACHE_ARGUMENT: cache})
+            rest = torch.tensor([request.context[-1:] + ids[:-1] + [0] * (3 - len(ids))])  # all are as wide as one
+            logits = torch.cat([model(part, **{CACHE_ARGUMENT: cache}).logits[0] for part in rest.split(2, dim=1)])
+            expected = logits.log_softmax(-1)[range(len(ids)), ids].sum().item()
+            assert score.log_likelihood == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "fp8"])
+@torch.no_grad()
+def test_from_where_a_cache_is_read(name):
+    """Choices of one token differ from those in full precision by the first context that is long enough, and only
+    then, whatever stands beside it in a batch."""
+    model, kind = make_mla(), CacheKind.parse(name)
+    exact = kind.exact_tokens(model.config)
+    requests = [Request(str(n), tokens(1, n, seed=n)[0].tolist(), [[5], [6]]) for n in (1, exact, exact + 1, 20)]
+    both = [score_requests(model, requests, 4, "test", k) for k in (DYNAMIC, kind)]
+    for request, plain, rounded in zip(requests, *both, strict=True):
+        difference = max(abs(a.log_likelihood - b.log_likelihood) for a, b in zip(plain, rounded, strict=True))
+        assert (difference > 1e-5) == (len(request.context) > exact)
+
+
+def test_padding_stands_behind_the_token_that_is_kept():
+    ids, mask = pad_contexts([[5, 6, 7, 8], [9, 10], [11]], KINDS["int4"])
+    assert ids.tolist() == [[5, 6, 7, 8], [9, 0, 0, 10], [0, 0, 0, 11]]
+    assert mask.tolist() == [[1, 1, 1, 1], [1, 0, 0, 1], [0, 0, 0, 1]]
+
+
+def test_prompts_of_a_batch_are_continued_as_each_alone():
+    model, prompts = make_mla(), [tokens(1, n, seed=n)[0].tolist() for n in (14, 11, 9)]
+    together = continue_greedily(model, TOKENIZER, prompts, 6, KINDS["int8"])
+    assert together == [continue_greedily(model, TOKENIZER, [ids], 6, KINDS["int8"])[0] for ids in prompts]
+
+
 def test_caches_that_cannot_select_read_the_context_for_each_continuation(monkeypatch):
     model = make_source()
     expected = score_requests(model, REQUESTS, 2, "test")
@@ -126,11 +170,41 @@ def test_a_row_for_each_cache_a_model_can_have(models, sets, tmp_path, capsys, c
     rows = json.loads((tmp_path / "results" / "results.json").read_text())["models"]
     labels = [(row["name"], row["cache"]) for row in rows]
     assert labels == [("original", "dynamic"), ("half", "dynamic"), ("half", "latent-int8"), ("half", "latent-int4")]
-    assert "latent-int8, latent-int4: of a converted model's text the first 128 tokens" in caplog.text
     sizes = [row["cache_bytes_per_token"] for row in rows[1:]]
     assert sizes[0] > sizes[1] > sizes[2]
     assert set(rows[3]["tasks"]) == set(rows[1]["tasks"])
     assert "half, latent-int4" in capsys.readouterr().out
+
+
+def test_no_figure_of_a_cache_that_was_not_read(models, sets, tmp_path, capsys, monkeypatch):  # noqa: F811
+    """128 tokens in full precision, as in use, are more than any of these items has."""
+    for module in (caches, latent_quantized_cache):
+        monkeypatch.setattr(module, "MEAN_TOKENS", 128)
+    assert main(arguments(models, sets, tmp_path, "--caches", "dynamic,latent-int4")) == 0
+    printed = capsys.readouterr().out
+    _, plain, rounded = json.loads((tmp_path / "results" / "results.json").read_text())["models"]
+    assert "num_read" not in plain["tasks"]["choices"]["numbers"]
+    for name, task in rounded["tasks"].items():
+        assert set(task["numbers"]) == {"num_read", "num_given", "exact_tokens"}
+        assert f"half, latent-int4, {name}: not measured. No item has more than 129 tokens" in printed
+    rows = [line for line in printed.splitlines() if line.startswith("|") and " half, latent-int4 |" in line]
+    assert rows and all(set(row.split("|")[4:-1]) <= {" " * n + "- " for n in range(40)} for row in rows)
+    (headline,) = re.findall(r"^half, latent-int4: .*", printed, re.MULTILINE)
+    assert re.fullmatch(r".* % less cache than the original's fp32, points lost not measured\.", headline)
+
+
+def test_how_many_items_read_it_is_told(models, sets, tmp_path, capsys):  # noqa: F811
+    choices = (sets / "choices.jsonl").read_text().splitlines()
+    short = json.dumps(json.loads(choices[0]) | {"context": "w5"})
+    (sets / "choices.jsonl").write_text("\n".join([*choices, short]))
+    command = arguments(models, sets, tmp_path, "--caches", "dynamic,latent-int4", tasks="choices,agreement:texts")
+    assert main([*command, "--prompt-length", "2", "--new-tokens", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert "half, latent-int4, choices: 6 of 7 items read rounded entries. The others have at most 5 tokens" in printed
+    assert re.search(r"half, latent-int4: .* points \w+ \(6 of 7 items read rounded entries\)", printed)
+    assert "half, latent-int4, agreement:texts: greedy tokens not measured. There are at most 5 tokens" in printed
+    agreement = printed[printed.index("agreement:texts:") :]
+    assert re.search(r"half, latent-int4 \|.*\d \| +- \| +- \|", agreement)
 
 
 def test_missing_backend_is_said_before_anything_is_measured(models, sets, tmp_path, capsys, monkeypatch):  # noqa: F811

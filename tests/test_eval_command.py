@@ -104,8 +104,8 @@ def test_tables_page_and_results(models, sets, tmp_path, capsys):
     (result,) = [line for line in printed.splitlines() if line.startswith("half: ")]
     average = re.search(r"half \|.*?\| +(-?[\d.]+) ±", printed[printed.index("Difference from the original") :])
     before, after = (model["tasks"]["texts"]["numbers"]["perplexity"] for model in (original, half))
-    words = r"half: 50\.00 % less cache, (\S+) ± \S+ points (lost|gained), perplexity (\S+) % \(texts\)\."
-    lost = re.fullmatch(words, result)
+    cache = r"half: 50\.00 % less cache than the original's fp32, "
+    lost = re.fullmatch(cache + r"(\S+) ± \S+ points (lost|gained), perplexity (\S+) % \(texts\)\.", result)
     assert float(lost[1]) * (-1 if lost[2] == "lost" else 1) == pytest.approx(float(average[1]), abs=0.051)
     assert float(lost[3]) == pytest.approx(100 * (after / before - 1), abs=0.051)
     assert "Multiple choice, accuracy in %" in (tmp_path / "results" / "table.md").read_text()

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from statistics import mean
 from types import ModuleType
 
-import torch
 from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,7 +16,7 @@ from .greedy import generate_greedily
 from .items import Item
 from .long_context import Cell, group_cells
 from .multiple_choice import mean_stderr
-from .scoring import inference
+from .scoring import inference, pad_contexts
 
 NEW_TOKENS = 16  # more than the answers of any task have
 WORD = re.compile(r"\w+")
@@ -89,7 +88,7 @@ def measure_generated(
     Args:
         task (`ModuleType`): Of `evaluation.long_tasks`.
         items (`Sequence[dict]`): `{"seed", "length"}`, the shortest first.
-        batch_size (`int`, *optional*, defaults to 1): Prompts at a time, padded on the left.
+        batch_size (`int`, *optional*, defaults to 1): Prompts at a time, padded.
         cache_kind (`CacheKind`): In what cache the answer finds the prompt.
 
     Raises:
@@ -132,10 +131,7 @@ def continue_greedily(
     cache_kind: CacheKind = DYNAMIC,
 ) -> list[str]:
     """What greedy search writes behind each of several prompts of token ids, at most `new_tokens` of each."""
-    longest = max(map(len, prompts))
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    padding = [longest - len(ids) for ids in prompts]
-    ids = torch.tensor([[pad] * n + list(prompt) for n, prompt in zip(padding, prompts, strict=True)])
-    mask = (torch.arange(longest) >= torch.tensor(padding)[:, None]).long()
+    ids, mask = pad_contexts(prompts, cache_kind, pad)
     written = generate_greedily(model, ids, mask, new_tokens, cache_kind, pad)
     return tokenizer.batch_decode(written, skip_special_tokens=True)

@@ -3,7 +3,7 @@
 Contexts and continuations become tokens as in lm-evaluation-harness, so that both tools give the same numbers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -115,7 +115,8 @@ def score_requests(
         batch_size (`int`): Contexts at a time. They are sorted by length, the longest first, so that little is padded
             and lack of memory shows at once.
         desc (`str`): Of the progress bar.
-        cache_kind (`CacheKind`): How continuations find their context.
+        cache_kind (`CacheKind`): How continuations find their context. One with a window is read by all their tokens,
+            the first one too: the last token of a context goes through the model behind the others.
 
     Raises:
         ValueError: If a log-likelihood is not finite.
@@ -128,29 +129,50 @@ def score_requests(
         flat = iter(score_requests(model, singles, batch_size, desc, cache_kind))
         return [[next(flat)[0] for _ in r.continuations] for r in requests]
     order = sorted(range(len(requests)), key=lambda i: -len(requests[i].context))
+    # Padding counts as tokens to a cache: beside a longer context, one within the window would be rounded.
+    exact = cache_kind.exact_tokens(model.config)
+    num_long = sum(len(r.context) > exact for r in requests)
+    groups = order[:num_long], order[num_long:]
+    batches = [group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)]
     scores: dict[int, list[Score]] = {}
     with inference(model), tqdm(total=len(requests), desc=desc, unit="item") as bar:
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
+        for batch in batches:
             for index, scored in zip(batch, score_batch(model, [requests[i] for i in batch], cache_kind), strict=True):
                 scores[index] = scored
             bar.update(len(batch))
     return [scores[i] for i in range(len(requests))]
 
 
+def pad_contexts(
+    contexts: Sequence[Sequence[int]], cache_kind: CacheKind, pad: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Token ids of contexts and which of them are no padding, both [Q, L], padded in front. Where a cache has a window,
+    padding stands behind each context's first token: at the very front that is the one which stays in full precision.
+    """
+    longest, rows, masks = max(map(len, contexts)), [], []
+    for ids in contexts:
+        gap, kept = longest - len(ids), min(1, len(ids) - 1) if cache_kind.has_window else 0  # the last stays the last
+        rows.append([*ids[:kept], *[pad] * gap, *ids[kept:]])
+        masks.append([1] * kept + [0] * gap + [1] * (len(ids) - kept))
+    return torch.tensor(rows), torch.tensor(masks)
+
+
 def score_batch(model: PreTrainedModel, requests: list[Request], cache_kind: CacheKind) -> list[list[Score]]:
-    """Score a batch: contexts go through the model once, left-padded; then their cache is repeated for each of their
-    continuations (C in all), which go through it right-padded."""
+    """Score a batch: contexts go through the model once, padded; then their cache is repeated for each of their
+    continuations (C in all), which go through it right-padded. A prefill attends to itself in full precision, so
+    where a cache has a window the last token of the contexts goes with the continuations, in pieces as texts do."""
     device = model.device
     lengths = torch.tensor([len(r.context) for r in requests], device=device)
     longest = int(lengths.max())
-    context = torch.tensor([[0] * (longest - len(r.context)) + r.context for r in requests], device=device)
-    context_mask = (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()  # [Q, L]
+    context, context_mask = (x.to(device) for x in pad_contexts([r.context for r in requests], cache_kind))  # [Q, L]
+    context_positions = (context_mask.cumsum(-1) - 1).clamp(min=0)
+    num_prefill = longest - 1 if cache_kind.has_window and longest > 1 else longest  # P
     cache = cache_kind.make(model)
-    logits = model(
-        context,
-        attention_mask=context_mask,
-        position_ids=(context_mask.cumsum(-1) - 1).clamp(min=0),
+    prefill_logits = model(
+        context[:, :num_prefill],
+        attention_mask=context_mask[:, :num_prefill],
+        position_ids=context_positions[:, :num_prefill],
         **{CACHE_ARGUMENT: cache},
         logits_to_keep=1,
     ).logits  # [Q, 1, V]
@@ -162,19 +184,26 @@ def score_batch(model: PreTrainedModel, requests: list[Request], cache_kind: Cac
     sizes = torch.tensor([len(ids) for ids in continuations], device=device)
     target_mask = torch.arange(widest, device=device) < sizes[:, None]
 
-    values, best = score_targets(logits.squeeze(1)[owner], targets[:, 0])
-    log_likelihoods, greedy = [values[:, None]], [best[:, None]]
-    if widest > 1:
+    log_likelihoods, greedy = [], []
+    if num_prefill == longest:
+        values, best = score_targets(prefill_logits.squeeze(1)[owner], targets[:, 0])
+        log_likelihoods.append(values[:, None])
+        greedy.append(best[:, None])
+    rest = torch.cat((context[owner, num_prefill:], targets[:, :-1]), dim=1)  # [C, L - P + T - 1]
+    if rest.shape[1] > 0:
         if len(owner) > len(requests):
             cache.batch_select_indices(owner)
-        steps = torch.arange(widest - 1, device=device)
-        logits = model(
-            targets[:, :-1],
-            attention_mask=torch.cat((context_mask[owner], target_mask[:, :-1].long()), dim=1),
-            position_ids=lengths[owner, None] + steps,
-            **{CACHE_ARGUMENT: cache},
-        ).logits  # [C, T - 1, V]
-        values, best = score_targets(logits, targets[:, 1:])
+        steps = lengths[owner, None] + torch.arange(widest - 1, device=device)
+        positions = torch.cat((context_positions[owner, num_prefill:], steps), dim=1)
+        mask = torch.cat((context_mask[owner], target_mask[:, :-1].long()), dim=1)  # [C, L + T - 1]
+        pieces, end = [], num_prefill
+        piece = cache_kind.piece(rest.shape[1])
+        for ids, places in zip(rest.split(piece, dim=1), positions.split(piece, dim=1), strict=True):
+            end += ids.shape[1]
+            memory = {CACHE_ARGUMENT: cache}
+            pieces.append(model(ids, attention_mask=mask[:, :end], position_ids=places, **memory).logits)
+        logits = torch.cat(pieces, dim=1)  # one for each target that the prefill did not score
+        values, best = score_targets(logits, targets[:, -rest.shape[1] :])
         log_likelihoods.append(values)
         greedy.append(best)
     sums = torch.cat(log_likelihoods, dim=1).masked_fill(~target_mask, 0).sum(-1)

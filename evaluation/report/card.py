@@ -14,6 +14,7 @@ from mha2mla.evaluation.results import ORIGINAL, Results
 from .conversion import conversion_figures, find_records
 from .every_table import make_tables
 from .figures import against_cache, encode_png
+from .headline import unread
 from .page import made_by
 
 logger = logging.getLogger(__name__)
@@ -34,8 +35,8 @@ def write_cards(results: Results) -> None:
         shown = [save(folder, name, figure) for name, figure in against_cache(results)]
         saved = [save(folder, name, figure) for name, figure in conversion_figures(record)]
         own_files(folder, [*shown, *saved])
-        models = [model for model in results.models if model.preset == ORIGINAL or model.path == path]
-        tables = [table.markdown() for table in make_tables(replace(results, models=models))]
+        own = replace(results, models=[m for m in results.models if m.preset == ORIGINAL or m.path == path])
+        tables = [*(table.markdown() for table in make_tables(own)), *unread(own)]
         pictures = [f"![{Path(name).stem} against cache size]({name})" for name in shown]
         section = "\n\n".join([HEADING.strip(), *pictures, *tables, made_by(results)]) + "\n\n"
         card.write_text(insert_section(card.read_text(encoding="utf-8"), section), encoding="utf-8")

@@ -36,7 +36,7 @@ def paired_cells(
         def shown(model: ModelResult) -> str:
             if original is None or model is original or name not in model.tasks or name not in original.tasks:
                 return "-"
-            mine, other = (task_numbers(m, name)[parts][index : index + 1] for m in (model, original))
+            mine, other = (task_numbers(m, name).get(parts, [])[index : index + 1] for m in (model, original))
             same = model.tasks[name]["digest"] == original.tasks[name]["digest"]  # or other items, in a continued run
             if not same or not mine or not other or key not in mine[0] or key not in other[0]:
                 return "-"
