@@ -142,10 +142,10 @@ def test_from_where_a_cache_is_read(name):
         assert (difference > 1e-5) == (len(request.context) > exact)
 
 
-def test_padding_stands_behind_the_token_that_is_kept():
-    ids, mask = pad_contexts([[5, 6, 7, 8], [9, 10], [11]], KINDS["int4"])
-    assert ids.tolist() == [[5, 6, 7, 8], [9, 0, 0, 10], [0, 0, 0, 11]]
-    assert mask.tolist() == [[1, 1, 1, 1], [1, 0, 0, 1], [0, 0, 0, 1]]
+def test_contexts_are_padded_on_the_left():
+    ids, mask = pad_contexts([[5, 6, 7, 8], [9, 10], [11]])
+    assert ids.tolist() == [[5, 6, 7, 8], [0, 0, 9, 10], [0, 0, 0, 11]]
+    assert mask.tolist() == [[1, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1]]
 
 
 def test_prompts_of_a_batch_are_continued_as_each_alone():

@@ -88,7 +88,7 @@ def measure_generated(
     Args:
         task (`ModuleType`): Of `evaluation.long_tasks`.
         items (`Sequence[dict]`): `{"seed", "length"}`, the shortest first.
-        batch_size (`int`, *optional*, defaults to 1): Prompts at a time, padded.
+        batch_size (`int`, *optional*, defaults to 1): Prompts at a time, padded on the left.
         cache_kind (`CacheKind`): In what cache the answer finds the prompt.
 
     Raises:
@@ -132,6 +132,6 @@ def continue_greedily(
 ) -> list[str]:
     """What greedy search writes behind each of several prompts of token ids, at most `new_tokens` of each."""
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    ids, mask = pad_contexts(prompts, cache_kind, pad)
+    ids, mask = pad_contexts(prompts, pad)
     written = generate_greedily(model, ids, mask, new_tokens, cache_kind, pad)
     return tokenizer.batch_decode(written, skip_special_tokens=True)

@@ -143,19 +143,12 @@ def score_requests(
     return [scores[i] for i in range(len(requests))]
 
 
-def pad_contexts(
-    contexts: Sequence[Sequence[int]], cache_kind: CacheKind, pad: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Token ids of contexts and which of them are no padding, both [Q, L], padded in front. Where a cache has a window,
-    padding stands behind each context's first token: at the very front that is the one which stays in full precision.
-    """
-    longest, rows, masks = max(map(len, contexts)), [], []
-    for ids in contexts:
-        gap, kept = longest - len(ids), min(1, len(ids) - 1) if cache_kind.has_window else 0  # the last stays the last
-        rows.append([*ids[:kept], *[pad] * gap, *ids[kept:]])
-        masks.append([1] * kept + [0] * gap + [1] * (len(ids) - kept))
-    return torch.tensor(rows), torch.tensor(masks)
+def pad_contexts(contexts: Sequence[Sequence[int]], pad: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids of contexts, padded on the left, and which of them are no padding, both [Q, L]."""
+    lengths = torch.tensor([len(ids) for ids in contexts])
+    longest = int(lengths.max())
+    rows = torch.tensor([[pad] * (longest - len(ids)) + list(ids) for ids in contexts])
+    return rows, (torch.arange(longest) >= longest - lengths[:, None]).long()
 
 
 def score_batch(model: PreTrainedModel, requests: list[Request], cache_kind: CacheKind) -> list[list[Score]]:
@@ -165,7 +158,7 @@ def score_batch(model: PreTrainedModel, requests: list[Request], cache_kind: Cac
     device = model.device
     lengths = torch.tensor([len(r.context) for r in requests], device=device)
     longest = int(lengths.max())
-    context, context_mask = (x.to(device) for x in pad_contexts([r.context for r in requests], cache_kind))  # [Q, L]
+    context, context_mask = (x.to(device) for x in pad_contexts([r.context for r in requests]))  # [Q, L]
     context_positions = (context_mask.cumsum(-1) - 1).clamp(min=0)
     num_prefill = longest - 1 if cache_kind.has_window and longest > 1 else longest  # P
     cache = cache_kind.make(model)
