@@ -94,7 +94,9 @@ def choose_tiles(num_rows: int, rank: int, rope: int, element_size: int, device:
     room = shared_memory(device)
     # A narrow entry of few heads is little work a tile: fewer, longer tiles, by half of the threads.
     narrow = block_c <= NARROW_COLUMNS and block_m == 16
-    for block_n, buffers in ((128, 2),) * narrow + ((64, 2), (32, 2), (16, 2), (16, 1)):
+    # Of the widest entries one long tile is worth more than the next one on its way.
+    widest = block_c == MAX_RANK
+    for block_n, buffers in ((128, 2),) * narrow + ((64, 2),) + ((64, 1),) * widest + ((32, 2), (16, 2), (16, 1)):
         needed = element_size * ((block_c + block_rope) * (block_m + buffers * block_n) + block_m * block_n)
         if needed <= room:
             break
