@@ -139,3 +139,29 @@ def test_cropping_into_padding_leaves_nothing_to_keep():
     assert cache.layers[0].sinks.tolist() == [0, 3, 0]
     cache.crop(-4)
     assert cache.layers[0].is_new
+
+
+@pytest.mark.parametrize("by_kernel", [False, True])
+def test_a_compiled_step_behind_padding_is_one_graph(monkeypatch, by_kernel):
+    torch._dynamo.reset()
+    if by_kernel:
+        pytest.importorskip("triton")
+    monkeypatch.setattr(latent_module, "kernel_can_run", lambda *_: by_kernel)
+    model, graphs = make_mla("shared").to(DEVICE), []
+    ids, mask = padded(tokens(3, 20).to(DEVICE), PADS)
+    mask = torch.nn.functional.pad(mask, (0, 40 - mask.shape[1]), value=1)  # of the whole cache
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+
+    def steps(step) -> torch.Tensor:
+        cache, logits = quantized_cache(model, nbits=4, residual_length=4, max_cache_len=40), []
+        with torch.no_grad():
+            model(ids[:, :16], attention_mask=mask, position_ids=positions[:, :16], **{CACHE_ARGUMENT: cache})
+            for i in range(16, 20):
+                place = positions[:, i : i + 1].clone()
+                out = step(ids[:, i : i + 1], attention_mask=mask, position_ids=place, **{CACHE_ARGUMENT: cache})
+                logits.append(out.logits)
+        return torch.cat(logits, 1)
+
+    compiled = torch.compile(model, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
+    torch.testing.assert_close(steps(compiled), steps(model), rtol=1e-4, atol=1e-4)
+    assert len(graphs) == 1
