@@ -64,7 +64,7 @@ class LatentQuantizedLayer(QuantizedEntries, DynamicLayer):
         rotated = self.rotate(entries.detach())
         if self.is_new:
             self.is_new, rotated = False, self.change_places(rotated, dim=2)
-            self.first, rotated = rotated[:, :, :1], rotated[:, :, 1:]
+            self.first, rotated = rotated[:, :, :1].clone(), rotated[:, :, 1:]  # a view would hold the whole prompt
         self.recent = torch.cat((self.recent, rotated), dim=2)
         if self.recent.shape[2] > max(self.residual_length, 0 if self.mean is not None else MEAN_TOKENS):
             self._quantize_all_but(self.residual_length // 2)
@@ -154,7 +154,8 @@ class LatentQuantizedLayer(QuantizedEntries, DynamicLayer):
         if not self.is_initialized or tokens_to_remove == 0:
             return
         keep = max(0, self.get_seq_length() + tokens_to_remove)
-        self.is_new = keep == 0
+        if keep == 0:
+            return self._clear()
         self.first = self.first[:, :, :keep]
         if self.sinks is not None:  # of a row whose text is forgotten only padding is left
             self.sinks = self.sinks.where(self.sinks < keep, 0)
@@ -180,13 +181,13 @@ class LatentBackendLayer(LatentLayer, QuantizedLayer):
     def append(self, entries: torch.Tensor) -> None:
         if not self.is_initialized:
             self.lazy_initialization(entries, entries)
-            self.keys = entries[:, :, :0]
+            self.keys = entries.new_empty((*entries.shape[:2], 0, entries.shape[3]))
             self._quantized_keys = None
         self.cumulative_length += entries.shape[-2]
         self.keys = torch.cat([self.keys, entries], dim=-2)
         if self.keys.shape[-2] >= self.residual_length:
             history = self.dequantized()
-            self.keys = history[:, :, :0]
+            self.keys = history.new_empty((*history.shape[:2], 0, history.shape[3]))  # a view would hold the history
             self._quantized_keys = self._quantize(history.contiguous(), axis=self.axis_key)
 
     def parts(self, mask: torch.Tensor | None) -> list[Part]:

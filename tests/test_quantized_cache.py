@@ -173,6 +173,35 @@ def test_bytes_count_codes_scales_mean_and_window(model):
     assert cache_nbytes(cache) == config.num_hidden_layers * 3 * (packed * per_token + full * width * 2 + width * 2)
 
 
+@pytest.mark.parametrize("backend", ["latent", "fp8"])
+def test_a_long_prompt_is_not_held_beside_its_codes(backend):
+    """A view of the first token, or of the window, would keep the memory of all of it."""
+    model = make_mla("shared")
+    cache = quantized_cache(model, backend)
+    with torch.no_grad():
+        model(tokens(2, 900), logits_to_keep=1, **{CACHE_ARGUMENT: cache})
+    for layer in cache.layers:
+        for part in (layer.first, layer.recent, layer.mean):
+            assert part.untyped_storage().nbytes() == part.numel() * part.element_size()
+        for buffer in (layer.codes, layer.scales):
+            room = buffer.data.shape[2] - buffer.length
+            assert room <= max(buffer.MIN_ROOM, buffer.length // buffer.ROOM_SHARE)
+            assert buffer.allocated_nbytes == buffer.data.numel() * buffer.data.element_size()
+
+
+def test_a_cache_cropped_to_nothing_is_as_new():
+    model, ids = make_mla("shared"), tokens(1, 30)
+    cache, fresh = (quantized_cache(model, residual_length=4) for _ in range(2))
+    with torch.no_grad():
+        model(tokens(1, 40, seed=5), **{CACHE_ARGUMENT: cache})
+        cache.crop(-40)
+        assert cache.get_seq_length() == 0
+        for each in (cache, fresh):
+            model(ids, **{CACHE_ARGUMENT: each})
+    assert cache.layers[0].codes.length == fresh.layers[0].codes.length
+    assert torch.equal(cache.layers[0].dequantized(), fresh.layers[0].dequantized())
+
+
 def test_select_repeat_reorder_crop_copy_and_reset(model):
     ids = tokens(3, 14)
     cache = quantized_cache(model, nbits=8, residual_length=4)
