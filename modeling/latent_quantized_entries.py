@@ -82,7 +82,8 @@ class QuantizedEntries(LatentLayer):
 
     def place_sinks(self, cache: Cache, attention_mask: Any, entries: torch.Tensor) -> None:
         """Learn from a prompt's mask where its texts begin, before its entries [B, 1, T, W] are taken in. The first
-        layer asks, which costs a wait for the device; the others do as it does."""
+        layer asks, which costs a wait for the device; the others do as it does. Of a prompt that comes in chunks it is
+        the first one's mask: a row that is nothing but padding there keeps what is at 0."""
         if not self.is_new:
             return
         first = cache.layers[0]
