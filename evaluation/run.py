@@ -31,7 +31,7 @@ from .report.conversion import find_records
 from .report.page import write_page
 from .results import ModelResult, Results, describe_environment, describe_model, is_done
 from .settings import EvaluationSettings
-from .tasks import Task, check_lengths, check_prompts, check_tokens, measure_task
+from .tasks import Task, check_lengths, check_prompts, check_tables, check_tokens, measure_task
 from .windows import count_read, only_read
 
 logger = logging.getLogger(__name__)
@@ -167,6 +167,7 @@ def evaluate_models(
     for path, tokenizer in tokenizers.items():
         check_prompts(tasks, tokenizer)
         check_tokens(path, configs[path].vocab_size, tasks, tokenizer)
+        check_tables(configs[path], tasks, settings, suited[path], tokenizer)
     results = Results.open(output, settings)
     results.check_original(output, original_path)
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import find_executable_batch_size
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mha2mla.common.files import shown
 from mha2mla.common.hub import is_hub_name
@@ -20,6 +21,7 @@ from mha2mla.common.tokenizer import check_known
 
 from .caches import DYNAMIC, CacheKind
 from .long_tasks import TASKS as LONG_TASKS
+from .longrope import crosses, first_table, tables_mixed
 from .measures.agreement import measure_agreement
 from .measures.generated import make_example, measure_generated
 from .measures.harness import measure_harness, require_harness_task
@@ -27,7 +29,7 @@ from .measures.items import Item, item_kind, read_items, read_texts
 from .measures.long_context import measure_position_perplexity, measure_retrieval
 from .measures.multiple_choice import measure_multiple_choice
 from .measures.perplexity import Perplexity, measure_text_perplexity
-from .measures.scoring import prefix_token
+from .measures.scoring import encode_request, prefix_token
 from .settings import EvaluationSettings
 
 # What a file of texts is measured with if its name says so; a bare name means the first.
@@ -277,6 +279,37 @@ def check_lengths(path: str, context: int, tasks: Sequence[Task], settings: Eval
                 f"{name} would be read {length} tokens at a time, and the context of {path} has {context}: give "
                 f"{option} {context} or less."
             )
+
+
+def check_tables(
+    config: PreTrainedConfig,
+    tasks: Sequence[Task],
+    settings: EvaluationSettings,
+    caches: Sequence[CacheKind],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Raise a `ValueError` if a text would outgrow longrope's first table, and a cache takes it in pieces."""
+    kind = next((kind for kind in caches if kind.has_window), None)
+    if kind is None or first_table(config) == float("inf"):
+        return
+    lengths = {
+        "perplexity": ("--length", settings.length, 0),
+        "positions": ("--long-length", settings.long_length, 1),  # the last token is only predicted
+        "agreement": ("--agreement-length", settings.agreement_length, 0),
+    }
+    for task in tasks:
+        if task.kind in lengths:
+            option, length, more = lengths[task.kind]
+            if crosses(config, 0, length - more):
+                remedy = f"Give {option} {first_table(config) + more} or less"
+                raise tables_mixed(task.name, config, length - more, kind, remedy)
+        elif task.kind in ("choice", "retrieval"):
+            for number, item in enumerate(task.items):
+                name, texts = str(item.get("id", number)), [" " + choice for choice in item.get("choices", [])]
+                texts = texts or [item["target"]]
+                request = encode_request(tokenizer, name, item["context"], texts, sys.maxsize)
+                if request.num_tokens <= config.max_position_embeddings:  # others are refused, or left out
+                    request.check_pieces(config, kind, f"{task.name}, item {name},")
 
 
 def check_prompts(tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase) -> None:

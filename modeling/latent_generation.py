@@ -19,7 +19,22 @@ class LatentGenerationMixin:
         are of no use any more: the step that crosses it reads the whole text again, as transformers' Phi-3 does."""
         rope, cache = self.config.rope_parameters, kwargs.get(CACHE_ARGUMENT)
         if rope["rope_type"] == "longrope" and cache is not None:
-            if 0 < cache.get_seq_length() <= rope["original_max_position_embeddings"] < input_ids.shape[1]:
+            new = kwargs.get("next_sequence_length")
+            new, original = input_ids.shape[1] if new is None else new, rope["original_max_position_embeddings"]
+            mask = kwargs.get("attention_mask")
+            if mask is None or mask.ndim != 2:  # nothing is padding
+                columns = new + int(cache.get_seq_length())
+                crossing = 0 < columns - new <= original < columns
+            else:
+                columns = mask.shape[1]
+                crossing = columns > original and crosses(mask, new, original)
+            if crossing:
+                if input_ids.shape[1] < columns:
+                    raise ValueError(
+                        f"The text outgrows the {original} tokens of longrope's first table within a part of {new}, "
+                        "and has to be read again as a whole, of which only that part was given. Leave out "
+                        "prefill_chunk_size; give input_ids, not inputs_embeds, and all of them along with a cache."
+                    )
                 cache.reset()
                 kwargs["next_sequence_length"] = None
         return super().prepare_inputs_for_generation(  # type: ignore[misc]
@@ -33,3 +48,17 @@ class LatentGenerationMixin:
             "values, which this model does not cache. Give the prompts to generate() as one padded batch, or serve "
             "the model by vLLM: run `mha2mla export`, then `vllm serve` (docs/serving.md)."
         )
+
+
+def crosses(mask: torch.Tensor, new: int, length: int) -> bool:
+    """
+    Whether the longest text of a batch grows beyond a length by its newest tokens. The largest position chooses the
+    rotary table, and padding has none.
+
+    Args:
+        mask (`torch.Tensor`): Which tokens are no padding, [batch, tokens].
+        new (`int`): Tokens that are not in the cache yet.
+    """
+    ends = mask.shape[1] - new, mask.shape[1]
+    read, seen = torch.stack([mask[:, :end].sum(-1).max() for end in ends]).tolist()
+    return 0 < read <= length < seen

@@ -50,6 +50,35 @@ def test_text_that_outgrows_longropes_first_table(cache):
             assert torch.equal(model(text[:, :end]).logits[:, -1].argmax(-1), text[:, end])
 
 
+@pytest.mark.parametrize("cache", [None, "static", "quantized"])
+@torch.no_grad()
+def test_padding_does_not_count_to_longropes_first_table(cache):
+    """The largest position tells, of which padding has none: the text is read again where the table changes."""
+    model = exact_model(make_source("phi3", "longrope"), "shared")
+    longer, shorter = tokens(1, 10, seed=1), tokens(1, 7, seed=2)
+    prompts = torch.zeros(2, 14, dtype=torch.long)
+    prompts[:1, 4:], prompts[1:, 7:] = longer, shorter
+    mask = (prompts > 0).long()
+    settings = dict(max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None, output_logits=True)
+    output = model.generate(
+        prompts, attention_mask=mask, **settings, cache_implementation=cache, return_dict_in_generate=True
+    )
+    for step, logits in enumerate(output.logits):
+        text, seen = output.sequences[:, : 14 + step], torch.nn.functional.pad(mask, (0, step), value=1)
+        positions = (seen.cumsum(-1) - 1).clamp(min=0)
+        expected = model(text, attention_mask=seen, position_ids=positions, use_cache=False).logits[:, -1]
+        assert (logits - expected).abs().max() < (0.1 if cache == "quantized" else 1e-3), step
+
+
+def test_a_prompt_that_crosses_longropes_first_table_is_not_read_in_pieces():
+    model = exact_model(make_source("phi3", "longrope"), "shared")
+    with pytest.raises(ValueError, match=r"the 16 tokens .* a part of 5.* Leave out prefill_chunk_size"):
+        model.generate(tokens(1, 26), max_new_tokens=1, prefill_chunk_size=5)
+    settings = dict(max_new_tokens=8, do_sample=False, eos_token_id=None)
+    pieces, whole = (model.generate(tokens(1, 14), prefill_chunk_size=size, **settings) for size in (5, None))
+    assert torch.equal(pieces, whole)
+
+
 @pytest.mark.parametrize("kind", ["gqa", "qwen2", "head-dim"])
 def test_unrotated_dims_without_compression_equal_source_with_those_angles_zero(kind):
     """svd="none": the only change is that the dropped frequencies no longer turn. The source with these frequencies

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mha2mla.common.perplexity import Perplexity
 from mha2mla.evaluation.caches import DYNAMIC, CacheKind
+from mha2mla.evaluation.longrope import crosses, tables_mixed
 from mha2mla.modeling import CACHE_ARGUMENT
 
 from .scoring import check_finite, inference, prefix_token, score_targets
@@ -111,7 +112,8 @@ def chunked_logits(
     model: PreTrainedModel, ids: torch.Tensor, chunk: int = CHUNK, cache_kind: CacheKind = DYNAMIC
 ) -> Iterator[torch.Tensor]:
     """
-    Logits of a text, a chunk at a time over a growing cache, so that memory never holds those of the whole text.
+    Logits of a text, a chunk at a time over a growing cache, so that memory never holds those of the whole text, but
+    where it outgrows longrope's first table: then one pass reads it.
 
     Args:
         ids (`torch.Tensor`): Token ids, [tokens].
@@ -119,10 +121,19 @@ def chunked_logits(
 
     Yields:
         fp32 logits [<= chunk, V] of the next chunk's tokens.
+
+    Raises:
+        ValueError: If one pass must read it, and the cache takes pieces.
     """
+    size = chunk
+    if crosses(model.config, 0, len(ids)):
+        if cache_kind.has_window:
+            raise tables_mixed("A text", model.config, len(ids), cache_kind, "Lower the length to that")
+        size = len(ids)
     cache = cache_kind.make(model)
-    for part in ids.to(model.device).split(chunk):
-        yield model(part[None], **{CACHE_ARGUMENT: cache}).logits[0].float()
+    for part in ids.to(model.device).split(size):
+        for logits in model(part[None], **{CACHE_ARGUMENT: cache}).logits[0].split(chunk):
+            yield logits.float()
 
 
 def token_losses(

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import torch
 from huggingface_hub.utils import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mha2mla.evaluation.caches import DYNAMIC, CacheKind
+from mha2mla.evaluation.longrope import crosses, first_table, tables_mixed
 from mha2mla.modeling import CACHE_ARGUMENT
 
 NOT_FINITE = "are NaN or infinite. Try --dtype float32; if they stay so, the checkpoint is broken."
@@ -29,6 +30,25 @@ class Request:
     name: str
     context: list[int]
     continuations: list[list[int]]
+
+    def num_prefill(self, cache_kind: CacheKind) -> int:
+        """Tokens of the context that go through a model before any continuation. A prefill attends to itself in full
+        precision, so where a cache has a window the context's last token goes with the continuations."""
+        return max(1, len(self.context) - 1) if cache_kind.has_window else len(self.context)
+
+    @property
+    def num_tokens(self) -> int:
+        """With the longest continuation, whose last token is only predicted."""
+        return len(self.context) + max(map(len, self.continuations)) - 1
+
+    def crosses(self, config: PreTrainedConfig, cache_kind: CacheKind) -> bool:
+        """Whether a continuation outgrows longrope's first table, and its context alone does not."""
+        return crosses(config, self.num_prefill(cache_kind), self.num_tokens)
+
+    def check_pieces(self, config: PreTrainedConfig, cache_kind: CacheKind, what: str) -> None:
+        """Raise a `ValueError` if it does, and the cache takes continuations in pieces."""
+        if cache_kind.has_window and self.crosses(config, cache_kind):
+            raise tables_mixed(what, config, self.num_tokens, cache_kind, "Shorten the item or leave it out")
 
 
 @dataclass(frozen=True)
@@ -119,26 +139,41 @@ def score_requests(
             the first one too: the last token of a context goes through the model behind the others.
 
     Raises:
-        ValueError: If a log-likelihood is not finite.
+        ValueError: If a log-likelihood is not finite, or one pass must read a request and the cache takes pieces.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-    if not cache_kind.can_select(model.config) and any(len(r.continuations) > 1 for r in requests):
-        # Each continuation reads the context anew.
-        singles = [Request(r.name, r.context, [ids]) for r in requests for ids in r.continuations]
-        flat = iter(score_requests(model, singles, batch_size, desc, cache_kind))
-        return [[next(flat)[0] for _ in r.continuations] for r in requests]
+    config, selects = model.config, cache_kind.can_select(model.config)
+    for request in requests:
+        request.check_pieces(config, cache_kind, f"Item {request.name}")
+    crossing = [r.crosses(config, cache_kind) for r in requests]
+    # Where each continuation reads the context anew.
+    alone = [len(r.continuations) > 1 and (not selects or c) for r, c in zip(requests, crossing, strict=True)]
+    if any(alone):
+        parts = [
+            [Request(r.name, r.context, [ids]) for ids in r.continuations] if apart else [r]
+            for r, apart in zip(requests, alone, strict=True)
+        ]
+        flat = iter(score_requests(model, [r for part in parts for r in part], batch_size, desc, cache_kind))
+        return [[score for _ in part for score in next(flat)] for part in parts]
     order = sorted(range(len(requests)), key=lambda i: -len(requests[i].context))
-    # Padding counts as tokens to a cache: beside a longer context, one within the window would be rounded.
-    exact = cache_kind.exact_tokens(model.config)
-    num_long = sum(len(r.context) > exact for r in requests)
-    groups = order[:num_long], order[num_long:]
-    batches = [group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)]
+    # Padding counts as tokens to a cache: beside a longer context, one within the window would be rounded. And the
+    # largest position of a batch chooses the rotary table of all its rows.
+    exact, table = cache_kind.exact_tokens(config), first_table(config)
+    groups: dict[tuple[bool, bool, bool], list[int]] = {}
+    for i in order:
+        kinds = len(requests[i].context) > exact, crossing[i], requests[i].num_tokens > table
+        groups.setdefault(kinds, []).append(i)
+    batches = [
+        (group[start : start + batch_size], whole)
+        for (_, whole, _), group in groups.items()
+        for start in range(0, len(group), batch_size)
+    ]
     scores: dict[int, list[Score]] = {}
     with inference(model), tqdm(total=len(requests), desc=desc, unit="item") as bar:
-        for batch in batches:
-            for index, scored in zip(batch, score_batch(model, [requests[i] for i in batch], cache_kind), strict=True):
-                scores[index] = scored
+        for batch, whole in batches:
+            rows = score_batch(model, [requests[i] for i in batch], cache_kind, whole)
+            scores.update(zip(batch, rows, strict=True))
             bar.update(len(batch))
     return [scores[i] for i in range(len(requests))]
 
@@ -151,24 +186,27 @@ def pad_contexts(contexts: Sequence[Sequence[int]], pad: int = 0) -> tuple[torch
     return rows, (torch.arange(longest) >= longest - lengths[:, None]).long()
 
 
-def score_batch(model: PreTrainedModel, requests: list[Request], cache_kind: CacheKind) -> list[list[Score]]:
+def score_batch(
+    model: PreTrainedModel, requests: list[Request], cache_kind: CacheKind, whole: bool
+) -> list[list[Score]]:
     """Score a batch: contexts go through the model once, padded; then their cache is repeated for each of their
-    continuations (C in all), which go through it right-padded. A prefill attends to itself in full precision, so
-    where a cache has a window the last token of the contexts goes with the continuations, in pieces as texts do."""
+    continuations (C in all), which go through it right-padded, in pieces as texts do where it has a window. If
+    `whole`, each request has one continuation, and one pass reads both."""
     device = model.device
     lengths = torch.tensor([len(r.context) for r in requests], device=device)
     longest = int(lengths.max())
     context, context_mask = (x.to(device) for x in pad_contexts([r.context for r in requests]))  # [Q, L]
     context_positions = (context_mask.cumsum(-1) - 1).clamp(min=0)
-    num_prefill = longest - 1 if cache_kind.has_window and longest > 1 else longest  # P
+    num_prefill = 0 if whole else max(r.num_prefill(cache_kind) for r in requests)  # P
     cache = cache_kind.make(model)
-    prefill_logits = model(
-        context[:, :num_prefill],
-        attention_mask=context_mask[:, :num_prefill],
-        position_ids=context_positions[:, :num_prefill],
-        **{CACHE_ARGUMENT: cache},
-        logits_to_keep=1,
-    ).logits  # [Q, 1, V]
+    if num_prefill > 0:
+        prefill_logits = model(
+            context[:, :num_prefill],
+            attention_mask=context_mask[:, :num_prefill],
+            position_ids=context_positions[:, :num_prefill],
+            **{CACHE_ARGUMENT: cache},
+            logits_to_keep=1,
+        ).logits  # [Q, 1, V]
 
     continuations = [ids for r in requests for ids in r.continuations]
     owner = torch.tensor([q for q, r in enumerate(requests) for _ in r.continuations], device=device)  # [C]
@@ -186,17 +224,18 @@ def score_batch(model: PreTrainedModel, requests: list[Request], cache_kind: Cac
     if rest.shape[1] > 0:
         if len(owner) > len(requests):
             cache.batch_select_indices(owner)
-        steps = lengths[owner, None] + torch.arange(widest - 1, device=device)
-        positions = torch.cat((context_positions[owner, num_prefill:], steps), dim=1)
+        steps = torch.arange(widest - 1, device=device).minimum(sizes[:, None] - 2)  # padding goes no further
+        positions = torch.cat((context_positions[owner, num_prefill:], lengths[owner, None] + steps), dim=1)
         mask = torch.cat((context_mask[owner], target_mask[:, :-1].long()), dim=1)  # [C, L + T - 1]
         pieces, end = [], num_prefill
         piece = cache_kind.piece(rest.shape[1])
         for ids, places in zip(rest.split(piece, dim=1), positions.split(piece, dim=1), strict=True):
             end += ids.shape[1]
             memory = {CACHE_ARGUMENT: cache}
-            pieces.append(model(ids, attention_mask=mask[:, :end], position_ids=places, **memory).logits)
+            inputs = dict(attention_mask=mask[:, :end], position_ids=places, logits_to_keep=widest, **memory)
+            pieces.append(model(ids, **inputs).logits)
         logits = torch.cat(pieces, dim=1)  # one for each target that the prefill did not score
-        values, best = score_targets(logits, targets[:, -rest.shape[1] :])
+        values, best = score_targets(logits, targets[:, -logits.shape[1] :])
         log_likelihoods.append(values)
         greedy.append(best)
     sums = torch.cat(log_likelihoods, dim=1).masked_fill(~target_mask, 0).sum(-1)
