@@ -36,7 +36,8 @@ logger = logging.getLogger(__name__)
 
 def token_perplexity(prediction: EvalPrediction) -> dict[str, float]:
     """
-    Perplexity over all labels that count, and its standard error over rows.
+    Mean cross-entropy and perplexity over all labels that count, and the latter's standard error over rows. The loss
+    takes the place of the Trainer's own, a mean of the batches' means, which hangs on how rows fall into batches.
 
     Args:
         prediction (`EvalPrediction`): Log-likelihoods and labels, [rows, T]; entry t is that of the label at t.
@@ -46,7 +47,12 @@ def token_perplexity(prediction: EvalPrediction) -> dict[str, float]:
     sums = -np.where(counted, prediction.predictions, 0).sum(1, dtype=np.float64)
     counts = counted.sum(1)
     result = Perplexity.from_sums(sums.tolist(), counts.tolist())
-    return {"perplexity": result.perplexity, "perplexity_stderr": result.stderr, "num_tokens": result.num_tokens}
+    return {
+        "loss": result.loss,
+        "perplexity": result.perplexity,
+        "perplexity_stderr": result.stderr,
+        "num_tokens": result.num_tokens,
+    }
 
 
 class KeepSpecialTokens(TrainerCallback):
@@ -65,13 +71,13 @@ class KeepSpecialTokens(TrainerCallback):
 
 class RecoveryTrainer(Trainer):
     """[`~transformers.Trainer`] with a rate for attention of its own, that knows how long `warmup_stable_decay` decays
-    once it knows how long the run is."""
+    once it knows how long the run is, and that evaluates by [`token_perplexity`]."""
 
     args: RecoveryTrainingArguments
     first_step: list[tuple[dict[str, Any], torch.Tensor | int | None, torch.Tensor]]  # batches, counts and losses
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args, compute_metrics=token_perplexity, **kwargs):
+        super().__init__(*args, compute_metrics=compute_metrics, **kwargs)
         if not isinstance(self.args, RecoveryTrainingArguments):
             raise ValueError(
                 f"RecoveryTrainer takes RecoveryTrainingArguments (mha2mla.training), which have all of transformers' "
@@ -277,7 +283,6 @@ def recover(
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=tokenizer,
-        compute_metrics=token_perplexity,
     )
     # The Trainer turns the config's use_cache off, and every checkpoint would carry that to its users. The loss calls
     # the model without a cache whatever the config says.
