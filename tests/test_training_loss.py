@@ -283,14 +283,20 @@ def test_an_exact_conversion_is_at_no_distance(kind):
     ids, positions = tokens(2, 12), torch.arange(12).expand(2, 12)
     assert attention_errors(model, teacher, ids, positions).max() < 1e-6
     model.train()
-    for layer in model.model.layers:
-        layer.self_attn.attention_dropout = 0.0  # Seed-OSS has some
     cross_entropy, both = [], dict(distillation_weight=0.5, hidden_weight=1.0)
     for losses, divisor in ((make_losses(distillation_weight=0.0), 1), (make_losses(**both), 2)):
         use_losses(model, losses, teacher)
         cross_entropy.append(divisor * model(input_ids=ids, position_ids=positions, labels=ids).loss)
         del model.forward
     torch.testing.assert_close(*cross_entropy)
+
+
+def test_dropout_of_an_older_conversion_is_left_out(tmp_path, caplog):
+    plain = one_step(tmp_path, make_mla(), 8, 1)
+    assert "attention_dropout" not in caplog.text
+    older = make_mla(attention_dropout=0.5)
+    assert_equal(one_step(tmp_path, older, 8, 1), plain)
+    assert older.config.attention_dropout == 0 and "config has attention_dropout=0.5" in caplog.text
 
 
 def test_matching_attention_brings_it_nearer(tmp_path):

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from mha2mla.common.perplexity import Perplexity
+from mha2mla.modeling import LatentConfigMixin
 
 from .arguments import LossArguments, ModelArguments
 from .int8 import hold_in_int8
@@ -183,6 +184,22 @@ def mend_generation_config(model: PreTrainedModel) -> None:
         )
 
 
+def leave_out_dropout(model: PreTrainedModel) -> None:
+    """Conversions once took the source's attention dropout over, which keeps even an exact one from its teacher."""
+    config = model.config
+    converted = isinstance(config, LatentConfigMixin)
+    if not converted or not config.attention_dropout:
+        return
+    dropout, config.attention_dropout = config.attention_dropout, 0.0
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.0
+    logger.warning(
+        "The model's config has attention_dropout=%g, which conversions no longer take over from the source. It is "
+        "trained and saved with 0.",
+        dropout,
+    )
+
+
 def compile_layers(model: PreTrainedModel, on: bool = True) -> None:
     """Compile the forward pass of each decoder layer, not its hooks: one graph serves all. Names and weights stay."""
     for layer in model.model.layers:
@@ -264,6 +281,7 @@ def recover(
         The Trainer after training; `trainer.state.log_history` tells the run.
     """
     mend_generation_config(model)
+    leave_out_dropout(model)
     use_cache = model.config.use_cache
     if teacher is not None:
         if loss.teacher_int8:
