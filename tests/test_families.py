@@ -14,7 +14,8 @@ from mha2mla.conversion.job import ConversionJob
 from mha2mla.conversion.layerwise import advance, embed, run_layers
 from mha2mla.evaluation.speed.dimensions import DIMENSIONS
 from mha2mla.modeling import FAMILIES
-from pico import SOURCES, StateDict, assemble, make_source, tokens
+from mha2mla.training import make_losses, use_losses
+from pico import SOURCES, StateDict, assemble, exact_model, make_source, tokens
 
 PRESETS = {
     "calibrated": Calibrated(refine_steps=4, score_samples=2),
@@ -52,6 +53,16 @@ def test_conversion_at_31_percent(job, preset):
         got = model.lm_head(model.model.norm(torch.cat(stream)))
     assert (got - expected.logits).abs().max() <= 1e-4 * expected.logits.abs().max()
     assert expected.logits.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["seed_oss", "granite"])
+def test_an_exact_conversion_has_no_dropout_to_recover_from(kind):
+    source, ids = make_source(kind), tokens(2, 12)
+    source.config.attention_dropout = 0.1  # Seed-OSS has it by default
+    model = exact_model(source, "shared").train()
+    assert model.config.attention_dropout == 0
+    use_losses(model, make_losses(distillation_weight=1.0), source)
+    assert model(input_ids=ids, labels=ids).loss < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["arcee", "granite-tied", "mixtral", "phi3-partial", "smollm3"])

@@ -10,7 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 from transformers.models.llama.modeling_llama import repeat_kv
 
-from mha2mla.common.robust_error import robust_error
+from mha2mla.common.robust_error import robust_errors
 from mha2mla.training import (
     LossArguments,
     ModelArguments,
@@ -23,7 +23,7 @@ from mha2mla.training import (
 )
 from mha2mla.training.int8 import hold_in_int8, quantize_rows
 from mha2mla.training.loss import token_losses
-from mha2mla.training.losses.attention import attention_error
+from mha2mla.training.losses.attention import attention_errors
 from mha2mla.training.losses.distillation import Distillation, forward_kl
 from mha2mla.training.losses.hidden import hidden_errors
 from mha2mla.training.losses.language import Language
@@ -232,14 +232,14 @@ def one_step(folder, model, batch_size, accumulation, loss=None, teacher=None, *
     return {name: before[name] - p.detach() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("distil", [None, 0.0, 1.0])
+@pytest.mark.parametrize("distil", [None, {"hidden_weight": 0.0}, {"hidden_weight": 1.0}, {"objective": "attention"}])
 def test_accumulated_gradients_are_those_of_one_large_batch(distil, tmp_path):
     """Rows differ in how many labels count; each label must weigh the same wherever it falls."""
     moves = []
     for batch_size, accumulation in ((8, 1), (2, 4), (1, 8)):
         loss, teacher = LossArguments(), None
         if distil is not None:
-            loss, teacher = LossArguments("source", losses=make_losses(hidden_weight=distil)), make_source()
+            loss, teacher = LossArguments("source", losses=make_losses(**distil)), make_source()
         moves.append(one_step(tmp_path, make_mla(), batch_size, accumulation, loss, teacher))
     assert max(move.abs().max() for move in moves[0].values()) > 1e-3
     assert_equal(moves[1], moves[0])
@@ -252,7 +252,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
     assert_equal(one_step(tmp_path, make_mla(), 8, 1, *distil, gradient_checkpointing=True), plain)
 
 
-def test_attention_error_against_running_each_layer_by_hand():
+def test_attention_errors_against_running_each_layer_by_hand():
     model, teacher = make_mla().train(), make_source()
     batch = collate_packed(ROWS)
     keys = dict(input_ids=batch["input_ids"], position_ids=batch["position_ids"])
@@ -264,11 +264,14 @@ def test_attention_error_against_running_each_layer_by_hand():
         errors = []
         for layer, original, state in zip(model.model.layers, teacher.model.layers, states, strict=True):
             x = original.input_layernorm(state)
-            errors.append(robust_error(layer.self_attn(x, rotary, mask)[0], original.self_attn(x, rotary, mask)[0]))
-    error = attention_error(model, teacher, **keys)
-    torch.testing.assert_close(error, torch.stack(errors).mean())
+            errors.append(robust_errors(layer.self_attn(x, rotary, mask)[0], original.self_attn(x, rotary, mask)[0]))
+    expected = torch.stack(errors).mean(0)
+    torch.testing.assert_close(attention_errors(model, teacher, **keys), expected.flatten())
     use_losses(model, make_losses(objective="attention"), teacher)
-    model(**batch).loss.backward()
+    loss = model(**batch).loss
+    counted = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100) != -100
+    torch.testing.assert_close(loss, expected[counted].mean())
+    loss.backward()
     assert all((p.grad is not None) == (".self_attn." in name) for name, p in model.named_parameters())
 
 
@@ -278,16 +281,22 @@ def test_an_exact_conversion_is_at_no_distance(kind):
     teacher = make_source(kind).requires_grad_(False)
     model = exact_model(teacher, "shared")
     ids, positions = tokens(2, 12), torch.arange(12).expand(2, 12)
-    assert attention_error(model, teacher, ids, positions) < 1e-6
+    assert attention_errors(model, teacher, ids, positions).max() < 1e-6
     model.train()
-    for layer in model.model.layers:
-        layer.self_attn.attention_dropout = 0.0  # Seed-OSS has some
     cross_entropy, both = [], dict(distillation_weight=0.5, hidden_weight=1.0)
     for losses, divisor in ((make_losses(distillation_weight=0.0), 1), (make_losses(**both), 2)):
         use_losses(model, losses, teacher)
         cross_entropy.append(divisor * model(input_ids=ids, position_ids=positions, labels=ids).loss)
         del model.forward
     torch.testing.assert_close(*cross_entropy)
+
+
+def test_dropout_of_an_older_conversion_is_left_out(tmp_path, caplog):
+    plain = one_step(tmp_path, make_mla(), 8, 1)
+    assert "attention_dropout" not in caplog.text
+    older = make_mla(attention_dropout=0.5)
+    assert_equal(one_step(tmp_path, older, 8, 1), plain)
+    assert older.config.attention_dropout == 0 and "config has attention_dropout=0.5" in caplog.text
 
 
 def test_matching_attention_brings_it_nearer(tmp_path):

@@ -1,11 +1,13 @@
 """What trains and how fast: parameters, rates, and what is summed in which precision."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import FullyShardedDataParallelPlugin
 from test_training_loss import ROWS
+from torch.nn.functional import cross_entropy
 from transformers import TrainingArguments
 
 from mha2mla.training import (
@@ -116,3 +118,25 @@ def test_stock_arguments_are_refused_at_once(tmp_path):
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
     with pytest.raises(ValueError, match=r"RecoveryTrainer takes RecoveryTrainingArguments.* got TrainingArguments"):
         RecoveryTrainer(make_mla(), arguments, data_collator=collate_packed, train_dataset=ROWS)
+
+
+@pytest.mark.parametrize("with_teacher", [False, True])
+def test_the_held_out_loss_does_not_hang_on_the_batch(with_teacher, tmp_path):
+    """Rows differ in how many labels count. It is the cross-entropy with a teacher, too."""
+    model, rows = make_mla(), ROWS[:5]
+    losses = []
+    for row in rows:
+        for document in torch.tensor(row["input_ids"]).split(row["lengths"]):
+            with torch.no_grad():
+                logits = model(document[None], use_cache=False).logits[0, :-1]
+            losses.append(cross_entropy(logits, document[1:], reduction="none"))
+    expected = torch.cat(losses).mean().item()
+    use_losses(model, make_losses(), make_source() if with_teacher else None)
+    for size in (1, 2, 5):
+        arguments = RecoveryTrainingArguments(
+            output_dir=str(tmp_path), per_device_eval_batch_size=size, use_cpu=True, disable_tqdm=True
+        )
+        trainer = RecoveryTrainer(model, arguments, data_collator=collate_packed, eval_dataset=rows)
+        metrics = trainer.evaluate()
+        assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-6)
+        assert metrics["eval_perplexity"] == pytest.approx(math.exp(expected), rel=1e-6)

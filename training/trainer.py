@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from mha2mla.common.perplexity import Perplexity
+from mha2mla.modeling import LatentConfigMixin
 
 from .arguments import LossArguments, ModelArguments
 from .int8 import hold_in_int8
@@ -36,7 +37,8 @@ logger = logging.getLogger(__name__)
 
 def token_perplexity(prediction: EvalPrediction) -> dict[str, float]:
     """
-    Perplexity over all labels that count, and its standard error over rows.
+    Mean cross-entropy and perplexity over all labels that count, and the latter's standard error over rows. The loss
+    takes the place of the Trainer's own, a mean of the batches' means, which hangs on how rows fall into batches.
 
     Args:
         prediction (`EvalPrediction`): Log-likelihoods and labels, [rows, T]; entry t is that of the label at t.
@@ -46,7 +48,12 @@ def token_perplexity(prediction: EvalPrediction) -> dict[str, float]:
     sums = -np.where(counted, prediction.predictions, 0).sum(1, dtype=np.float64)
     counts = counted.sum(1)
     result = Perplexity.from_sums(sums.tolist(), counts.tolist())
-    return {"perplexity": result.perplexity, "perplexity_stderr": result.stderr, "num_tokens": result.num_tokens}
+    return {
+        "loss": result.loss,
+        "perplexity": result.perplexity,
+        "perplexity_stderr": result.stderr,
+        "num_tokens": result.num_tokens,
+    }
 
 
 class KeepSpecialTokens(TrainerCallback):
@@ -65,13 +72,13 @@ class KeepSpecialTokens(TrainerCallback):
 
 class RecoveryTrainer(Trainer):
     """[`~transformers.Trainer`] with a rate for attention of its own, that knows how long `warmup_stable_decay` decays
-    once it knows how long the run is."""
+    once it knows how long the run is, and that evaluates by [`token_perplexity`]."""
 
     args: RecoveryTrainingArguments
     first_step: list[tuple[dict[str, Any], torch.Tensor | int | None, torch.Tensor]]  # batches, counts and losses
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args, compute_metrics=token_perplexity, **kwargs):
+        super().__init__(*args, compute_metrics=compute_metrics, **kwargs)
         if not isinstance(self.args, RecoveryTrainingArguments):
             raise ValueError(
                 f"RecoveryTrainer takes RecoveryTrainingArguments (mha2mla.training), which have all of transformers' "
@@ -177,6 +184,22 @@ def mend_generation_config(model: PreTrainedModel) -> None:
         )
 
 
+def leave_out_dropout(model: PreTrainedModel) -> None:
+    """Conversions once took the source's attention dropout over, which keeps even an exact one from its teacher."""
+    config = model.config
+    converted = isinstance(config, LatentConfigMixin)
+    if not converted or not config.attention_dropout:
+        return
+    dropout, config.attention_dropout = config.attention_dropout, 0.0
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.0
+    logger.warning(
+        "The model's config has attention_dropout=%g, which conversions no longer take over from the source. It is "
+        "trained and saved with 0.",
+        dropout,
+    )
+
+
 def compile_layers(model: PreTrainedModel, on: bool = True) -> None:
     """Compile the forward pass of each decoder layer, not its hooks: one graph serves all. Names and weights stay."""
     for layer in model.model.layers:
@@ -258,6 +281,7 @@ def recover(
         The Trainer after training; `trainer.state.log_history` tells the run.
     """
     mend_generation_config(model)
+    leave_out_dropout(model)
     use_cache = model.config.use_cache
     if teacher is not None:
         if loss.teacher_int8:
@@ -277,7 +301,6 @@ def recover(
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=tokenizer,
-        compute_metrics=token_perplexity,
     )
     # The Trainer turns the config's use_cache off, and every checkpoint would carry that to its users. The loss calls
     # the model without a cache whatever the config says.

@@ -25,8 +25,17 @@ from .refusals import (
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 LAYER, ATTENTION = "model.layers.{}.", "self_attn."
-# Fields of the source's config that say how it is served or stored, not what it computes.
-NOT_INHERITED = ("architectures", "dtype", "head_dim", "attention_bias", "pretraining_tp", "sliding_window")
+# Fields of the source's config that say how it is trained, served or stored, not what it computes; and those that the
+# converted attention has of its own.
+NOT_INHERITED = (
+    "architectures",
+    "attention_bias",
+    "attention_dropout",
+    "dtype",
+    "head_dim",
+    "pretraining_tp",
+    "sliding_window",
+)
 
 
 class Architecture:

@@ -14,26 +14,26 @@ if TYPE_CHECKING:
 OBJECTIVES = ("language", "attention")
 
 
-def attention_error(
+def attention_errors(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     input_ids: torch.Tensor,
     position_ids: torch.Tensor | None,
 ) -> torch.Tensor:
     """
-    Mean over layers of the relative error of what attention adds to the residual stream, each of the student's
-    attention layers reading what the teacher's reads (see [`robust_error`]).
+    Relative error of what attention adds to the residual stream, the mean over layers, each of the student's attention
+    layers reading what the teacher's reads (see [`robust_errors`]).
 
     Args:
         student, teacher (`PreTrainedModel`): Of equal depth, width, rotary table and attention implementation.
         input_ids, position_ids (`torch.Tensor`): [B, T].
 
     Returns:
-        A scalar. Only the student's attention gets a gradient.
+        Of each token, [B * T]. Only the student's attention gets a gradient.
     """
     import torch
 
-    from mha2mla.common.robust_error import robust_error
+    from mha2mla.common.robust_error import robust_errors
 
     from ..packing import packed_inputs
     from ..teacher import attention_factor
@@ -42,15 +42,15 @@ def attention_error(
     with torch.no_grad(), recorded_calls(layer.self_attn for layer in teacher.model.layers) as calls:
         teacher.model(**packed_inputs(teacher, input_ids, position_ids))
     errors = [
-        robust_error(layer.self_attn(**kwargs)[0].float(), factor * wanted[0].float())
+        robust_errors(layer.self_attn(**kwargs)[0].float(), factor * wanted[0].float())
         for layer, (kwargs, wanted) in zip(student.model.layers, calls, strict=True)
     ]
-    return torch.stack(errors).mean()
+    return torch.stack(errors).mean(0).flatten()
 
 
 @dataclass
 class Attention(BatchLoss):
-    """See [`attention_error`]."""
+    """See [`attention_errors`]."""
 
     objective: Literal["language", "attention"] = field(
         default="language",
@@ -98,8 +98,8 @@ class Attention(BatchLoss):
 
     def compute(self, batch: Batch) -> torch.Tensor:
         assert batch.teacher is not None
-        error = attention_error(batch.student, batch.teacher, batch.input_ids, batch.position_ids)
-        return error * batch.counted.sum()  # a batch weighs what it has of the labels of all accumulated batches
+        errors = attention_errors(batch.student, batch.teacher, batch.input_ids, batch.position_ids)
+        return errors.masked_fill(~batch.counted, 0).sum()
 
     def describe(self, teacher: str | None) -> str:
         return f"relative error of the attention outputs, as {teacher} has them"
