@@ -55,12 +55,15 @@ def test_conversion_at_31_percent(job, preset):
     assert expected.logits.isfinite().all()
 
 
-@pytest.mark.parametrize("kind", ["seed_oss", "granite"])
-def test_an_exact_conversion_has_no_dropout_to_recover_from(kind):
+@pytest.mark.parametrize(
+    "kind, noise",
+    [("seed_oss", "attention_dropout"), ("granite", "attention_dropout"), ("mixtral", "router_jitter_noise")],
+)
+def test_an_exact_conversion_has_no_noise_to_recover_from(kind, noise):
     source, ids = make_source(kind), tokens(2, 12)
-    source.config.attention_dropout = 0.1  # Seed-OSS has it by default
+    setattr(source.config, noise, 0.1)  # Seed-OSS has it by default
     model = exact_model(source, "shared").train()
-    assert model.config.attention_dropout == 0
+    assert getattr(model.config, noise) == 0
     use_losses(model, make_losses(distillation_weight=1.0), source)
     assert model(input_ids=ids, labels=ids).loss < 1e-6
 

@@ -34,6 +34,7 @@ NOT_INHERITED = (
     "dtype",
     "head_dim",
     "pretraining_tp",
+    "router_jitter_noise",
     "sliding_window",
 )
 
