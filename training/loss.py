@@ -184,8 +184,10 @@ def logits_losses(losses: Sequence[LogitsLoss], batch: Batch) -> list[torch.Tens
     teacher_head = teacher_hidden = None
     if any(loss.needs_teacher for loss in losses):
         assert batch.teacher is not None
-        teacher_head = batch.teacher.lm_head  # without a bias in every source: what it reads may have its factor
-        teacher_hidden = logits_factor(batch.teacher.config) * batch.teacher_hidden
+        teacher_head, teacher_hidden = batch.teacher.lm_head, batch.teacher_hidden
+        factor = logits_factor(batch.teacher.config)
+        if factor != 1:  # a head has no bias in any source, so what it reads may have its factor
+            teacher_hidden = factor * teacher_hidden
     return token_losses(
         losses, batch.student.lm_head, hidden, batch.targets, teacher_head, teacher_hidden, compiled=batch.compiled
     )
